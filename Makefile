@@ -1,0 +1,34 @@
+# The two commands of the README. Both need Python 3.11 or 3.12 and make, nothing else.
+#   make quickstart   train the embedded tiny model on this machine and write its report
+#   make test         lint, type-check and test
+
+PYTHON ?= $(shell for v in 3.12 3.11; do command -v python$$v >/dev/null 2>&1 && python$$v -c '' >/dev/null 2>&1 && echo python$$v && break; done || true)
+PYTHON := $(or $(PYTHON),python3)
+VENV := .venv
+BIN := $(VENV)/bin
+# A second quickstart gets a folder of its own.
+NAME ?= tiny-ocr$(if $(wildcard runs/tiny-ocr),-$(shell date +%m%d-%H%M%S))
+
+.PHONY: quickstart test install clean
+
+quickstart: install
+	@$(BIN)/flowgrpo-ray train tiny-ocr --set name=$(NAME)
+
+test: install
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/basedpyright
+	@$(BIN)/python -m pytest
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit(f"Python 3.11 or 3.12 is needed, this is {v[0]}.{v[1]}; name one with: make PYTHON=/path/to/python3.11 ...")'
+	@echo "installing into $(VENV) (about 7 GB: the torch of the registry carries its CUDA libraries)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,257 @@
+"""The command line. Each command checks its input first and ends user mistakes in one message."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flowgrpo_ray.errors import FlowGrpoError
+from flowgrpo_ray.spec import TrainingSpec
+from flowgrpo_ray.spec_file import RECIPES, load_spec, recipe_names
+
+STARTED = time.perf_counter()
+
+app = typer.Typer(
+    help="Online reinforcement learning for flow-matching text-to-image models, on Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+
+SpecArgument = Annotated[
+    str, typer.Argument(metavar="SPEC|RECIPE", help="a YAML training spec, or a recipe by name")
+]
+TargetArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN|SPEC",
+        help="a run folder, or a spec or recipe, which stands for its untrained base model",
+    ),
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, as runs/tiny-ocr")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override a key of the spec, as seed=1"),
+]
+WeightsOption = Annotated[
+    Literal["ema", "last"], typer.Option(help="averaged weights, or those of the last update")
+]
+StepsOption = Annotated[
+    int | None, typer.Option(min=1, help="denoising steps; default: evaluation.steps of the spec")
+]
+
+
+@app.command()
+def train(
+    spec: SpecArgument,
+    overrides: SetOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="continue the run of this name from its checkpoint")
+    ] = False,
+    runs: Annotated[Path, typer.Option(help="folder that holds the run folders")] = Path("runs"),
+) -> None:
+    """Train a model: joins the Ray cluster of RAY_ADDRESS, or starts one on this machine.
+
+    Ctrl-C finishes the iteration and saves; Ctrl-C again stops at once. Continue with --resume.
+    """
+    from flowgrpo_ray.cluster.run import train as run_training
+    from flowgrpo_ray.console import RunDisplay, summary_table
+
+    resolved = load_spec(spec, overrides or [])
+    with RunDisplay(resolved, console) as display:
+        outcome = run_training(resolved, runs, resume=resume, display=display, started=STARTED)
+    done = outcome.summary["iterations"]
+    again = f"flowgrpo-ray train {spec}{_as_options(overrides)} --resume"
+    if outcome.stopped:
+        console.print(f"stopped after iteration {done}, saved; continue with\n  {again}")
+        return
+    console.print()
+    console.print(summary_table(outcome.summary))
+    wall = time.perf_counter() - STARTED
+    console.print(f"{done} iterations, {outcome.summary['images']:,} images, {wall:.0f} s in all")
+    console.print(f"report: {outcome.folder / 'report.html'}", soft_wrap=True)
+    console.print(
+        f"next:   flowgrpo-ray sample {outcome.folder} 'blue sign \"2049\"'"
+        if resolved.model.path == "builtin:tiny-sd3"
+        else f"next:   flowgrpo-ray export {outcome.folder} --out {resolved.name}-export",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _as_options(overrides: list[str] | None) -> str:
+    return "".join(f" --set {override}" for override in overrides or [])
+
+
+@app.command()
+def plan(spec: SpecArgument, overrides: SetOption = None) -> None:
+    """Check a spec and print what it will do: images, forwards, updates, GPUs, memory."""
+    from flowgrpo_ray.preflight import check_run, estimate
+    from flowgrpo_ray.spec import required_resources
+
+    resolved = load_spec(spec, overrides or [])
+    prompts, held_out = check_run(resolved)
+    cpus, gpus = required_resources(resolved)
+    work = estimate(resolved, gpus, len(held_out))
+    n = resolved.iterations
+    table = Table(title=f"{resolved.name} (spec {resolved.digest()})", title_justify="left")
+    for column in ("", "per iteration", f"in {n} iterations"):
+        table.add_column(column, justify="left" if not column else "right")
+    for label, count in (
+        ("images", work.images),
+        ("micro-batches", work.micro_batches),
+        ("forwards of one image, sampling", work.rollout_forwards),
+        ("forwards and backwards, training", work.trained_forwards),
+        ("forwards of the KL reference", work.reference_forwards),
+        ("optimizer updates", work.updates),
+    ):
+        table.add_row(label, f"{count:,}", f"{count * n:,}")
+    console.print(table)
+    console.print(f"prompts: {len(prompts):,} to train on, {len(held_out):,} held out")
+    console.print(f"reserved in Ray: {cpus:g} CPUs, {gpus:g} GPUs")
+    if work.learner_bytes is None or work.network_parameters is None:
+        console.print(f"memory: unknown, the weights of {resolved.model.path} are not on this disk")
+        return
+    console.print(
+        f"memory of the network's {work.network_parameters / 1e6:,.1f} M parameters: "
+        f"{_gib(work.rollout_bytes or 0)} in a rollout worker, {_gib(work.learner_bytes)} over "
+        "the learner ranks (weights, gradients, optimizer, averages; activations not counted)"
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+@app.command()
+def sample(
+    target: TargetArgument,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="one image for each")],
+    out: Annotated[Path, typer.Option(help="the PNG to write")] = Path("samples.png"),
+    steps: StepsOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the noise")] = 0,
+    weights: WeightsOption = "ema",
+    columns: Annotated[int, typer.Option(min=1, help="images in a row")] = 8,
+) -> None:
+    """Draw one image per prompt into a grid PNG."""
+    from flowgrpo_ray.inference import generate, load_trained, open_target
+    from flowgrpo_ray.tracking import save_grid
+
+    spec, folder = open_target(target)
+    policy = load_trained(spec, folder, weights)
+    steps = steps or spec.evaluation.steps
+    images = generate(policy, spec, prompts, steps, seed, spec.evaluation.micro_batch)
+    save_grid(out, images, min(columns, len(images)))
+    console.print(f"{len(images)} images in {out}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    target: TargetArgument,
+    prompts: Annotated[
+        str | None, typer.Option(help="a prompt file; default: prompts.evaluate of the spec")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="the first N prompts only")] = None,
+    steps: StepsOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the noise")] = 0,
+    weights: WeightsOption = "ema",
+    iteration: Annotated[
+        int | None, typer.Option(help="of the checkpoint; default: newest")
+    ] = None,
+) -> None:
+    """Score images of held-out prompts with every reward of the spec; prints JSON."""
+    from flowgrpo_ray.inference import generate, load_trained, open_target, score
+    from flowgrpo_ray.metrics import mean_and_std
+    from flowgrpo_ray.prompts import load_prompts
+
+    spec, folder = open_target(target)
+    chosen = load_prompts(
+        prompts or spec.prompts.evaluate, "--prompts" if prompts else "prompts.evaluate"
+    )
+    chosen = chosen[: limit or (None if prompts else spec.evaluation.prompts)]
+    policy = load_trained(spec, folder, weights, iteration)
+    steps = steps or spec.evaluation.steps
+    texts = [prompt.text for prompt in chosen]
+    images = generate(policy, spec, texts, steps, seed, spec.evaluation.micro_batch)
+    rewards = {name: mean_and_std(v) for name, v in score(spec, images, chosen).items()}
+    print(json.dumps({"prompts": len(chosen), "steps": steps, "seed": seed, "rewards": rewards}))
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(help="the new folder to write")],
+    what: Annotated[
+        Literal["lora", "pipeline"] | None,
+        typer.Option("--format", help="default: lora for LoRA runs, else the whole pipeline"),
+    ] = None,
+    weights: WeightsOption = "ema",
+) -> None:
+    """Write a trained model for diffusers: LoRA safetensors, or a full pipeline folder."""
+    from flowgrpo_ray.inference import export as write
+    from flowgrpo_ray.run_folder import RunFolder
+
+    folder = RunFolder.existing(run)
+    spec = folder.read_spec()
+    what = what or ("lora" if spec.tuning.kind == "lora" else "pipeline")
+    write(spec, folder, out, what, weights)
+    loader = "pipe.load_lora_weights" if what == "lora" else "DiffusionPipeline.from_pretrained"
+    console.print(f"{what} written; load it with {loader}({str(out)!r})", soft_wrap=True)
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Write report.html of a run, finished or still going."""
+    from flowgrpo_ray.report import write_report
+
+    console.print(str(write_report(run)), soft_wrap=True)
+
+
+@app.command()
+def recipes() -> None:
+    """List the training specs of this package."""
+    table = Table(box=None, show_header=False)
+    for name in recipe_names():
+        text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+        table.add_row(f"[bold]{name}[/]", text.splitlines()[0].lstrip("# "))
+    console.print(table)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a training spec, for editors."""
+    print(json.dumps(TrainingSpec.model_json_schema(), indent=2))
+
+
+def main() -> None:
+    """Entry point: a mistake of the user is one message and exit status 2, not a traceback."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    try:
+        app()
+    except FlowGrpoError as error:
+        cause = getattr(error, "cause", None) or error  # Ray wraps what an actor raised
+        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(cause))}", highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted")
+        sys.exit(130)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

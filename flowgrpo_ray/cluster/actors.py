@@ -1,0 +1,76 @@
+"""What all actors of a run share: where they are placed, their device, their quiet start."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import warnings
+from collections.abc import Awaitable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from flowgrpo_ray.errors import ClusterError
+from flowgrpo_ray.spec import ActorsSpec, ClusterSpec
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+
+def place(cluster: ClusterSpec) -> PlacementGroup:
+    """One placement group: a bundle per learner rank, then one per rollout worker."""
+    kinds = [cluster.learner] * cluster.learner.count + [cluster.rollout] * cluster.rollout.count
+    return placement_group([_bundle(kind) for kind in kinds], strategy="PACK")
+
+
+def _bundle(kind: ActorsSpec) -> dict[str, float]:
+    return {"CPU": kind.cpus, "GPU": kind.gpus} if kind.gpus else {"CPU": kind.cpus}
+
+
+def launch(
+    cls: type, kind: ActorsSpec, group: PlacementGroup, bundle: int, name: str, *args: Any
+) -> Any:
+    """Start an actor of ``cls`` in a bundle; returns its handle while it still starts.
+
+    ``name`` is what the dashboard shows; it is unique within the run's own namespace.
+    """
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+    return (
+        ray.remote(cls)
+        .options(
+            name=name,
+            num_cpus=kind.cpus,
+            num_gpus=kind.gpus,
+            scheduling_strategy=strategy,
+        )
+        .remote(*args)
+    )
+
+
+def set_up_process(kind: ActorsSpec) -> torch.device:
+    """In an actor: quiet libraries, its threads and its device."""
+    os.environ["OMP_NUM_THREADS"] = str(kind.threads)  # before torch is imported
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.simplefilter("ignore")
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    import torch
+
+    torch.set_num_threads(kind.threads)
+    return torch.device("cuda", 0) if kind.gpus else torch.device("cpu")
+
+
+async def within(seconds: float, what: str, calls: Iterable[Awaitable[T]]) -> list[T]:
+    """All results, or ``ClusterError`` naming ``what`` was not ready in time."""
+    try:
+        return await asyncio.wait_for(asyncio.gather(*calls), seconds)
+    except TimeoutError:
+        raise ClusterError(
+            f"{what} not ready after cluster.ready_timeout_s = {seconds:g} s; the actors' logs say "
+            "why (a missing package, no free GPU, a slow model download)"
+        ) from None

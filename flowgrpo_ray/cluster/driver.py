@@ -1,0 +1,352 @@
+"""The training loop: publish, load, sample, score, accumulate, step.
+
+The driver touches scores and object references only; images and trajectories travel between actors
+and Serve. Groups stream: while one is scored another is sampled and a third accumulates gradients,
+all under one version of the weights. Gradients accumulate in plan order, whatever the order of
+arrival, so the result does not depend on how many workers there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from ray import ObjectRef
+
+from flowgrpo_ray.checkpoint import Progress, save_checkpoint
+from flowgrpo_ray.cluster import reward_service
+from flowgrpo_ray.cluster.actors import place
+from flowgrpo_ray.cluster.learner_group import Contribution, LearnerGroup
+from flowgrpo_ray.cluster.reward_service import RewardClient, RewardServiceArgs
+from flowgrpo_ray.cluster.rollout import RolloutPool, Sampled
+from flowgrpo_ray.errors import ContractError, RewardError
+from flowgrpo_ray.metrics import Scores, Signal, mean_and_std, signals, train_row
+from flowgrpo_ray.prompts import (
+    IterationPlan,
+    Prompt,
+    plan_evaluation,
+    plan_iteration,
+    prompts_digest,
+)
+from flowgrpo_ray.rewards import weighted_total
+from flowgrpo_ray.run_folder import RunFolder
+from flowgrpo_ray.spec import TrainingSpec
+from flowgrpo_ray.tracking import RunRecorder, StartClock, save_samples
+from flowgrpo_ray.types import WeightsTicket, WorkUnit
+
+if TYPE_CHECKING:
+    from flowgrpo_ray.learner import LearnerState
+
+
+class Display(Protocol):
+    """What the driver tells the person who watches."""
+
+    def stage(self, stage: str) -> None: ...
+    def iteration(self, row: dict[str, Any], seconds: float) -> None: ...
+    def evaluation(self, iteration: int, rewards: dict[str, float]) -> None: ...
+    def note(self, message: str) -> None: ...
+
+
+class Trainer:
+    """One run on a connected Ray cluster."""
+
+    def __init__(
+        self,
+        spec: TrainingSpec,
+        prompts: Sequence[Prompt],
+        held_out: Sequence[Prompt],
+        folder: RunFolder,
+        recorder: RunRecorder,
+        display: Display,
+        clock: StartClock,
+    ) -> None:
+        self.clock = clock
+        self.spec, self.folder, self.recorder, self.display = spec, folder, recorder, display
+        self.prompts = {"train": prompts, "eval": held_out}
+        self.conditions: dict[str, list[ObjectRef]] = {}
+        self.stopping = False
+        self.progress = Progress(
+            iteration=0,
+            images=0,
+            seconds=0.0,
+            failed_groups=0,
+            spec_identity=spec.identity(),
+            prompts_digest=prompts_digest([*prompts, *held_out]),
+        )
+
+    # --- the run
+
+    async def train(self, resume: tuple[LearnerState, Progress] | None) -> Progress:
+        """Train to ``spec.iterations``, or until ``stop``; where it ends is checkpointed."""
+        await self.start()
+        if resume:
+            state, self.progress = resume
+            await self.learners.load_state(state)
+        await self.measure_floor()
+        self.clock.lap("ratio floor")
+        if not resume:
+            await self.evaluate()
+            self.clock.lap("first evaluation")
+        self.recorder.log_timing(self.clock.row())
+        while self.progress.iteration < self.spec.iterations and not self.stopping:
+            await self.iterate(self.progress.iteration + 1)
+            done = self.progress.iteration
+            last = done == self.spec.iterations
+            if not self.stopping and (last or done % self.spec.evaluation.every == 0):
+                await self.evaluate()
+            if last or self.stopping or done % self.spec.checkpoint.every == 0:
+                await self.save()
+        return self.progress
+
+    def stop(self) -> None:
+        """Finish the iteration, checkpoint it and return."""
+        self.stopping = True
+
+    async def start(self) -> None:
+        """Bring up learner, rollout workers and rewards, all at once; encode every prompt."""
+        self.display.stage("starting learner, rollout workers and rewards")
+        group = place(self.spec.cluster)
+        self.learners = LearnerGroup(self.spec, group)
+        self.rollouts = RolloutPool(self.spec, group)
+        await asyncio.gather(self._start_rewards(), self.learners.start(), self._start_rollouts())
+        self.clock.lap("actors")
+
+    async def _start_rewards(self) -> None:
+        args = [
+            RewardServiceArgs(
+                name=name,
+                reward=reward.reward or name,
+                options=reward.options,
+                replicas=reward.replicas,
+                cpus=reward.cpus,
+                gpus=reward.gpus,
+            )
+            for name, reward in self.spec.rewards.items()
+        ]
+        cluster, names = self.spec.cluster, list(self.spec.rewards)
+        reused = await asyncio.to_thread(
+            reward_service.deploy, args, http_port=cluster.reward_http_port
+        )
+        for name in reused:
+            self.display.note(f"using the deployment reward-{name} that is there, as it is set up")
+        await asyncio.to_thread(reward_service.wait, names, deadline_s=cluster.ready_timeout_s)
+        self.rewards = RewardClient(names)
+
+    async def _start_rollouts(self) -> None:
+        self.sigmas, self.eval_sigmas = await self.rollouts.sigmas(
+            self.spec.sampling.steps, self.spec.evaluation.steps
+        )
+        for stream, prompts in self.prompts.items():
+            self.conditions[stream] = await self.rollouts.encode([p.text for p in prompts])
+
+    async def publish(self, version: int, *, averaged: bool = False) -> WeightsTicket:
+        """Contract: every worker holds exactly the published weights, or the run stops."""
+        ticket, arrays = await self.learners.publish(version, averaged=averaged)
+        await self.rollouts.load(ticket, arrays)
+        return ticket
+
+    async def measure_floor(self) -> None:
+        """What this hardware cannot reproduce of a ratio of 1; the clip range must lie above."""
+        ticket = await self.publish(0)
+        units = plan_iteration(self.spec, 0, len(self.prompts["train"]), self.sigmas).units
+        probe = [
+            self._contribution(unit, await self._sample(unit, ticket))
+            for unit in units[: self.spec.cluster.learner.count]
+        ]
+        floor = await self.learners.measure_floor(probe)
+        clip = min(self.spec.objective.clip_low, self.spec.objective.clip_high)
+        if floor >= clip:
+            raise ContractError(
+                f"max |log rho| of a fresh trajectory is {floor:.3g} on this hardware, not below "
+                f"the clip range {clip:.3g} of objective.clip_low / clip_high: updates would "
+                "follow rounding errors. Widen the clip range, use model.dtype: float32, or put "
+                "rollout and learner on one kind of device"
+            )
+        if floor:
+            self.display.note(f"on this hardware |log rho| of fresh samples is up to {floor:.3g}")
+
+    # --- one iteration
+
+    async def iterate(self, iteration: int) -> None:
+        """One iteration of Flow-GRPO, as the module's docstring tells it."""
+        began = time.perf_counter()
+        plan = plan_iteration(self.spec, iteration, len(self.prompts["train"]), self.sigmas)
+        ticket = await self.publish(iteration)
+        published = time.perf_counter() - began
+        self.display.stage("sampling, scoring, training")
+        stream = Stream(self, plan, ticket)
+        try:
+            updates = []
+            for update in plan.updates:
+                samples = 0
+                for unit in update.units:
+                    sampled, signal = await stream.ready(unit)
+                    samples += int(signal.keep.sum())
+                    self.learners.accumulate(self._contribution(unit, sampled, signal))
+                steps = len(plan.schedule.stochastic_steps)
+                updates.append(await self.learners.step(samples, steps))
+        finally:
+            stream.cancel()
+        seconds = time.perf_counter() - began
+        row = train_row(self.spec, plan, ticket, stream.scores, updates)
+        self.recorder.log(row)
+        busy = {"publish": published, **stream.seconds}
+        busy["train"] = sum(s.seconds for stats, _ in updates for s in stats)
+        busy["step"] = sum(step.seconds for _, step in updates)
+        self._record_time("train", iteration, seconds, stages=busy)
+        self._advance(iteration, row, seconds, stream.scores)
+        self.display.iteration(row, seconds)
+
+    def _advance(
+        self, iteration: int, row: dict[str, Any], seconds: float, scores: Sequence[Scores]
+    ) -> None:
+        failed = self.progress.failed_groups + row["groups"]["dropped"]
+        self.progress = replace(
+            self.progress,
+            iteration=iteration,
+            images=self.progress.images + row["images"],
+            seconds=self.progress.seconds + seconds,
+            failed_groups=failed,
+        )
+        allowed = self.spec.cluster.max_failed_groups
+        if failed > allowed:
+            why = [score.failure for score in scores if score.failure]
+            raise RewardError(
+                f"{failed} groups could not be scored and were left out, more than "
+                f"cluster.max_failed_groups = {allowed}. "
+                + (why[-1] if why else "A reward answered NaN for all but one image of a group")
+            )
+
+    def _contribution(
+        self, unit: WorkUnit, sampled: Sampled, signal: Signal | None = None
+    ) -> Contribution:
+        if signal is None:
+            signal = Signal(np.zeros(unit.batch, np.float32), np.zeros(unit.batch, bool))
+        return Contribution(
+            unit, sampled.trajectory, self._conditions(unit), signal.advantages, signal.keep
+        )
+
+    def _conditions(self, unit: WorkUnit) -> list[ObjectRef]:
+        of_stream = self.conditions[unit.stream]
+        return [of_stream[prompt] for prompt in unit.distinct_prompts]
+
+    async def _sample(self, unit: WorkUnit, ticket: WeightsTicket) -> Sampled:
+        return await self.rollouts.sample(unit, ticket, self._conditions(unit))
+
+    async def _score(self, unit: WorkUnit, images: ObjectRef) -> Scores:
+        prompts = [self.prompts[unit.stream][prompt] for prompt in unit.prompts]
+        rewards = await self.rewards.score(
+            images, [p.text for p in prompts], [p.metadata for p in prompts]
+        )
+        return Scores(rewards, weighted_total(rewards, self.spec.weights))
+
+    # --- around the iterations
+
+    async def evaluate(self) -> None:
+        """Score the held-out prompts under the averaged weights, with fixed noise and no steps'
+        noise; keeps a sample grid."""
+        self.display.stage("evaluating")
+        began, iteration = time.perf_counter(), self.progress.iteration
+        ticket = await self.publish(iteration, averaged=True)
+        held_out = self.prompts["eval"]
+        units = plan_evaluation(self.spec, len(held_out), self.eval_sigmas)
+        sampled = [asyncio.ensure_future(self._sample(unit, ticket)) for unit in units]
+        scoring = [
+            asyncio.ensure_future(self._score(unit, (await task).images))
+            for unit, task in zip(units, sampled, strict=True)
+        ]
+        scores = await asyncio.gather(*scoring)
+        rewards = {
+            name: np.concatenate([score.rewards[name] for score in scores])
+            for name in self.spec.rewards
+        }
+        summary = {name: mean_and_std(values) for name, values in rewards.items()}
+        row = {"kind": "eval", "iteration": iteration, "rewards": summary, "prompts": len(held_out)}
+        self.recorder.log(row | {"weights": "ema" if self.spec.ema else "last"})
+        means = {name: round(values["mean"], 6) for name, values in summary.items()}
+        if iteration == 0:
+            self.progress = replace(self.progress, eval_before=means)
+        self.progress = replace(self.progress, eval_last=means)
+        await self._keep_grid(iteration, [await task for task in sampled], rewards)
+        seconds = time.perf_counter() - began
+        self._record_time("eval", iteration, seconds)
+        self.progress = replace(self.progress, seconds=self.progress.seconds + seconds)
+        self.display.evaluation(iteration, means)
+
+    async def _keep_grid(
+        self, iteration: int, sampled: Sequence[Sampled], rewards: dict[str, np.ndarray]
+    ) -> None:
+        size = self.spec.evaluation.grid
+        needed = -(-size // self.spec.evaluation.micro_batch)
+        images = np.concatenate(await asyncio.gather(*(s.images for s in sampled[:needed])))[:size]
+        texts = [prompt.text for prompt in self.prompts["eval"][: len(images)]]
+        scores = {name: values[: len(images)] for name, values in rewards.items()}
+        save_samples(self.folder.path, iteration, images, texts, scores)
+
+    async def save(self) -> None:
+        """Checkpoint learner and progress."""
+        self.display.stage("saving a checkpoint")
+        state = await self.learners.state()
+        keep = self.spec.checkpoint.keep
+        await asyncio.to_thread(
+            save_checkpoint, self.folder.checkpoints, state, self.progress, keep
+        )
+
+    def _record_time(self, kind: str, iteration: int, seconds: float, **more: Any) -> None:
+        if kind == "train":
+            more["images_per_second"] = self.spec.sampling.images / seconds
+        self.recorder.log_timing({"kind": kind, "iteration": iteration, "seconds": seconds, **more})
+
+
+class Stream:
+    """The units of one iteration on their way from sampling over scoring to advantages.
+
+    A scope is the set of units that advantages are taken over: whole groups, or with
+    ``std: global`` the whole iteration, which is the one barrier that the maths needs.
+    """
+
+    def __init__(self, trainer: Trainer, plan: IterationPlan, ticket: WeightsTicket) -> None:
+        self._trainer, self._ticket = trainer, ticket
+        self.seconds = {"sample": 0.0, "score": 0.0}
+        self._units = {unit.index: asyncio.ensure_future(self._unit(unit)) for unit in plan.units}
+        scopes = [plan.units] if trainer.spec.objective.std == "global" else plan.blocks
+        self._signals: dict[int, asyncio.Future[dict[int, Signal]]] = {}
+        for scope in scopes:
+            task = asyncio.ensure_future(self._signal(scope))
+            self._signals |= {unit.index: task for unit in scope}
+
+    async def _unit(self, unit: WorkUnit) -> tuple[Sampled, Scores]:
+        sampled = await self._trainer._sample(unit, self._ticket)
+        self.seconds["sample"] += sampled.seconds
+        began = time.perf_counter()
+        try:
+            scores = await self._trainer._score(unit, sampled.images)
+        except RewardError as error:
+            unscored = np.full(unit.batch, np.nan, np.float32)
+            rewards = dict.fromkeys(self._trainer.spec.rewards, unscored)
+            scores = Scores(rewards, unscored, failure=str(error))
+        self.seconds["score"] += time.perf_counter() - began
+        return sampled, scores
+
+    async def _signal(self, scope: Sequence[WorkUnit]) -> dict[int, Signal]:
+        scores = [(await self._units[unit.index])[1] for unit in scope]
+        return signals(scope, scores, self._trainer.spec.objective)
+
+    async def ready(self, unit: WorkUnit) -> tuple[Sampled, Signal]:
+        """The unit, sampled, scored and compared with its group."""
+        of_scope = await self._signals[unit.index]
+        return (await self._units[unit.index])[0], of_scope[unit.index]
+
+    @property
+    def scores(self) -> list[Scores]:
+        """Of all units, in plan order; when all are ready."""
+        return [self._units[index].result()[1] for index in sorted(self._units)]
+
+    def cancel(self) -> None:
+        """Drop what still runs; nothing does after an iteration that went well."""
+        for task in [*self._units.values(), *self._signals.values()]:
+            task.cancel()

@@ -1,0 +1,145 @@
+"""Rollout workers: they sample work units under the published weights."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray import ObjectRef
+from ray.util.placement_group import PlacementGroup
+
+from flowgrpo_ray.cluster.actors import launch, set_up_process, within
+from flowgrpo_ray.errors import ContractError
+from flowgrpo_ray.spec import TrainingSpec
+from flowgrpo_ray.types import Condition, Float32, Images, Trajectory, WeightsTicket, WorkUnit
+
+IN_FLIGHT = 2  # units given to a worker at once, so that it never waits for the driver
+ENCODE_CHUNK = 512  # prompts per call
+
+
+class RolloutWorker:
+    """One process with the whole model: encodes prompts, samples units, decodes images."""
+
+    def __init__(self, spec: TrainingSpec) -> None:
+        device = set_up_process(spec.cluster.rollout)
+        from flowgrpo_ray.policies import load_policy
+
+        self.spec = spec
+        self.policy = load_policy(spec, device, frozenset({"network", "decoder"}))
+        self.policy.tune(spec.seed, with_reference=False)
+        self.parameters = self.policy.trainable()
+        self.policy.latent_shape(spec.sampling.size)  # an impossible size fails here, early
+        self.loaded: WeightsTicket | None = None
+
+    def sigmas(self, steps: int) -> tuple[float, ...]:
+        """The model's noise levels for that many steps."""
+        return self.policy.sigmas(steps, self.spec.sampling.size)
+
+    def encode(self, prompts: Sequence[str]) -> list[Condition] | Condition:
+        """One condition per prompt; the text encoders are loaded for this call alone."""
+        self.policy.load_encoder()
+        conditions = self.policy.encode(prompts)
+        self.policy.drop_encoder()
+        return conditions if len(conditions) > 1 else conditions[0]
+
+    def load(self, ticket: WeightsTicket, arrays: dict[str, Float32]) -> str:
+        """Take over published weights; answers with the digest of what the parameters now hold."""
+        from flowgrpo_ray.weights import digest, load_arrays
+
+        self.loaded = None
+        load_arrays(self.parameters, arrays)
+        found = digest(self.parameters)
+        self.loaded = WeightsTicket(ticket.version, found)
+        return found
+
+    def sample(
+        self, unit: WorkUnit, ticket: WeightsTicket, *conditions: Condition
+    ) -> tuple[Trajectory, Images, float]:
+        """Sample ``unit`` under the weights of ``ticket``; trajectory, images, busy seconds."""
+        from flowgrpo_ray.sampling import rollout
+
+        if self.loaded != ticket:
+            raise ContractError(
+                f"micro-batch {unit.index} of iteration {unit.iteration} was to be sampled with "
+                f"weights {ticket}, and this worker holds {self.loaded}"
+            )
+        started = time.perf_counter()
+        by_prompt = dict(zip(unit.distinct_prompts, conditions, strict=True))
+        trajectory, x = rollout(self.policy, unit, by_prompt, self.spec.sampling.size, ticket)
+        images = self.policy.decode(x)
+        return trajectory, images, time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A sampled unit: references that stay in the object store, and the seconds it took."""
+
+    trajectory: ObjectRef
+    images: ObjectRef
+    seconds: float
+
+
+class RolloutPool:
+    """The driver's side: gives units to whichever worker is free; results do not depend on it."""
+
+    def __init__(self, spec: TrainingSpec, group: PlacementGroup) -> None:
+        self.spec = spec
+        first = spec.cluster.learner.count
+        kind = spec.cluster.rollout
+        self.workers: list[Any] = [
+            launch(RolloutWorker, kind, group, first + rank, f"rollout-{rank}", spec)
+            for rank in range(kind.count)
+        ]
+        self._free: asyncio.Queue[Any] = asyncio.Queue()
+        for worker in self.workers * IN_FLIGHT:
+            self._free.put_nowait(worker)
+
+    async def sigmas(self, *steps: int) -> list[tuple[float, ...]]:
+        """Noise levels for each number of steps, from the first worker; waits until it is up."""
+        worker = self.workers[0]
+        return await within(
+            self.spec.cluster.ready_timeout_s,
+            "rollout workers",
+            [worker.sigmas.remote(n) for n in steps],
+        )
+
+    async def encode(self, prompts: Sequence[str]) -> list[ObjectRef]:
+        """A reference to each prompt's condition; every prompt is encoded once in a run."""
+        references: list[ObjectRef] = []
+        for i, start in enumerate(range(0, len(prompts), ENCODE_CHUNK)):
+            chunk = list(prompts[start : start + ENCODE_CHUNK])
+            worker = self.workers[i % len(self.workers)]
+            made = worker.encode.options(num_returns=len(chunk)).remote(chunk)
+            references += made if len(chunk) > 1 else [made]
+        await asyncio.gather(*(references[i] for i in range(0, len(prompts), ENCODE_CHUNK)))
+        return references
+
+    async def load(self, ticket: WeightsTicket, arrays: ObjectRef) -> None:
+        """Every worker loads the published weights, or the run stops."""
+        found = await within(
+            self.spec.cluster.ready_timeout_s,
+            "rollout workers",
+            [worker.load.remote(ticket, arrays) for worker in self.workers],
+        )
+        for rank, digest in enumerate(found):
+            if digest != ticket.digest:
+                raise ContractError(
+                    f"rollout-{rank} loaded weights with digest {digest}; version "
+                    f"{ticket.version} was published with {ticket.digest}"
+                )
+
+    async def sample(
+        self, unit: WorkUnit, ticket: WeightsTicket, conditions: Sequence[ObjectRef]
+    ) -> Sampled:
+        """Sample one unit; ``conditions`` are those of its distinct prompts, in order."""
+        worker = await self._free.get()
+        try:
+            trajectory, images, seconds = worker.sample.options(num_returns=3).remote(
+                unit, ticket, *conditions
+            )
+            return Sampled(trajectory, images, await seconds)
+        finally:
+            self._free.put_nowait(worker)

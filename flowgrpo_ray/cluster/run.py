@@ -1,0 +1,124 @@
+"""A training run from start to end: folder, Ray, trainer, signals, summary and report."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowgrpo_ray.cluster.session import ray_session
+from flowgrpo_ray.errors import RunFolderError
+from flowgrpo_ray.preflight import check_run
+from flowgrpo_ray.prompts import prompts_digest
+from flowgrpo_ray.report import write_report
+from flowgrpo_ray.run_folder import RunFolder
+from flowgrpo_ray.spec import TrainingSpec
+from flowgrpo_ray.tracking import RunRecorder, StartClock
+
+if TYPE_CHECKING:
+    from flowgrpo_ray.checkpoint import Progress
+    from flowgrpo_ray.cluster.driver import Display, Trainer
+    from flowgrpo_ray.learner import LearnerState
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its folder, ``summary.json``'s content, and whether it was stopped early."""
+
+    folder: Path
+    summary: dict[str, Any]
+    stopped: bool
+
+
+def train(
+    spec: TrainingSpec, root: Path, *, resume: bool, display: Display, started: float | None = None
+) -> Outcome:
+    """Train ``spec`` in ``root/<name>``. SIGINT or SIGTERM once finishes the iteration and
+    checkpoints; twice stops at once (``KeyboardInterrupt``).
+
+    ``started`` is when the command began (``time.perf_counter``), for the start-up phases.
+    """
+    clock = StartClock(time.perf_counter() if started is None else started)
+    clock.lap("import")
+    prompts, held_out = check_run(spec)
+    folder = RunFolder.claim(root, spec, resume=resume)
+    try:
+        saved = folder.latest() if resume else None
+        digest = prompts_digest([*prompts, *held_out])
+        if saved and saved[1].prompts_digest != digest:
+            raise RunFolderError(
+                f"{folder.path} was trained on other prompts: prompts.train or prompts.evaluate "
+                "has changed since. Restore the files, or choose another name (--set name=...)"
+            )
+        recorder = RunRecorder(folder.path, spec.tracking.tensorboard, spec.tracking.wandb)
+        _rewind(recorder, folder, spec, saved, display)
+        display.stage("starting Ray")
+        with ray_session(spec, folder.logs), contextlib.closing(recorder):
+            clock.lap("ray")
+            from flowgrpo_ray.cluster.driver import Trainer
+
+            trainer = Trainer(spec, prompts, held_out, folder, recorder, display, clock)
+            progress = asyncio.run(_until_stopped(trainer, saved))
+        stopped = progress.iteration < spec.iterations
+        summary = _summary(spec, progress)
+        recorder.write_summary(summary)
+        write_report(folder.path)
+        return Outcome(folder.path, summary, stopped)
+    finally:
+        folder.release()
+
+
+def _rewind(
+    recorder: RunRecorder,
+    folder: RunFolder,
+    spec: TrainingSpec,
+    saved: tuple[LearnerState, Progress] | None,
+    display: Display,
+) -> None:
+    """Back to the checkpoint: rows that were written after it will be written again."""
+    if saved is None:
+        recorder.truncate(-1)
+        return
+    iteration = saved[1].iteration
+    # A run that ended off its rhythm was evaluated at its end; the longer run is not, there.
+    off_rhythm = iteration % spec.evaluation.every != 0
+    recorder.truncate(iteration, drop_evaluation=off_rhythm)
+    display.note(f"resuming {folder.path} after iteration {iteration}")
+
+
+async def _until_stopped(trainer: Trainer, saved: tuple[LearnerState, Progress] | None) -> Progress:
+    """Train under signal handlers; installed here because ``ray.init`` replaces SIGTERM's."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.ensure_future(trainer.train(saved))
+
+    def interrupt() -> None:
+        if trainer.stopping:
+            task.cancel()
+        else:
+            trainer.display.note("stopping after this iteration; once more to stop at once")
+            trainer.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+def _summary(spec: TrainingSpec, progress: Progress) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "eval_before": progress.eval_before,
+        "eval_after": progress.eval_last,
+        "seconds": progress.seconds,
+        "iterations": progress.iteration,
+        "images": progress.images,
+        "failed_groups": progress.failed_groups,
+        "seed": spec.seed,
+        "spec_digest": spec.digest(),
+    }

@@ -1,0 +1,125 @@
+"""The Ray cluster of a run: the one that is there, or a private one on this machine.
+
+A private cluster listens on loopback only, keeps Ray's token authentication on with a token that
+lives in this process's environment, and leaves no file behind but the logs in the run folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flowgrpo_ray.errors import ClusterError
+from flowgrpo_ray.spec import TrainingSpec, required_resources
+
+
+@contextmanager
+def ray_session(spec: TrainingSpec, logs: Path) -> Iterator[None]:
+    """Within it, Ray is connected and has what ``spec`` asks for.
+
+    Joins the cluster that ``RAY_ADDRESS`` names (``ray job submit`` sets it), else starts one for
+    this run alone and copies its logs to ``logs`` at the end.
+    """
+    if "RAY_ADDRESS" in os.environ:
+        with _joined(spec):
+            yield
+    else:
+        with _private(spec, logs):
+            yield
+
+
+@contextmanager
+def _joined(spec: TrainingSpec) -> Iterator[None]:
+    import ray
+
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise ClusterError(
+            f"RAY_ADDRESS = {os.environ['RAY_ADDRESS']!r}: no cluster answers there. Start one "
+            f"(ray start --head), or unset RAY_ADDRESS to run on this machine alone. Cause: {error}"
+        ) from error
+    try:
+        check_resources(spec)
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _private(spec: TrainingSpec, logs: Path) -> Iterator[None]:
+    check_local_gpus(spec)
+    os.environ.update(private_environment())
+    import ray
+
+    cpus, _ = required_resources(spec)
+    temporary = Path(tempfile.mkdtemp(prefix="flowgrpo-", dir="/tmp"))  # short: it holds sockets
+    try:
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
+            include_dashboard=spec.cluster.dashboard,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(temporary),
+            _node_ip_address="127.0.0.1",
+        )
+        check_resources(spec)
+        yield
+    finally:
+        ray.shutdown()
+        _keep_logs(temporary, logs)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def private_environment() -> dict[str, str]:
+    """Ray's settings for a cluster that nobody else can reach; to be set before ``import ray``."""
+    return {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # bind to loopback, not to all interfaces
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # in the environment, so no file in ~/.ray
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+
+
+def _keep_logs(temporary: Path, logs: Path) -> None:
+    for session in temporary.glob("session_2*/logs"):
+        shutil.copytree(session, logs / session.parent.name, dirs_exist_ok=True, symlinks=True)
+
+
+def check_resources(spec: TrainingSpec) -> None:
+    """``ClusterError`` if the connected cluster is too small for the spec."""
+    import ray
+
+    have = ray.cluster_resources()
+    for resource, needed, keys in zip(
+        ("CPU", "GPU"), required_resources(spec), ("cpus", "gpus"), strict=True
+    ):
+        if needed > have.get(resource, 0) + 1e-9:
+            raise ClusterError(_too_few(spec, resource, keys, needed, have.get(resource, 0)))
+
+
+def check_local_gpus(spec: TrainingSpec) -> None:
+    """The same for GPUs before a private cluster starts, from the driver files of this machine."""
+    _, needed = required_resources(spec)
+    have = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if needed > have:
+        raise ClusterError(_too_few(spec, "GPU", "gpus", needed, have))
+
+
+def _too_few(spec: TrainingSpec, resource: str, key: str, needed: float, have: float) -> str:
+    cluster = spec.cluster
+    rewards = ", ".join(f"rewards.{name}.{key}" for name in spec.rewards)
+    return (
+        f"the spec asks for {needed:g} {resource}s and the cluster has {have:g}: lower "
+        f"cluster.rollout.{key} = {getattr(cluster.rollout, key):g} (x {cluster.rollout.count}), "
+        f"cluster.learner.{key} = {getattr(cluster.learner, key):g} (x {cluster.learner.count}) "
+        f"or {rewards}, or join a larger cluster with RAY_ADDRESS"
+    )

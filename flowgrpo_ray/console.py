@@ -1,0 +1,100 @@
+"""What a person sees while a run goes on: a live line in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from flowgrpo_ray.spec import TrainingSpec
+
+PLAIN_SECONDS = 10.0  # between two lines where the output is no terminal
+
+
+class RunDisplay:
+    """Progress of one run; a context manager."""
+
+    def __init__(self, spec: TrainingSpec, console: Console) -> None:
+        self.console, self.total = console, spec.iterations
+        self._live: Progress | None = None
+        self._task = TaskID(0)
+        if console.is_terminal:
+            self._live = Progress(
+                TextColumn("[bold]{task.completed:>4}[/]/{task.total}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[numbers]}"),
+                TextColumn("[dim]{task.fields[stage]}[/]"),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[left]}"),
+                console=console,
+            )
+            self._task = self._live.add_task("", total=self.total, numbers="", stage="", left="")
+        self._printed = -PLAIN_SECONDS
+        self._mean_seconds: float | None = None
+
+    def __enter__(self) -> RunDisplay:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def stage(self, stage: str) -> None:
+        """What the run is doing now."""
+        if self._live:
+            self._live.update(self._task, stage=stage)
+
+    def iteration(self, row: Mapping[str, Any], seconds: float) -> None:
+        """One finished iteration and its metrics row."""
+        last = self._mean_seconds or seconds
+        self._mean_seconds = 0.8 * last + 0.2 * seconds
+        remaining = (self.total - row["iteration"]) * self._mean_seconds
+        ratio = row["log_ratio"]
+        numbers = f"reward {row['reward']['mean']:.3f}  |log rho| {ratio['max_abs'] or 0:.1e}"
+        left = f"{_clock(remaining)} left"
+        if self._live:
+            self._live.update(self._task, completed=row["iteration"], numbers=numbers, left=left)
+        elif time.monotonic() - self._printed >= PLAIN_SECONDS or row["iteration"] == self.total:
+            self._printed = time.monotonic()
+            done = f"iteration {row['iteration']:>4}/{self.total}"
+            self.console.print(f"{done}  {numbers}  {seconds:.2f} s  {left}", highlight=False)
+
+    def evaluation(self, iteration: int, rewards: Mapping[str, float | None]) -> None:
+        """The rewards of held-out prompts after ``iteration`` iterations."""
+        means = "  ".join(f"{name} {_score(mean)}" for name, mean in rewards.items())
+        self.console.print(f"held-out after {iteration:>4} iterations:  {means}", highlight=False)
+
+    def note(self, message: str) -> None:
+        """Something the person should know."""
+        self.console.print(message, highlight=False)
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """The end of a run: each reward before and after."""
+    table = Table(title=f"{summary['name']}: held-out prompts", title_justify="left")
+    for column in ("reward", "before", "after"):
+        table.add_column(column, justify="left" if column == "reward" else "right")
+    for name, after in summary["eval_after"].items():
+        table.add_row(name, _score(summary["eval_before"].get(name)), _score(after))
+    return table
+
+
+def _score(mean: float | None) -> str:
+    return "-" if mean is None else f"{mean:.3f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"

@@ -1,0 +1,301 @@
+"""The GRPO update under FSDP2: gradients accumulate over micro-batches, then one optimizer step.
+
+A learner is one rank. It knows no Ray: it takes trajectories and advantages, and gives weights.
+Micro-batches are replayed whole, as they were sampled; before the first update of an iteration the
+ratio gate holds the replayed log-probabilities against the sampled ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from flowgrpo_ray.errors import ContractError
+from flowgrpo_ray.objective import clipped, clipped_loss, kl_to_reference
+from flowgrpo_ray.policies import load_policy
+from flowgrpo_ray.sampling import batch_condition, replay, transition
+from flowgrpo_ray.spec import TrainingSpec
+from flowgrpo_ray.types import Condition, Float32, Trajectory, WeightsTicket, WorkUnit
+from flowgrpo_ray.weights import digest, full, like, load_arrays, to_arrays
+
+FLOOR_MARGIN = 4.0  # the floor is measured on one micro-batch; later ones may lie this much above
+
+
+@dataclass(frozen=True)
+class MicrobatchStats:
+    """Sums over the samples and stochastic steps of one micro-batch, ready to be added up."""
+
+    terms: int  # samples with gradient x steps
+    log_ratio_sum: float
+    log_ratio_square_sum: float
+    log_ratio_max: float  # of the absolute value
+    clipped_low: int
+    clipped_high: int
+    policy_loss_sum: float
+    kl_sum: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One optimizer update; ``grad_norm`` is ``None`` where no sample had a gradient."""
+
+    grad_norm: float | None
+    learning_rate: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LearnerState:
+    """Everything that the next update depends on, as whole float32 arrays by parameter name."""
+
+    weights: dict[str, Float32]
+    ema: dict[str, Float32]
+    exp_avg: dict[str, Float32]
+    exp_avg_sq: dict[str, Float32]
+    updates: int
+
+
+def join_group(rank: int, world: int, address: str, device: torch.device) -> None:
+    """Join the learner ranks' process group; ``address`` is ``tcp://host:port`` of rank 0."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=address, rank=rank, world_size=world)
+
+
+class Learner:
+    """One rank of the learner; the default process group must exist (see ``join_group``)."""
+
+    def __init__(self, spec: TrainingSpec, device: torch.device) -> None:
+        self.spec, self.device = spec, device
+        self.world = dist.get_world_size()
+        self.policy = load_policy(spec, device, frozenset({"network"}))
+        self.policy.tune(spec.seed, with_reference=spec.objective.kl is not None)
+        self._shard()
+        self.parameters = self.policy.trainable()
+        settings = spec.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            eps=settings.eps,
+        )
+        self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if spec.ema else {}
+        self.updates = 0
+        self.published = WeightsTicket(version=-1, digest="")
+        self.ratio_floor = 0.0
+        self._gate_armed = False
+
+    def _shard(self) -> None:
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for network in (self.policy.network, self.policy.reference_network):
+            if network is not None:
+                for block in network.modules():
+                    if isinstance(block, self.policy.block_classes()):
+                        fully_shard(block, mesh=mesh)
+                fully_shard(network, mesh=mesh)
+
+    # --- weights
+
+    def publish(
+        self, version: int, *, averaged: bool = False
+    ) -> tuple[WeightsTicket, dict[str, Float32]]:
+        """The weights to sample with next, as a ticket and arrays; collective over the ranks.
+
+        ``averaged`` publishes the EMA weights, for evaluation; training must publish again.
+        """
+        source = self.ema if averaged and self.ema else self.parameters
+        whole = {name: full(p) for name, p in source.items()}
+        self.published = WeightsTicket(version, digest(whole))
+        self._gate_armed = True
+        return self.published, to_arrays(whole)
+
+    # --- one iteration
+
+    def accumulate(
+        self,
+        unit: WorkUnit,
+        trajectory: Trajectory,
+        conditions: Mapping[int, Condition],
+        advantages: Float32,
+        keep: np.ndarray,
+    ) -> MicrobatchStats:
+        """Add the gradient of one micro-batch.
+
+        ``advantages [b]`` are 0 and ``keep [b]`` False for samples that stay out of the update. The
+        loss is summed over samples and steps; ``step`` divides.
+        """
+        started = time.perf_counter()
+        spec = self.spec.objective
+        advantage = torch.tensor(advantages, device=self.device)
+        kept = torch.tensor(keep, device=self.device)
+        condition = batch_condition(conditions, unit.prompts, self.device)
+        ratios: list[Tensor] = []
+        low = high = 0
+        policy_loss = kl_sum = 0.0
+        for step, new, x, x_next, old in replay(self.policy, trajectory, unit.schedule, condition):
+            log_ratio = new.log_prob(x_next) - old
+            loss = clipped_loss(log_ratio, advantage, spec.clip_low, spec.clip_high) * unit.batch
+            policy_loss += loss.item()
+            if spec.kl is not None:
+                with torch.no_grad(), self.policy.reference():
+                    reference = transition(self.policy, x, step, unit.schedule, condition)
+                dt = unit.schedule.sigma[step + 1] - unit.schedule.sigma[step]
+                kl = (kl_to_reference(new, reference, dt, spec.kl.form) * kept).sum()
+                kl_sum += kl.item()
+                loss = loss + spec.kl.beta * kl
+            if self._gate_armed:
+                self._check_ratio(log_ratio.detach(), unit, trajectory)
+            loss.backward()
+            ratios.append(log_ratio.detach()[kept].double())
+            is_low, is_high = clipped(ratios[-1], advantage[kept], spec.clip_low, spec.clip_high)
+            low, high = low + int(is_low.sum()), high + int(is_high.sum())
+        log_ratios = torch.cat(ratios)
+        return MicrobatchStats(
+            terms=len(log_ratios),
+            log_ratio_sum=log_ratios.sum().item(),
+            log_ratio_square_sum=log_ratios.square().sum().item(),
+            log_ratio_max=log_ratios.abs().max().item() if len(log_ratios) else 0.0,
+            clipped_low=low,
+            clipped_high=high,
+            policy_loss_sum=policy_loss,
+            kl_sum=kl_sum,
+            seconds=time.perf_counter() - started,
+        )
+
+    def step(self, samples: int, steps: int) -> StepStats:
+        """Update the weights with the accumulated gradient, the mean over ``samples`` x ``steps``.
+
+        ``samples`` counts those of all ranks. With none there is no update.
+        """
+        started = time.perf_counter()
+        rate = self.spec.optimizer.learning_rate
+        self._gate_armed = False
+        if samples == 0:
+            self.optimizer.zero_grad()
+            return StepStats(None, rate, time.perf_counter() - started)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        torch._foreach_mul_(gradients, self.world / (samples * steps))  # FSDP took the ranks' mean
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.parameters.values(), self.spec.optimizer.grad_norm
+        )
+        norm = float(full(norm))
+        if not np.isfinite(norm):
+            raise ContractError(
+                f"the gradient of update {self.updates + 1} is not finite (norm {norm}); lower "
+                "optimizer.learning_rate, or use model.dtype: float32"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+        self._average()
+        return StepStats(norm, rate, time.perf_counter() - started)
+
+    def _average(self) -> None:
+        """EMA with decay ``min((1 + n) / (10 + n), d)`` after ``n`` updates."""
+        spec = self.spec.ema
+        if spec is None or self.updates % spec.every:
+            return
+        decay = min((1 + self.updates) / (10 + self.updates), spec.decay)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                self.ema[name].lerp_(parameter.detach(), 1 - decay)
+
+    # --- the ratio contract
+
+    def measure_floor(
+        self, unit: WorkUnit, trajectory: Trajectory, conditions: Mapping[int, Condition]
+    ) -> float:
+        """``max |log rho|`` of a fresh trajectory: what this hardware cannot reproduce."""
+        condition = batch_condition(conditions, unit.prompts, self.device)
+        with torch.enable_grad():  # as in the update: kernels may differ
+            floor = max(
+                float((new.log_prob(x_next) - old).abs().max())
+                for _, new, _, x_next, old in replay(
+                    self.policy, trajectory, unit.schedule, condition
+                )
+            )
+        self.ratio_floor = floor * FLOOR_MARGIN
+        return floor
+
+    def _check_ratio(self, log_ratio: Tensor, unit: WorkUnit, trajectory: Trajectory) -> None:
+        """Contract: before the first update ``|log rho|`` is within the floor measured at start."""
+        worst = float(log_ratio.abs().max())
+        causes = self._mismatches(unit, trajectory)
+        if worst <= self.ratio_floor and not causes:
+            return
+        raise ContractError(
+            f"importance ratio: max |log rho| = {worst:.3g} before the first update, in "
+            f"micro-batch {unit.index} of iteration {unit.iteration}; it must be at most "
+            f"{self.ratio_floor:.3g}. Cause: " + ("; ".join(causes) or _UNKNOWN_CAUSE)
+        )
+
+    def _mismatches(self, unit: WorkUnit, trajectory: Trajectory) -> list[str]:
+        sampled, batch = trajectory.provenance, len(trajectory.latents)
+        causes: list[str] = []
+        if (sampled.weights_version, sampled.weights_digest) != (
+            self.published.version,
+            self.published.digest,
+        ):
+            causes.append(
+                f"stale weights: sampled with version {sampled.weights_version} "
+                f"({sampled.weights_digest[:8]}), published is {self.published.version} "
+                f"({self.published.digest[:8]})"
+            )
+        if sampled.batch != batch or unit.batch != batch:
+            causes.append(
+                f"batch geometry: sampled in a micro-batch of {sampled.batch}, trained in one of "
+                f"{batch}"
+            )
+        if sampled.dtype != self.policy.dtype_name:
+            causes.append(f"dtype: sampled in {sampled.dtype}, trained in {self.policy.dtype_name}")
+        if sampled.schedule != unit.schedule:
+            causes.append(
+                f"schedule: sampled with {sampled.schedule}, trained with {unit.schedule}"
+            )
+        return causes
+
+    # --- state
+
+    def state(self) -> LearnerState:
+        """All that a checkpoint holds; collective over the ranks."""
+        moments: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
+        for name, parameter in self.parameters.items():
+            of_parameter = self.optimizer.state.get(parameter, {})
+            for moment, tensors in moments.items():
+                if moment in of_parameter:
+                    tensors[name] = of_parameter[moment]
+        return LearnerState(
+            weights=to_arrays(self.parameters),
+            ema=to_arrays(self.ema),
+            exp_avg=to_arrays(moments["exp_avg"]),
+            exp_avg_sq=to_arrays(moments["exp_avg_sq"]),
+            updates=self.updates,
+        )
+
+    def load_state(self, state: LearnerState) -> None:
+        """Continue from ``state``, which may come from another number of ranks."""
+        load_arrays(self.parameters, state.weights)
+        load_arrays(self.ema, state.ema)
+        self.updates = state.updates
+        for name in state.exp_avg:
+            parameter = self.parameters[name]
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(state.updates)),
+                "exp_avg": like(torch.tensor(state.exp_avg[name]), parameter.detach()),
+                "exp_avg_sq": like(torch.tensor(state.exp_avg_sq[name]), parameter.detach()),
+            }
+
+
+_UNKNOWN_CAUSE = (
+    "version, batch geometry, dtype and schedule all agree, so the two sides compute differently "
+    "(other hardware, attention backend or library version)"
+)

@@ -1,0 +1,24 @@
+"""Base models by family: one file each, one line here."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from flowgrpo_ray.policies.base import Policy
+
+if TYPE_CHECKING:
+    from flowgrpo_ray.spec import TrainingSpec
+
+FAMILIES = {"sd3": "flowgrpo_ray.policies.sd3:SD3Policy"}
+
+
+def load_policy(
+    spec: TrainingSpec, device: torch.device, parts: frozenset[str] = Policy.PARTS
+) -> Policy:
+    """The spec's base model on ``device``, not yet tuned; only the ``parts`` named are loaded."""
+    module, name = FAMILIES[spec.model.family].split(":")
+    cls: type[Policy] = getattr(importlib.import_module(module), name)
+    return cls(spec.model, spec.tuning, spec.sampling.guidance, device, parts)

@@ -1,0 +1,185 @@
+"""Prompt sets, and the plan of an iteration as a pure function of the spec.
+
+Nothing here depends on what ran before or on who runs it: the same spec and iteration give the same
+prompts, the same window and the same work units.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from flowgrpo_ray.errors import PromptError
+from flowgrpo_ray.rewards import prompt_check
+from flowgrpo_ray.spec import AllSteps, RandomWindow, SamplingSpec, TrainingSpec, builtin_path
+from flowgrpo_ray.types import Schedule, WorkUnit
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt and what a reward may need beside it."""
+
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class Update:
+    """The work units whose gradients make one optimizer update, in order of accumulation.
+
+    A block is the fewest consecutive units that hold whole groups: advantages need all of it.
+    """
+
+    blocks: tuple[tuple[WorkUnit, ...], ...]
+
+    @property
+    def units(self) -> Iterator[WorkUnit]:
+        return (unit for block in self.blocks for unit in block)
+
+
+@dataclass(frozen=True)
+class IterationPlan:
+    """All work of one iteration."""
+
+    iteration: int
+    schedule: Schedule
+    updates: tuple[Update, ...]
+
+    @property
+    def blocks(self) -> list[tuple[WorkUnit, ...]]:
+        return [block for update in self.updates for block in update.blocks]
+
+    @property
+    def units(self) -> list[WorkUnit]:
+        return [unit for update in self.updates for unit in update.units]
+
+
+def load_prompts(path: str, key: str) -> list[Prompt]:
+    """The prompts of a file: a line each (.txt), or a JSON object with "prompt" a line (.jsonl).
+
+    Empty lines are skipped. ``key`` is the spec key that named the file, for the errors.
+    """
+    file = builtin_path(path) or Path(path).expanduser()
+    if not file.is_file():
+        raise PromptError(f"{key} = {path!r}: there is no such file")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        line = file.read_bytes()[: error.start].count(b"\n") + 1
+        raise PromptError(f"{key} = {path!r}: line {line} is not UTF-8 text") from error
+    parse = _parse_json if file.suffix == ".jsonl" else Prompt
+    prompts: list[Prompt] = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                prompts.append(parse(line.strip()))
+            except ValueError as error:
+                raise PromptError(f"{key} = {path!r}: line {number}: {error}") from error
+    if not prompts:
+        raise PromptError(f"{key} = {path!r}: the file holds no prompts")
+    return prompts
+
+
+def _parse_json(line: str) -> Prompt:
+    row: Any = json.loads(line)
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):  # pyright: ignore[reportUnknownMemberType]
+        raise ValueError('expected a JSON object with a string under "prompt"')
+    metadata = cast(dict[str, Any], row)
+    return Prompt(metadata.pop("prompt"), metadata)
+
+
+def load_prompt_sets(spec: TrainingSpec) -> tuple[list[Prompt], list[Prompt]]:
+    """The spec's training and evaluation prompts, each fit for every reward of the spec."""
+    train = load_prompts(spec.prompts.train, "prompts.train")
+    held_out = load_prompts(spec.prompts.evaluate, "prompts.evaluate")[: spec.evaluation.prompts]
+    for name, reward in spec.rewards.items():
+        check = prompt_check(reward.reward or name)
+        for key, prompts in (("prompts.train", train), ("prompts.evaluate", held_out)):
+            for number, prompt in enumerate(prompts, 1):
+                try:
+                    check(prompt.text, prompt.metadata)
+                except ValueError as error:
+                    raise PromptError(
+                        f"{key}: prompt {number}, for rewards.{name}: {error}"
+                    ) from error
+    if len(train) < spec.sampling.groups:
+        raise PromptError(
+            f"prompts.train = {spec.prompts.train!r} holds {len(train)} prompts; an iteration "
+            f"needs sampling.groups = {spec.sampling.groups} different ones"
+        )
+    return train, held_out
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Identifies the set and its order: a resumed run must train on the same one."""
+    rows = [[prompt.text, dict(prompt.metadata)] for prompt in prompts]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def plan_iteration(
+    spec: TrainingSpec, iteration: int, prompts: int, sigmas: tuple[float, ...]
+) -> IterationPlan:
+    """What iteration ``iteration`` (from 1) does, over a training set of ``prompts`` prompts.
+
+    ``sigmas`` are the policy's noise levels for the spec's steps and size.
+    """
+    sampling = spec.sampling
+    draw = random.Random(f"{spec.seed}/plan/{iteration}")
+    chosen = draw.sample(range(prompts), sampling.groups)
+    schedule = Schedule(sampling.kernel, sigmas, draw_eta(sampling, draw))
+    pairs = [(prompt, sample) for prompt in chosen for sample in range(sampling.group_size)]
+    units = [
+        WorkUnit(
+            seed=spec.seed,
+            stream="train",
+            iteration=iteration,
+            index=index,
+            prompts=tuple(prompt for prompt, _ in batch),
+            samples=tuple(sample for _, sample in batch),
+            schedule=schedule,
+        )
+        for index, batch in enumerate(_chunks(pairs, sampling.micro_batch))
+    ]
+    blocks = list(_chunks(units, sampling.units_per_block))
+    updates = _chunks(blocks, len(blocks) // spec.objective.updates)
+    return IterationPlan(iteration, schedule, tuple(Update(tuple(map(tuple, u))) for u in updates))
+
+
+def draw_eta(sampling: SamplingSpec, draw: random.Random) -> tuple[float, ...]:
+    """The iteration's noise levels: ``eta`` inside the window, 0 elsewhere."""
+    match sampling.window:
+        case AllSteps():
+            window = range(sampling.steps - 1)
+        case RandomWindow(length=length, within=(first, end)):
+            start = draw.randint(first, end - length)
+            window = range(start, start + length)
+    return tuple(sampling.eta if step in window else 0.0 for step in range(sampling.steps))
+
+
+def plan_evaluation(spec: TrainingSpec, prompts: int, sigmas: tuple[float, ...]) -> list[WorkUnit]:
+    """One image per held-out prompt from fixed noise, by ODE steps; always the same."""
+    schedule = Schedule(spec.sampling.kernel, sigmas, (0.0,) * (len(sigmas) - 1))
+    return [
+        WorkUnit(
+            seed=0,  # not the run's: runs with other seeds are evaluated on the same noise
+            stream="eval",
+            iteration=0,
+            index=index,
+            prompts=tuple(batch),
+            samples=(0,) * len(batch),
+            schedule=schedule,
+        )
+        for index, batch in enumerate(_chunks(range(prompts), spec.evaluation.micro_batch))
+    ]
+
+
+T = TypeVar("T")
+
+
+def _chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]

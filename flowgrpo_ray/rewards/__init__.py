@@ -1,0 +1,129 @@
+"""Rewards: how good is an image for its prompt, as one number.
+
+A reward is a plain class: its constructor takes the options of the spec, its `__call__` scores a
+batch. `BUILTIN` names those of this package; any other is named by its import path
+`module:Class`. This module needs NumPy alone, and a reward's own libraries are imported when it is
+built, so that a spec can be checked without them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from flowgrpo_ray.errors import SpecError
+
+BUILTIN: dict[str, str] = {
+    "ocr": "flowgrpo_ray.rewards.ocr:OcrReward",
+    "sign_colour": "flowgrpo_ray.rewards.sign_colour:SignColourReward",
+}
+
+
+class Reward(Protocol):
+    """Scores a batch of images. Not assumed to be thread-safe.
+
+    A class may also have a static method `check_prompt(prompt, metadata)` that raises ValueError
+    for a prompt which it could never score; prompts are checked with it before a run starts.
+    """
+
+    def __call__(
+        self,
+        images: np.ndarray,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]],
+    ) -> np.ndarray:
+        """Scores, float32 [b], of `images`, uint8 [b, H, W, 3] (read-only); NaN: no score."""
+        ...
+
+
+def resolve(reward: str) -> type:
+    """The class that `reward` names: a key of `BUILTIN`, or an import path `module:Class`."""
+    path = BUILTIN.get(reward, reward)
+    module_name, colon, class_name = path.partition(":")
+    if not colon:
+        raise SpecError(
+            f"unknown reward {reward!r}{_nearest(reward, BUILTIN)}; "
+            f"built in: {', '.join(BUILTIN)}; your own class: 'module:Class'"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise SpecError(f"reward {reward!r}: cannot import {module_name!r}: {error}") from error
+    found = getattr(module, class_name, None)
+    if not inspect.isclass(found):
+        classes = [name for name, _ in inspect.getmembers(module, inspect.isclass)]
+        raise SpecError(
+            f"reward {reward!r}: {module_name!r} has no class {class_name!r}"
+            f"{_nearest(class_name, classes)}"
+        )
+    return found
+
+
+def check_options(reward: str, options: Mapping[str, Any]) -> None:
+    """SpecError for an option that the constructor of `reward` does not take, or misses."""
+    signature = inspect.signature(resolve(reward))
+    names = [
+        name
+        for name, parameter in signature.parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    for key in options:
+        if key not in names and not takes_any:
+            raise SpecError(
+                f"reward {reward!r} has no option {key!r}{_nearest(key, names)}; "
+                f"options: {', '.join(names) or 'none'}"
+            )
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        raise SpecError(f"reward {reward!r}: {error}") from error
+
+
+def build(reward: str, options: Mapping[str, Any] | None = None) -> Reward:
+    """A reward, constructed from the options of its spec."""
+    options = options or {}
+    check_options(reward, options)
+    try:
+        return resolve(reward)(**options)
+    except ValueError as error:
+        raise SpecError(f"reward {reward!r}: {error}") from error
+
+
+def prompt_check(reward: str) -> Callable[[str, Mapping[str, Any]], None]:
+    """The function that raises ValueError for a prompt which `reward` could never score."""
+    return getattr(resolve(reward), "check_prompt", _accept)
+
+
+def weighted_total(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+    """Weighted sum of the rewards, float32 [b], from `scores` {reward: [b]}.
+
+    A score that is NaN or infinite makes the total of its image NaN. A reward of weight 0 is only
+    watched: it never enters the total, and neither does its NaN.
+    """
+    if scores.keys() != weights.keys():
+        raise ValueError(f"scores of {sorted(scores)}, but weights of {sorted(weights)}")
+    shapes = {name: np.shape(values) for name, values in scores.items()}
+    if not shapes or len(set(shapes.values())) > 1:
+        raise ValueError(f"rewards must have scores of one shape, got {shapes}")
+    total = np.zeros(next(iter(shapes.values())), dtype=np.float64)
+    for name, weight in weights.items():
+        if weight != 0:
+            values = np.asarray(scores[name], dtype=np.float64)
+            total += weight * np.where(np.isfinite(values), values, np.nan)
+    return total.astype(np.float32)
+
+
+def _accept(prompt: str, metadata: Mapping[str, Any]) -> None:
+    """The prompt check of a reward that has none of its own."""
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """`, did you mean 'x'?`, or nothing when no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""

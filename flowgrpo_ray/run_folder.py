@@ -1,0 +1,101 @@
+"""One folder per run: its resolved spec, rows, samples, checkpoints and logs."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flowgrpo_ray.checkpoint import Progress, list_checkpoints, load_checkpoint
+from flowgrpo_ray.errors import RunFolderError
+from flowgrpo_ray.spec import TrainingSpec
+from flowgrpo_ray.spec_file import dump_spec, load_spec
+
+if TYPE_CHECKING:
+    from flowgrpo_ray.learner import LearnerState
+
+
+class RunFolder:
+    """``root/<name>``, held by one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def spec_file(self) -> Path:
+        return self.path / "spec.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @classmethod
+    def claim(cls, root: Path, spec: TrainingSpec, *, resume: bool) -> RunFolder:
+        """The folder of a run that is about to train; refuses what would mix two runs."""
+        folder = cls(root / spec.name)
+        held = folder.read_spec() if folder.spec_file.exists() else None
+        if held and held.identity() != spec.identity():
+            raise RunFolderError(
+                f"{folder.path} already holds another run's spec: {_difference(held, spec)}. "
+                "Choose another name (--set name=...)"
+            )
+        if held and not resume:
+            raise RunFolderError(
+                f"{folder.path} already holds this run: continue it with --resume, or choose "
+                "another name (--set name=...)"
+            )
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder._lock()
+        folder.spec_file.write_text(dump_spec(spec), encoding="utf-8")
+        return folder
+
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """A folder that some run has written."""
+        folder = cls(path)
+        if not folder.spec_file.is_file():
+            raise RunFolderError(f"{path} is not a run folder: it has no spec.yaml")
+        return folder
+
+    def read_spec(self) -> TrainingSpec:
+        return load_spec(str(self.spec_file))
+
+    def latest(self) -> tuple[LearnerState, Progress] | None:
+        """The newest checkpoint, verified; ``None`` if there is none."""
+        found = list_checkpoints(self.checkpoints)
+        return load_checkpoint(found[-1]) if found else None
+
+    def _lock(self) -> None:
+        """Kept until this process ends, however it ends."""
+        self._lock_file = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock_file)
+            raise RunFolderError(f"{self.path}: another process is training in it") from None
+
+    def release(self) -> None:
+        os.close(self._lock_file)
+
+
+def _difference(held: TrainingSpec, asked: TrainingSpec) -> str:
+    """The first key that differs, for an error."""
+    old, new = _flat(held.model_dump(mode="json")), _flat(asked.model_dump(mode="json"))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and key.split(".")[0] not in ("iterations", "cluster"):
+            return f"{key} is {old.get(key)!r} there and {new.get(key)!r} here"
+    return "it was written by another version of this program"
+
+
+def _flat(value: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, object] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,0 +1,349 @@
+"""The training spec: everything a run depends on, checked before anything starts.
+
+A spec is YAML (a file, or a recipe of this package by name) plus ``--set a.b=c`` overrides. Keys
+are strict: an unknown one is an error with the nearest name. Arithmetic that cannot work is an
+error that names the keys and values. This module imports neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from flowgrpo_ray.rewards import resolve
+
+PACKAGE = Path(__file__).parent
+BUILTIN = "builtin:"
+
+
+def builtin_path(path: str) -> Path | None:
+    """``builtin:x`` names the file or folder ``x`` of the package's assets; else ``None``."""
+    if not path.startswith(BUILTIN):
+        return None
+    return PACKAGE / "assets" / path.removeprefix(BUILTIN)
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSpec(Strict):
+    """The base model."""
+
+    family: Literal["sd3"] = Field(description="which adapter drives it")
+    path: str = Field(min_length=1, description="hub id, local folder, or builtin:tiny-sd3")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="bfloat16", description="of every forward"
+    )
+    max_sequence_length: int = Field(default=256, ge=1, description="T5 tokens per prompt")
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, or ``None`` for a hub id."""
+        builtin = builtin_path(self.path)
+        if builtin is not None:
+            return builtin
+        path = Path(self.path).expanduser()
+        looks_local = self.path.startswith((".", "/", "~")) or self.path.count("/") != 1
+        return path if path.exists() or looks_local else None
+
+
+class FullTuning(Strict):
+    """Train every parameter of the network, with float32 masters."""
+
+    kind: Literal["full"]
+
+
+class LoraTuning(Strict):
+    """Train low-rank adapters on a frozen network."""
+
+    kind: Literal["lora"]
+    rank: int = Field(default=32, ge=1)
+    alpha: int = Field(default=64, ge=1)
+    targets: tuple[str, ...] | None = Field(
+        default=None,
+        description="endings of layer names, or one regular expression; default: the model's",
+    )
+
+
+Tuning = Annotated[FullTuning | LoraTuning, Field(discriminator="kind")]
+
+
+class PromptsSpec(Strict):
+    """Prompt sets: one prompt per line (.txt), or {"prompt": …, …} per line (.jsonl)."""
+
+    train: str = Field(description="file to train on; builtin:prompts/… for those of the package")
+    evaluate: str = Field(description="held-out file for the evaluations")
+
+
+class AllSteps(Strict):
+    """Every step but the last is stochastic and trained (Flow-GRPO)."""
+
+    kind: Literal["all"]
+
+
+class RandomWindow(Strict):
+    """A contiguous window at a random place, one per iteration (Flow-GRPO-Fast)."""
+
+    kind: Literal["random"]
+    length: int = Field(ge=1, description="stochastic steps")
+    within: tuple[int, int] = Field(description="[first, end): the window stays inside these steps")
+
+
+Window = Annotated[AllSteps | RandomWindow, Field(discriminator="kind")]
+
+
+class SamplingSpec(Strict):
+    """How the images of an iteration are sampled."""
+
+    size: tuple[int, int] = Field(description="height and width of an image, in pixels")
+    steps: int = Field(ge=2, description="denoising steps in training (Denoising Reduction)")
+    guidance: float = Field(default=1.0, ge=1, description="classifier-free guidance; 1 is off")
+    kernel: Literal["flow_sde", "cps", "dance_sde"] = "flow_sde"
+    eta: float = Field(gt=0, description="noise level of the stochastic steps")
+    window: Window
+    group_size: int = Field(ge=2, description="images per prompt; advantages compare them")
+    groups: int = Field(ge=1, description="prompts per iteration")
+    micro_batch: int = Field(ge=1, description="images per forward, in sampling and training alike")
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> SamplingSpec:
+        if self.kernel == "cps" and self.eta > 1:
+            raise ValueError(f"eta = {self.eta}: the cps kernel takes at most 1")
+        if isinstance(self.window, RandomWindow):
+            first, end = self.window.within
+            if not 0 <= first < end <= self.steps - 1:
+                raise ValueError(
+                    f"window.within = [{first}, {end}] is outside the steps: with steps = "
+                    f"{self.steps} it must lie in [0, {self.steps - 1}] (the last step is never "
+                    "stochastic)"
+                )
+            if self.window.length > end - first:
+                raise ValueError(
+                    f"window.length = {self.window.length} does not fit "
+                    f"window.within = [{first}, {end}]"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> SamplingSpec:
+        g, mb = self.group_size, self.micro_batch
+        if g % mb and mb % g:
+            raise ValueError(
+                f"group_size = {g} is not divisible by micro_batch = {mb} (nor the reverse): a "
+                "micro-batch holds a whole fraction of a group, or several whole groups"
+            )
+        if (g * self.groups) % mb:
+            raise ValueError(
+                f"group_size x groups = {g} x {self.groups} = {g * self.groups} images are not "
+                f"divisible by micro_batch = {mb}"
+            )
+        return self
+
+    @property
+    def images(self) -> int:
+        """Images per iteration."""
+        return self.group_size * self.groups
+
+    @property
+    def units(self) -> int:
+        """Micro-batches per iteration."""
+        return self.images // self.micro_batch
+
+    @property
+    def units_per_block(self) -> int:
+        """A block is the fewest micro-batches that hold whole groups."""
+        return max(1, self.group_size // self.micro_batch)
+
+
+class RewardSpec(Strict):
+    """One reward, served by its own deployment."""
+
+    weight: float = Field(default=1.0, description="in the trained total; 0 only watches it")
+    reward: str | None = Field(
+        default=None,
+        description="name of a built-in reward, or package.module:Class; default: the key",
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="arguments of the class")
+    replicas: int = Field(default=1, ge=1)
+    cpus: float = Field(default=0.25, ge=0, description="per replica")
+    gpus: float = Field(default=0, ge=0, description="per replica")
+
+
+class KlSpec(Strict):
+    """KL to the untrained model."""
+
+    beta: float = Field(gt=0)
+    form: Literal["time_weighted", "gaussian"] = Field(
+        default="time_weighted",
+        description="time_weighted (what published betas mean) is KL x |dt|",
+    )
+
+
+class FlowGrpo(Strict):
+    """Clipped policy gradient on group advantages (Flow-GRPO)."""
+
+    kind: Literal["flow_grpo"] = "flow_grpo"
+    clip_low: float = Field(default=1e-4, gt=0, lt=1)
+    clip_high: float = Field(default=1e-4, gt=0)
+    std: Literal["group", "global"] = Field(
+        default="group", description="what advantages are divided by"
+    )
+    advantage_clamp: float = Field(default=5.0, gt=0)
+    updates: int = Field(default=2, ge=1, description="optimizer updates per iteration")
+    kl: KlSpec | None = None
+
+
+class OptimizerSpec(Strict):
+    """AdamW on float32 master weights."""
+
+    learning_rate: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this norm")
+
+
+class EmaSpec(Strict):
+    """Exponential moving average of the trained weights: what is evaluated and exported."""
+
+    decay: float = Field(default=0.9, ge=0, lt=1)
+    every: int = Field(default=8, ge=1, description="updates between two averagings")
+
+
+class EvaluationSpec(Strict):
+    """Held-out prompts with fixed noise, deterministic sampling."""
+
+    every: int = Field(ge=1, description="iterations between evaluations")
+    steps: int = Field(ge=1, description="denoising steps")
+    prompts: int = Field(default=64, ge=1, description="the first N of the held-out file")
+    micro_batch: int = Field(default=16, ge=1)
+    grid: int = Field(default=32, ge=1, description="images kept as a sample grid")
+
+
+class CheckpointSpec(Strict):
+    every: int = Field(default=10, ge=1, description="iterations between checkpoints")
+    keep: int = Field(default=2, ge=1, description="older ones are deleted")
+
+
+class ActorsSpec(Strict):
+    """How many actors of one kind, and what each takes."""
+
+    count: int = Field(default=1, ge=1)
+    cpus: float = Field(default=1, ge=0, description="that Ray reserves for each")
+    gpus: float = Field(
+        default=0, ge=0, description="that Ray reserves for each; 0 runs on the CPU"
+    )
+    threads: int = Field(default=1, ge=1, description="torch threads of each, on the CPU")
+
+
+class ClusterSpec(Strict):
+    """What runs where. The results do not depend on it."""
+
+    rollout: ActorsSpec = ActorsSpec()
+    learner: ActorsSpec = ActorsSpec()
+    dashboard: bool = Field(default=False, description="of a local cluster; costs seconds at start")
+    reward_http_port: int | None = Field(
+        default=None, ge=1, le=65535, description="serve rewards over HTTP"
+    )
+    ready_timeout_s: float = Field(
+        default=300, gt=0, description="for actors and deployments to be up"
+    )
+    max_failed_groups: int = Field(default=0, ge=0, description="dropped groups that a run bears")
+
+    @field_validator("rollout", "learner")
+    @classmethod
+    def _whole_gpus(cls, actors: ActorsSpec) -> ActorsSpec:
+        if actors.gpus > 1:
+            raise ValueError(f"gpus = {actors.gpus}: an actor drives one GPU at most; raise count")
+        return actors
+
+
+class TrackingSpec(Strict):
+    tensorboard: bool = True
+    wandb: str | None = Field(default=None, description="Weights & Biases project")
+
+
+class TrainingSpec(Strict):
+    """One training run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run folder")
+    seed: int = Field(default=0, ge=0)
+    iterations: int = Field(ge=1)
+    model: ModelSpec
+    tuning: Tuning
+    prompts: PromptsSpec
+    sampling: SamplingSpec
+    rewards: dict[str, RewardSpec] = Field(min_length=1)
+    objective: FlowGrpo = FlowGrpo()
+    optimizer: OptimizerSpec
+    ema: EmaSpec | None = EmaSpec()
+    evaluation: EvaluationSpec
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    cluster: ClusterSpec = ClusterSpec()
+    tracking: TrackingSpec = TrackingSpec()
+
+    @model_validator(mode="after")
+    def _rewards_exist(self) -> TrainingSpec:
+        for name, reward in self.rewards.items():
+            resolve(reward.reward or name)
+        if not any(reward.weight for reward in self.rewards.values()):
+            raise ValueError(f"rewards: every weight is 0 ({', '.join(self.rewards)}); train one")
+        return self
+
+    @model_validator(mode="after")
+    def _updates_fit(self) -> TrainingSpec:
+        sampling, updates, ranks = self.sampling, self.objective.updates, self.cluster.learner.count
+        blocks = sampling.units // sampling.units_per_block
+        if blocks % updates:
+            raise ValueError(
+                f"objective.updates = {updates} does not divide the {blocks} blocks of whole "
+                f"groups in an iteration (group_size {sampling.group_size} x groups "
+                f"{sampling.groups} in micro-batches of {sampling.micro_batch})"
+            )
+        per_update = sampling.units // updates
+        if per_update % ranks:
+            raise ValueError(
+                f"cluster.learner.count = {ranks} does not divide the {per_update} micro-batches "
+                f"of an update ({sampling.units} micro-batches in {updates} updates)"
+            )
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {name: reward.weight for name, reward in self.rewards.items()}
+
+    def digest(self) -> str:
+        """Of the whole resolved spec."""
+        return _digest(self.model_dump(mode="json"))
+
+    def identity(self) -> str:
+        """Digest of what determines the numbers: a run folder is resumed only under the same one.
+
+        Left out: how long to train, where it runs, how often it is saved and where it is tracked.
+        """
+        free = {"name", "iterations", "cluster", "checkpoint", "tracking"}
+        kept = self.model_dump(mode="json", exclude=free)
+        for reward in kept["rewards"].values():
+            for place in ("replicas", "cpus", "gpus"):
+                del reward[place]
+        return _digest(kept)
+
+
+def required_resources(spec: TrainingSpec) -> tuple[float, float]:
+    """CPUs and GPUs that the run's actors and reward replicas reserve together."""
+    kinds = [
+        (spec.cluster.rollout.count, spec.cluster.rollout.cpus, spec.cluster.rollout.gpus),
+        (spec.cluster.learner.count, spec.cluster.learner.cpus, spec.cluster.learner.gpus),
+        *((r.replicas, r.cpus, r.gpus) for r in spec.rewards.values()),
+    ]
+    return sum(n * cpus for n, cpus, _ in kinds), sum(n * gpus for n, _, gpus in kinds)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

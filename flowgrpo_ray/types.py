@@ -1,0 +1,111 @@
+"""What travels between driver, rollout workers, rewards and learner.
+
+Everything here is plain Python and numpy: the driver plans and routes without loading torch, and
+arrays cross process boundaries without a copy. Shapes: ``b`` samples of a micro-batch, ``T`` steps,
+``K`` stochastic steps, ``*D`` latent dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32 = NDArray[np.float32]
+Images = NDArray[np.uint8]  # [b, H, W, 3], RGB
+Condition = Mapping[str, NDArray[Any]]  # one PROMPT's encodings; opaque outside its policy
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Noise levels and where noise is added: all that defines an iteration's transitions.
+
+    ``sigma`` (``T + 1`` float32 values, 1 to 0) comes from the policy's own shift; ``eta`` (``T``
+    values) is the kernel's noise level of each step, and 0 makes it an ODE step. The stochastic
+    steps are contiguous.
+    """
+
+    kernel: str
+    sigma: tuple[float, ...]
+    eta: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.sigma) != len(self.eta) + 1:
+            raise ValueError(f"{len(self.sigma)} noise levels do not fit {len(self.eta)} steps")
+        if self.stochastic_steps.stop == self.steps:
+            raise ValueError("the last step (to sigma = 0) is never stochastic")
+
+    @property
+    def steps(self) -> int:
+        return len(self.eta)
+
+    @property
+    def stochastic_steps(self) -> range:
+        """The window of steps with noise; empty for an ODE schedule."""
+        noisy = [i for i, eta in enumerate(self.eta) if eta > 0]
+        if not noisy:
+            return range(0)
+        if noisy != list(range(noisy[0], noisy[-1] + 1)):
+            raise ValueError(f"stochastic steps must be contiguous: eta = {self.eta}")
+        return range(noisy[0], noisy[-1] + 1)
+
+    @property
+    def sigma_max(self) -> float:
+        """The second noise level: stands in for 1 where a kernel would divide by zero."""
+        return self.sigma[1]
+
+
+@dataclass(frozen=True)
+class WorkUnit:
+    """What one rollout call does: one micro-batch, a pure function of these fields and the weights.
+
+    ``prompts[i]`` is the data-set index of sample ``i``'s prompt and ``samples[i]`` its place in
+    that prompt's group. ``index`` is the unit's place in the iteration's order of accumulation.
+    """
+
+    seed: int
+    stream: str  # "train" or "eval": the two never share noise
+    iteration: int
+    index: int
+    prompts: tuple[int, ...]
+    samples: tuple[int, ...]
+    schedule: Schedule
+
+    @property
+    def batch(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def distinct_prompts(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(self.prompts))
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Under what a trajectory was sampled: if the ratio contract breaks, the cause is here."""
+
+    weights_version: int
+    weights_digest: str
+    batch: int
+    dtype: str
+    schedule: Schedule
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One micro-batch around its K stochastic steps; it stays one batch up to the learner."""
+
+    latents: Float32  # [b, K + 1, *D]
+    log_probs: Float32  # [b, K]
+    provenance: Provenance
+
+
+@dataclass(frozen=True)
+class WeightsTicket:
+    """One published version of the trainable weights, with the digest of the parameters."""
+
+    version: int
+    digest: str

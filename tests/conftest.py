@@ -1,0 +1,38 @@
+"""A local Ray cluster for the tests that need one."""
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Ray reads these when it is imported. Everything binds to 127.0.0.1, and the token stands in the
+# environment alone, so that none is written to the home folder.
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """Ray with four logical CPUs, without dashboard, in a folder that is removed at the end."""
+    import ray
+    from ray import serve
+
+    folder = tempfile.mkdtemp(prefix="fgr", dir="/tmp")  # short: socket paths have a limit
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="warning",
+        _temp_dir=folder,
+        # The rewards of reward_samples.py are imported by replicas.
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},
+    )
+    yield
+    serve.shutdown()
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,398 @@
+"""Real Ray, real Serve, real HTTP."""
+
+import asyncio
+import io
+import json
+import os
+import random
+import signal
+import socket
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import ray
+import yaml
+from PIL import Image
+from pydantic import ValidationError
+from ray import serve
+from ray.serve.schema import ServeDeploySchema
+
+from flowgrpo_ray.cluster import reward_service
+from flowgrpo_ray.cluster.reward_service import RewardClient, RewardServiceArgs
+from flowgrpo_ray.errors import RewardError, SpecError
+from flowgrpo_ray.rewards import build
+from flowgrpo_ray.signs import make_prompts, parse_prompt, render
+
+PROBE = "reward_samples:Probe"
+CONFIG = Path(__file__).parent.parent / "deployments" / "ocr.yaml"
+
+
+@pytest.fixture(scope="module")
+def port(ray_cluster):
+    """Three rewards, served by handle and on this port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    reward_service.start_rewards(
+        [
+            RewardServiceArgs(name="ocr", options={"detect": False}),
+            RewardServiceArgs(name="sign_colour"),
+            RewardServiceArgs(
+                name="probe",
+                reward=PROBE,
+                max_batch_images=8,
+                batch_wait_ms=200,
+                max_images_per_request=20,
+                max_image_pixels=64 * 64,
+                max_body_bytes=100_000,
+            ),
+        ],
+        http_port=port,
+        deadline_s=90,
+    )
+    return port
+
+
+@pytest.fixture(scope="module")
+def signs():
+    """Twelve signs, uint8 [12, 32, 48, 3], and prompts of which every third asks for another."""
+    rng = random.Random(0)
+    prompts = make_prompts(12, heldout=True, seed=0)
+    images = np.stack([render(*parse_prompt(prompt), rng) for prompt in prompts])
+    return images, [prompts[0] if i % 3 == 2 else prompt for i, prompt in enumerate(prompts)]
+
+
+def _score(client, images, metadata, prompts=None):
+    """What `client` says of images given by reference, from a fresh event loop."""
+    prompts = prompts or [f"prompt {i}" for i in range(len(images))]
+    return asyncio.run(client.score(ray.put(images), prompts, metadata))
+
+
+def _probe(images=1, size=(4, 4), retries=0, **asked):
+    """The probe's answer to `images` grey images whose first one carries `asked`."""
+    client = RewardClient(["probe"], retries=retries, backoff_s=0.1)
+    batch = np.full((images, *size, 3), 51, np.uint8)
+    return _score(client, batch, [asked] + [{}] * (images - 1))["probe"]
+
+
+def _pid():
+    return int(_probe(pid=1)[0])
+
+
+def _png(image, file_format="PNG"):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, file_format)
+    return buffer.getvalue()
+
+
+def _post(port, name, files, prompts, **fields):
+    data = {"prompts": prompts if isinstance(prompts, str) else json.dumps(prompts), **fields}
+    return httpx.post(
+        f"http://127.0.0.1:{port}/{name}/score",
+        files=[("images", (f"{i}.png", file)) for i, file in enumerate(files)],
+        data=data,
+        timeout=30,
+    )
+
+
+def test_class_handle_and_http_give_the_same_bits(port, signs):
+    images, prompts = signs
+    client = RewardClient(["ocr", "sign_colour"])
+    by_handle = _score(client, images, [{}] * 12, prompts)
+    for name, options in (("ocr", {"detect": False}), ("sign_colour", {})):
+        by_class = build(name, options)(images, prompts, [{}] * 12)
+        assert len(set(by_class.tolist())) > 2
+        assert by_handle[name].dtype == np.float32
+        np.testing.assert_array_equal(by_handle[name], by_class)
+        answer = _post(port, name, [_png(image) for image in images], prompts)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["reward"] == name
+        by_http = np.array(answer.json()["scores"], dtype=np.float32)
+        np.testing.assert_array_equal(by_http, by_class)
+        assert client.stats()[name].calls == 1
+        assert client.stats()[name].failures == 0
+        assert 0 < client.stats()[name].seconds < 30
+
+
+def test_metadata_travels_over_http(port, signs):
+    images, _ = signs
+    fields = {"metadata": json.dumps([{"target": "zzz"}])}
+    answer = _post(port, "ocr", [_png(images[0])], ["a sign"], **fields)
+    assert answer.json() == {"reward": "ocr", "scores": [0.0]}
+
+
+def test_replicas_do_not_load_torch(port):
+    assert _probe(torch=1).tolist() == [0]
+    own_maps = _maps_of_replica("reward-ocr")
+    assert "onnxruntime" in own_maps
+    assert "libtorch" not in own_maps
+
+
+def _maps_of_replica(app):
+    for folder in Path("/proc").glob("[0-9]*"):
+        if f"ServeReplica:{app}:" in (folder / "cmdline").read_text():
+            return (folder / "maps").read_text()
+    raise AssertionError(f"no replica of {app}")
+
+
+def test_calls_are_merged_by_size_and_cut_at_the_limit(port):
+    client = RewardClient(["probe"])
+
+    async def sizes(*calls):
+        asked = [
+            client.score(
+                np.zeros((count, *size, 3), np.uint8),
+                ["x"] * count,
+                [{"batch size": 1}] * count,
+            )
+            for count, size in calls
+        ]
+        return [scores["probe"].tolist() for scores in await asyncio.gather(*asked)]
+
+    assert asyncio.run(sizes((3, (4, 4)), (4, (4, 4)))) == [[7] * 3, [7] * 4]
+    assert asyncio.run(sizes((3, (4, 4)), (4, (4, 8)))) == [[3] * 3, [4] * 4]
+    assert asyncio.run(sizes((19, (4, 4)))) == [[8] * 16 + [3] * 3]
+    assert asyncio.run(sizes((0, (4, 4)))) == [[]]
+
+
+def test_one_bad_call_does_not_fail_those_merged_with_it(port):
+    client = RewardClient(["probe"], retries=0)
+
+    async def both():
+        image = np.full((1, 4, 4, 3), 255, np.uint8)
+        calls = [client.score(image, ["x"], [asked]) for asked in ({"fail": 1}, {"batch size": 1})]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    failed, scored = asyncio.run(both())
+    assert isinstance(failed, RewardError)
+    assert scored["probe"].tolist() == [1]
+
+
+def test_nan_passes_through(port):
+    scores = _probe(images=2, nan=1)
+    np.testing.assert_array_equal(scores, np.array([np.nan, 0.2], np.float32))
+    image = _png(np.full((4, 4, 3), 51, np.uint8))
+    answer = _post(port, "probe", [image] * 2, ["x", "y"], metadata='[{"nan": 1}, {}]')
+    assert answer.json()["scores"] == [None, pytest.approx(0.2)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("fail", "RuntimeError: the probe was asked to fail"),
+        ("short", r"must return float32 \[2\], got float32 \[1\]"),
+        ("double", r"must return float32 \[2\], got float64 \[2\]"),
+    ],
+)
+def test_a_failing_reward_is_retried_and_then_named(port, asked, message):
+    client = RewardClient(["sign_colour", "probe"], retries=1, backoff_s=0.1)
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    with pytest.raises(RewardError, match=message) as caught:
+        _score(client, images, [{asked: 1}, {}], ["red one", "red two"])
+    assert str(caught.value).startswith("reward-probe failed 2 times")
+    assert "'red one'" in str(caught.value)
+    assert client.stats()["probe"].failures == 2
+    assert client.stats()["sign_colour"].calls == 1
+    image = _png(images[0])
+    answer = _post(port, "probe", [image] * 2, ["x", "y"], metadata=json.dumps([{asked: 1}, {}]))
+    assert answer.status_code == 500
+    assert answer.json()["error"].startswith("reward probe failed")
+
+
+@pytest.mark.parametrize(
+    ("images", "prompts", "message"),
+    [
+        (np.zeros((2, 4, 4, 3), np.uint8), ["x"], "2 images, 1 prompts, 2 metadata"),
+        (np.zeros((1, 4, 4, 3), np.float32), ["x"], r"got float32 \[1, 4, 4, 3\]"),
+        (np.zeros((1, 4, 4, 3), np.uint8), [""], "the probe wants a prompt"),
+    ],
+)
+def test_a_bad_call_by_handle_is_named(port, images, prompts, message):
+    with pytest.raises(RewardError, match=message):
+        _score(RewardClient(["probe"], retries=0), images, [{}] * len(images), prompts)
+
+
+def test_a_call_without_answer_ends_at_its_deadline(port):
+    client = RewardClient(["probe"], retries=0, deadline_s=0.5)
+    start = time.monotonic()
+    with pytest.raises(RewardError, match=r"no answer within 0.5 s; first prompt: 'prompt 0'"):
+        _score(client, np.zeros((1, 4, 4, 3), np.uint8), [{"seconds": 2}])
+    assert time.monotonic() - start < 1.5
+
+
+GREY = _png(np.full((4, 4, 3), 51, np.uint8))
+
+
+def _chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def _header_of(width, height):
+    """A PNG of 60 bytes that promises that many pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", b"x") + b"\0" * 15
+
+
+DEEP = "[" * 50_000
+
+
+@pytest.mark.parametrize(
+    ("files", "prompts", "fields", "status", "message"),
+    [
+        ([b"not an image"], ["x"], {}, 422, "image 0 is not a readable PNG"),
+        ([GREY, GREY[:-30]], ["x", "y"], {}, 422, "image 1 is not a readable PNG"),
+        ([GREY[:40] + b"\xff" * 20 + GREY[60:]], ["x"], {}, 422, "image 0 is not a readable"),
+        ([_png(np.zeros((4, 4, 3), np.uint8), "BMP")], ["x"], {}, 422, "not a readable PNG"),
+        ([_png(np.zeros((4, 4), np.uint16))], ["x"], {}, 422, "mode I;16"),
+        ([_header_of(9000, 9000)], ["x"], {}, 413, "image 0 is 9000x9000; at most 4096 pixels"),
+        ([_header_of(60000, 60000)], ["x"], {}, 413, "image 0: Image size (3600000000 pixels)"),
+        ([_png(np.zeros((64, 65, 3), np.uint8))], ["x"], {}, 413, "image 0 is 65x64; at most 4096"),
+        ([GREY, _png(np.zeros((4, 5, 3), np.uint8))], ["x", "y"], {}, 422, "must have one size"),
+        ([GREY] * 21, ["x"] * 21, {}, 413, "21 images; at most 20"),
+        ([b"\0" * 200_000], ["x"], {}, 413, "request body over 100000 bytes"),
+        ([GREY], ["x", "y"], {}, 422, "1 images, but 2 prompts"),
+        ([GREY], ["x"], {"metadata": "[]"}, 422, "1 images, but 0 metadata"),
+        ([GREY], ["x"], {"metadata": "[1]"}, 422, "metadata must be a JSON list of objects"),
+        ([GREY], "x", {}, 422, "prompts is not JSON"),
+        ([GREY], DEEP, {}, 422, "prompts is not JSON"),
+        ([GREY], '{"a": 1}', {}, 422, "prompts must be a JSON list of texts"),
+        ([GREY], "[1]", {}, 422, "prompts must be a JSON list of texts"),
+        ([GREY], [""], {}, 422, "the probe wants a prompt"),
+        ([], ["x"], {}, 422, "images: Field required"),
+    ],
+)
+def test_bad_requests_are_answered_and_the_replica_lives(
+    port, *, files, prompts, fields, status, message
+):
+    before = _pid()
+    answer = _post(port, "probe", files, prompts, **fields)
+    assert answer.status_code == status, answer.text
+    assert list(answer.json()) == ["error"]
+    assert message in answer.json()["error"]
+    assert _pid() == before
+
+
+def test_malformed_requests_and_unknown_paths_are_json_errors(port):
+    url = f"http://127.0.0.1:{port}/probe"
+    body = {"content": b"garbage", "headers": {"content-type": "multipart/form-data; boundary=x"}}
+    for answer in (
+        httpx.post(f"{url}/score", **body),
+        httpx.post(f"{url}/score", json={"prompts": []}),
+        httpx.get(f"{url}/score"),
+        httpx.get(f"{url}/nothing"),
+    ):
+        assert 400 <= answer.status_code < 500
+        assert list(answer.json()) == ["error"]
+
+
+def test_jpeg_webp_and_transparent_png_are_read(port):
+    grey = np.full((4, 4, 3), 51, np.uint8)
+    files = [_png(grey, "JPEG"), _png(grey, "WEBP"), _png(np.dstack([grey, grey[..., 0]]))]
+    answer = _post(port, "probe", files, ["x"] * 3)
+    assert answer.json()["scores"] == pytest.approx([0.2] * 3, abs=0.01)
+
+
+def test_health_and_docs_answer_while_the_reward_works(port):
+    async def both():
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}/probe") as client:
+            busy = asyncio.create_task(
+                RewardClient(["probe"]).score(
+                    np.zeros((1, 4, 4, 3), np.uint8), ["x"], [{"seconds": 3}]
+                )
+            )
+            await asyncio.sleep(0.5)
+            start = time.monotonic()
+            answers = [await client.get(path) for path in ("/health", "/docs", "/openapi.json")]
+            seconds = time.monotonic() - start
+            assert not busy.done()
+            await busy
+            return answers, seconds
+
+    (health, docs, schema), seconds = asyncio.run(both())
+    assert seconds < 2
+    assert health.json() == {"reward": "probe", "status": "ok"}
+    assert "/probe/openapi.json" in docs.text
+    assert "/score" in schema.json()["paths"]
+
+
+def test_a_killed_replica_is_replaced_and_the_call_repeated(port, tmp_path):
+    before = _pid()
+    client = RewardClient(["probe"], retries=2, backoff_s=0.5)
+    asked = {"die once": str(tmp_path / "died"), "pid": 1}
+    scores = _score(client, np.zeros((1, 4, 4, 3), np.uint8), [asked])["probe"]
+    assert (tmp_path / "died").exists()
+    assert scores[0] != before
+    assert client.stats()["probe"].failures >= 1
+    assert client.stats()["probe"].calls == 1
+
+    os.kill(_pid(), signal.SIGKILL)  # and between two calls
+    assert _probe(retries=2).tolist() == [np.float32(0.2)]
+
+
+def test_what_is_deployed_already_is_used_as_it_is(port):
+    reward_service.wait(["probe"], deadline_s=30)
+    before = _pid()
+    again = RewardServiceArgs(name="probe", reward="ocr")
+    assert reward_service.start_rewards([again], http_port=port, deadline_s=30) == ["probe"]
+    assert _pid() == before
+
+
+def test_a_reward_that_cannot_start_is_named_with_its_cause(port):
+    bad = RewardServiceArgs(name="bad", reward="reward_samples:BadConstructor", options={"size": 9})
+    with pytest.raises(RewardError, match="reward-bad: DEPLOY_FAILED") as caught:
+        reward_service.start_rewards([bad], http_port=port, deadline_s=60)
+    assert "size=9 is not served here" in str(caught.value)
+    corrected = RewardServiceArgs(name="bad", reward=PROBE)
+    assert reward_service.start_rewards([corrected], http_port=port, deadline_s=60) == []
+    serve.delete("reward-bad")
+
+
+def test_deadline_and_absence_are_named(port):
+    slow = RewardServiceArgs(name="slow", reward=PROBE, cpus=64.0)  # more than the cluster has
+    with pytest.raises(RewardError, match=r"not running after 1 s.*reward-slow"):
+        reward_service.start_rewards([slow], http_port=port, deadline_s=1)
+    serve.delete("reward-slow", _blocking=False)
+    with pytest.raises(RewardError, match="reward-nobody: no such application"):
+        reward_service.wait(["nobody"], deadline_s=1)
+    with pytest.raises(RewardError, match="reward-nobody"):
+        RewardClient(["nobody"])
+
+
+def test_config_file_is_what_serve_accepts_and_it_runs(port, signs):
+    config = ServeDeploySchema.model_validate(yaml.safe_load(CONFIG.read_text()))
+    assert config.http_options.host == "127.0.0.1"
+    (application,) = config.applications
+    assert application.import_path == "flowgrpo_ray.cluster.reward_service:app"
+    assert application.name == "reward-ocr"
+    args = RewardServiceArgs.model_validate(application.args)
+    assert application.route_prefix == f"/{args.name}"
+    serve.run(reward_service.app(args), name="reward-from-file", route_prefix="/file")
+    images, prompts = signs
+    answer = _post(port, "file", [_png(images[0])], prompts[:1])
+    assert answer.json() == {"reward": "ocr", "scores": [1.0]}
+    serve.delete("reward-from-file")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"replicas": 0}, "greater than or equal to 1"),
+        ({"replicas": "2"}, "valid integer"),
+        ({"replica": 2}, "Extra inputs"),
+        ({"name": "a/b"}, "match pattern"),
+    ],
+)
+def test_service_args_are_strict(change, message):
+    with pytest.raises(ValidationError, match=message):
+        RewardServiceArgs.model_validate({"name": "ocr", **change})
+
+
+def test_two_rewards_of_one_name_are_refused(ray_cluster):
+    args = [RewardServiceArgs(name="ocr"), RewardServiceArgs(name="ocr")]
+    with pytest.raises(SpecError, match="different names"):
+        reward_service.deploy(args, http_port=None)
