@@ -13,6 +13,9 @@ The third stage leaves something to learn for reinforcement learning. Every budg
 steps, never of seconds, so one machine and one seed always give the same weights.
 """
 
+# The annotations of diffusers are wrong about what its models and pipelines take and return.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import argparse
@@ -428,7 +431,7 @@ def digest(pipe: StableDiffusion3Pipeline) -> str:
 
 def main() -> None:
     """Builds the model and its two prompt files from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the pipeline")
     parser.add_argument("--prompts", type=Path, help="folder for the prompt files (default: none)")
     parser.add_argument("--seed", type=int, default=0, help="decides every weight (default: 0)")

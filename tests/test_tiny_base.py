@@ -1,6 +1,5 @@
 """The embedded base model: the shipped folder, its prompt files, and its builder."""
 
-import dataclasses
 import random
 import subprocess
 import sys
@@ -110,10 +109,7 @@ def test_the_folder_is_small_half_precision_and_names_no_local_path():
     assert sum(path.stat().st_size for path in files) < 16_000_000
     for path in files:
         if path.suffix == ".json":
-            text = path.read_text()
-            assert "/tmp" not in text
-            assert "/work" not in text
-            assert "/home" not in text
+            assert '"/' not in path.read_text(), f"{path} names an absolute path"
     pipe = StableDiffusion3Pipeline.from_pretrained(MODEL, dtype=torch.float16)
     assert pipe.transformer.dtype == pipe.vae.dtype == torch.float16
 
@@ -237,31 +233,32 @@ def test_caption_noise_replaces_digits_but_never_makes_a_heldout_text(pipe):
     assert 0.7 < np.mean([row != own for row, own in pairs]) < 0.9
 
 
-@pytest.mark.parametrize(
-    "budget", [tiny_base.Budget(vae_steps=2, clean_steps=2, noised_steps=2, images=64)]
-)
+BUDGETS = [tiny_base.Budget(vae_steps=2, clean_steps=1, noised_steps=1, images=64)]
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
 def test_a_seed_decides_every_weight(budget):
-    reference = tiny_base.digest(tiny_base.train(3, budget))
+    first = tiny_base.train(3, budget)
     torch.manual_seed(11)  # neither the global generators nor the thread setting may matter
     random.seed(11)
     np.random.seed(11)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert tiny_base.digest(tiny_base.train(3, budget)) == reference
+        assert tiny_base.digest(tiny_base.train(3, budget)) == tiny_base.digest(first)
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
-    assert tiny_base.digest(tiny_base.train(4, budget)) != reference
-    for field in ("vae_steps", "clean_steps", "noised_steps"):
-        longer = dataclasses.replace(budget, **{field: 3})
-        assert tiny_base.digest(tiny_base.train(3, longer)) != reference, field
 
+    untrained, other = map(tiny_base.untrained_pipeline, (3, 4))
+    for name, module in first.components.items():
+        if isinstance(module, torch.nn.Module):
+            assert all(torch.isfinite(weight).all() for weight in module.parameters()), name
+            start = untrained.components[name].state_dict()
+            assert any(not torch.equal(w, start[key]) for key, w in module.state_dict().items())
+    assert tiny_base.digest(untrained) != tiny_base.digest(other)
 
-def test_training_leaves_finite_weights_and_a_normal_latent_space():
-    pipe = tiny_base.train(0, tiny_base.Budget(3, 3, 3, images=64))
-    latents = tiny_base.encode_signs(pipe.vae, tiny_base.draw_signs(64, 0).images)
+    latents = tiny_base.encode_signs(first.vae, tiny_base.draw_signs(64, 3).images)
     assert latents.shape == (64, *tiny_base.LATENT_SHAPE)
     assert latents.mean().item() == pytest.approx(0, abs=1e-3)
     assert latents.std().item() == pytest.approx(1, abs=1e-3)
-    assert all(torch.isfinite(weight).all() for weight in pipe.transformer.parameters())

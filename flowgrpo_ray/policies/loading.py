@@ -25,11 +25,14 @@ def from_pretrained(
     **more: Any,
 ) -> Any:
     """``cls.from_pretrained`` for one part of ``model``; ``ModelError`` if it is not to be had."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
     options: dict[str, Any] = dict(more)
     if subfolder is not None:
         options["subfolder"] = subfolder
     if dtype is not None:
-        options["torch_dtype"] = dtype
+        options["dtype"] = dtype
     if model.revision is not None:
         options["revision"] = model.revision
     place = str(model.folder) if model.folder is not None else model.path

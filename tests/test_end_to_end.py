@@ -1,0 +1,187 @@
+"""The program as a user runs it: a real Ray cluster, real Serve, a real FSDP learner.
+
+One run is left alone; the other is stopped in every way a run can be stopped, and goes on with one
+rollout worker instead of two. Both must end with the same weights and the same metrics file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from flowgrpo_ray.checkpoint import list_checkpoints
+from flowgrpo_ray.tracking import read_rows
+
+ITERATIONS = 8
+SMALL = {
+    "name": "small",
+    "seed": 3,
+    "iterations": ITERATIONS,
+    "sampling.steps": 6,
+    "sampling.group_size": 4,
+    "sampling.groups": 8,
+    "sampling.micro_batch": 8,
+    "sampling.window": "{kind: random, length: 2, within: [0, 4]}",
+    "evaluation": "{every: 3, steps: 4, prompts: 8, micro_batch: 4, grid: 8}",
+    "checkpoint": "{every: 2, keep: 2}",
+    "ema": "{decay: 0.9, every: 2}",
+}
+
+
+class Command:
+    """``flowgrpo-ray train`` in a process group of its own, as a terminal starts it."""
+
+    def __init__(self, folder: Path, *more: str, resume: bool = False, **changes: str) -> None:
+        self.home = folder / "home"
+        self.home.mkdir(exist_ok=True)
+        self.run = folder / "runs" / SMALL["name"]
+        self.mark = f"FLOWGRPO_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
+        settings = {**SMALL, **changes}
+        command = [sys.executable, "-m", "flowgrpo_ray", "train", "tiny-ocr", *more]
+        command += ["--runs", str(folder / "runs")]
+        for key, value in settings.items():
+            command += ["--set", f"{key}={value}"]
+        key, _, value = self.mark.partition("=")
+        hidden = ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE", "RAY_ADDRESS")
+        environment = {k: v for k, v in os.environ.items() if k not in hidden}
+        self.process = subprocess.Popen(
+            [*command, *(["--resume"] if resume else [])],
+            env=environment | {"HOME": str(self.home), key: value},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def trained(self) -> int:
+        """The last iteration in the metrics file; -1 before there is any row."""
+        path = self.run / "metrics.jsonl"
+        return (
+            max((row["iteration"] for row in read_rows(path)), default=-1) if path.exists() else -1
+        )
+
+    def wait_for(self, iteration: int) -> None:
+        self.wait_until(lambda: self.trained() >= iteration)
+
+    def wait_until(self, true: Callable[[], bool]) -> None:
+        end = time.monotonic() + 120
+        while not true():
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.process.kill()
+                pytest.fail(f"ended too early or stuck:\n{self.process.communicate()[0]}")
+            time.sleep(0.02)
+
+    def signal_group(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+
+    def finish(self, status: int = 0) -> str:
+        output = self.process.communicate(timeout=180)[0]
+        assert self.process.returncode == status, output
+        assert not self.left_behind(), "processes of the run are still there"
+        assert "Traceback" not in output, output
+        return output
+
+    def left_behind(self) -> list[str]:
+        """Processes that inherited this run's environment, after a moment of grace."""
+        end = time.monotonic() + 15
+        while (found := list(_processes_with(self.mark))) and time.monotonic() < end:
+            time.sleep(0.2)
+        return found
+
+
+def _processes_with(mark: str) -> Iterator[str]:
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (process / "environ").read_bytes().split(b"\0"):
+                yield (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:120]
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+
+
+def final_digests(run: Path) -> dict[str, str]:
+    """SHA-256 of weights, averages and optimizer state, from the last checkpoint's manifest."""
+    newest = list_checkpoints(run / "checkpoints")[-1]
+    assert newest.name == f"iteration-{ITERATIONS:06d}"
+    manifest: dict[str, str] = json.loads((newest / "manifest.json").read_text())
+    del manifest["state.json"]  # holds clock times
+    return manifest
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Command, str]:
+    command = Command(tmp_path_factory.mktemp("undisturbed"))
+    return command, command.finish()
+
+
+def test_a_run_leaves_what_it_promises(undisturbed: tuple[Command, str]) -> None:
+    command, output = undisturbed
+    run = command.run
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["iterations"] == ITERATIONS
+    assert summary["images"] == ITERATIONS * 32
+    assert summary["eval_before"].keys() == summary["eval_after"].keys() == {"ocr", "sign_colour"}
+    rows = read_rows(run / "metrics.jsonl")
+    trained = [row for row in rows if row["kind"] == "train"]
+    assert [row["iteration"] for row in trained] == list(range(1, ITERATIONS + 1))
+    assert [row["iteration"] for row in rows if row["kind"] == "eval"] == [0, 3, 6, ITERATIONS]
+    assert {row["log_ratio"]["gate"] for row in trained} == {0.0}, "the first ratio is exactly 1"
+    assert len({row["weights"]["digest"] for row in trained}) == ITERATIONS, "weights move"
+    for path in ("spec.yaml", "report.html", "samples/iteration-000000.png", "tensorboard"):
+        assert (run / path).exists(), path
+    assert list((run / "logs").rglob("gcs_server*")), "Ray's logs are kept"
+    assert "report.html" in output
+    assert len(output.splitlines()) < 40, f"noisy console:\n{output}"
+
+
+def test_nothing_is_written_to_the_home_folder(undisturbed: tuple[Command, str]) -> None:
+    assert [path for path in undisturbed[0].home.rglob("*") if path.is_file()] == []
+
+
+def test_the_same_weights_however_a_run_is_interrupted(
+    undisturbed: tuple[Command, str], tmp_path: Path
+) -> None:
+    killed = Command(tmp_path, iterations="5")
+    killed.wait_for(4)
+    killed.process.send_signal(signal.SIGKILL)  # the driver alone, as the kernel's OOM killer does
+    killed.process.wait()
+    assert not killed.left_behind()
+
+    asked_for_more = Command(tmp_path, resume=True, iterations="5")
+    asked_for_more.finish()  # off the rhythm of evaluations and checkpoints, and then longer:
+
+    interrupted = Command(tmp_path, resume=True)
+    interrupted.wait_for(6)
+    interrupted.signal_group(signal.SIGINT)
+    assert "continue with" in interrupted.finish()
+    done = interrupted.trained()
+    assert list_checkpoints(interrupted.run / "checkpoints")[-1].name.endswith(str(done))
+
+    last = Command(tmp_path, resume=True, **{"cluster.rollout": "{count: 1, cpus: 0.5}"})
+    last.finish()
+    expected = undisturbed[0].run
+    assert final_digests(last.run) == final_digests(expected)
+    assert (last.run / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
+
+
+def test_two_learner_ranks_with_lora_and_a_second_ctrl_c(tmp_path: Path) -> None:
+    two = {
+        "tuning": "{kind: lora, rank: 4, alpha: 8}",
+        "cluster.learner": "{count: 2, cpus: 0.5}",
+        "iterations": "500",
+    }
+    command = Command(tmp_path, **two)
+    command.wait_for(2)
+    rows = [row for row in read_rows(command.run / "metrics.jsonl") if row["kind"] == "train"]
+    assert {row["log_ratio"]["gate"] for row in rows} == {0.0}
+    command.signal_group(signal.SIGINT)
+    time.sleep(0.05)
+    command.signal_group(signal.SIGINT)
+    assert "interrupted" in command.finish(status=130)
