@@ -29,7 +29,7 @@ class Progress:
 
     iteration: int
     images: int
-    seconds: float
+    seconds: float  # wall clock of all attempts, starts included
     failed_groups: int
     spec_identity: str
     prompts_digest: str

@@ -69,20 +69,24 @@ def train(
     from flowgrpo_ray.console import RunDisplay, summary_table
 
     resolved = load_spec(spec, overrides or [])
-    with RunDisplay(resolved, console) as display:
-        outcome = run_training(resolved, runs, resume=resume, display=display, started=STARTED)
+    try:
+        with RunDisplay(resolved, console) as display:
+            outcome = run_training(resolved, runs, resume=resume, display=display, started=STARTED)
+    except KeyboardInterrupt:
+        console.print("interrupted; continue from the last checkpoint with --resume")
+        raise typer.Exit(130) from None
     done = outcome.summary["iterations"]
-    again = f"flowgrpo-ray train {spec}{_as_options(overrides)} --resume"
+    again = f"flowgrpo-ray train {spec}{_as_options(overrides)} --runs {runs} --resume"
     if outcome.stopped:
         console.print(f"stopped after iteration {done}, saved; continue with\n  {again}")
         return
     console.print()
     console.print(summary_table(outcome.summary))
-    wall = time.perf_counter() - STARTED
-    console.print(f"{done} iterations, {outcome.summary['images']:,} images, {wall:.0f} s in all")
+    images, seconds = outcome.summary["images"], outcome.summary["seconds"]
+    console.print(f"{done} iterations, {images:,} images, {seconds:.0f} s from the command to here")
     console.print(f"report: {outcome.folder / 'report.html'}", soft_wrap=True)
     console.print(
-        f"next:   flowgrpo-ray sample {outcome.folder} 'blue sign \"2049\"'"
+        f"next:   flowgrpo-ray sample {outcome.folder} 'blue sign \"407\"' 'pink sign \"358\"'"
         if resolved.model.path == "builtin:tiny-sd3"
         else f"next:   flowgrpo-ray export {outcome.folder} --out {resolved.name}-export",
         soft_wrap=True,
@@ -246,9 +250,6 @@ def main() -> None:
         cause = getattr(error, "cause", None) or error  # Ray wraps what an actor raised
         Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(cause))}", highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted")
-        sys.exit(130)
 
 
 def _escape(text: str) -> str:

@@ -117,6 +117,10 @@ class StartClock:
         self._phases[phase] = now - self._last
         self._last = now
 
+    def elapsed(self) -> float:
+        """Seconds since the command began."""
+        return time.perf_counter() - self._began
+
     def row(self) -> Row:
         """For timings.jsonl."""
         return {"kind": "start", "seconds": self._last - self._began, "phases": self._phases}

@@ -1,8 +1,9 @@
-"""The kernels against closed forms in float64, torch.distributions and diffusers' own Euler step."""
+"""The kernels against closed forms in float64, torch.distributions, diffusers' Euler step."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def sde_step(x: Tensor, v: Tensor, sigma: float, dt: float, g: float) -> tuple[T
 def expected(
     kernel: str, sigma: float, sigma_next: float, eta: float, stand_in: float
 ) -> tuple[Tensor, float]:
-    """Mean and std of a step; ``stand_in`` is what ``g`` of flow_sde has for sigma below the line."""
+    """Mean and std of a step; ``stand_in``: sigma in the denominator of flow_sde's g."""
     if kernel == "cps":  # sigma' noise is a rotation by eta pi/2 of predicted and of fresh noise
         angle = eta * math.pi / 2
         data, noise = X - sigma * V, X + (1 - sigma) * V
@@ -139,7 +140,7 @@ def end_of_walk(kernel: str, steps: int) -> tuple[float, float]:
     levels = torch.linspace(0.9, 0.2, steps + 1, dtype=torch.float64).tolist()
     mean, variance = marginal(levels[0])
     probe = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    for sigma, sigma_next in zip(levels, levels[1:], strict=False):
+    for sigma, sigma_next in pairwise(levels):
         step = KERNELS[kernel](probe, velocity(probe, sigma), sigma, sigma_next, 0.8, SIGMA_MAX)
         at_0, at_1 = step.mean.flatten().tolist()
         mean, variance = at_0 + (at_1 - at_0) * mean, (at_1 - at_0) ** 2 * variance + step.std**2

@@ -73,14 +73,15 @@ def test_advantages_are_numpys(rows, std, clamp):
     np.testing.assert_array_equal(
         has_gradient(r, g).numpy(),
         [
-            not math.isnan(rewards[i]) and np.nanmax(rewards[group == k]) > np.nanmin(rewards[group == k])
+            not math.isnan(rewards[i])
+            and np.nanmax(rewards[group == k]) > np.nanmin(rewards[group == k])
             for i, k in enumerate(group)
         ],
     )
 
 
 def test_advantages_by_hand():
-    """Two interleaved groups: 0, 1 (population std 1/2; the sample std would be 0.71) and 1, 1, 4."""
+    """Two interleaved groups: 0, 1 (population std 1/2, sample std 0.71) and 1, 1, 4."""
     found = group_advantages(f64(0, 1, 1, 1, 4), torch.tensor([3, 9, 3, 9, 9]))
     root2 = math.sqrt(2)
     assert found[[0, 2]].tolist() == pytest.approx([-0.5 / 0.5001, 0.5 / 0.5001], rel=1e-12)
@@ -250,7 +251,7 @@ def test_summed_ratio_has_mean_one_and_the_meaned_one_lies_below():
 
 
 def test_kl_forms():
-    """``gaussian`` is the true KL; ``time_weighted`` is what the authors divide by ``g^2`` alone."""
+    """``gaussian`` is the true KL; ``time_weighted`` is the authors', over ``g^2`` alone."""
     sigma, sigma_next, eta = 0.6, 0.4, 0.8
     dt, g = sigma_next - sigma, eta * math.sqrt(sigma / (1 - sigma))
     x = randn(3, 2, 4)

@@ -86,7 +86,9 @@ def test_plan_tiles_the_iteration(spec: TrainingSpec, iteration: int):
     assert pairs == [(p, sample) for p in prompts for sample in range(sampling.group_size)]
     assert [u.index for u in found.units] == list(range(sampling.units))
     assert {u.batch for u in found.units} == {sampling.micro_batch}
-    assert {(u.seed, u.stream, u.iteration) for u in found.units} == {(spec.seed, "train", iteration)}
+    assert {(u.seed, u.stream, u.iteration) for u in found.units} == {
+        (spec.seed, "train", iteration)
+    }
     for block in found.blocks:
         prompts_in_block = [prompt for unit in block for prompt in unit.prompts]
         assert {prompts_in_block.count(p) for p in prompts_in_block} == {sampling.group_size}

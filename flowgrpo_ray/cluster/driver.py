@@ -69,6 +69,7 @@ class Trainer:
         self.prompts = {"train": prompts, "eval": held_out}
         self.conditions: dict[str, list[ObjectRef]] = {}
         self.stopping = False
+        self._earlier_seconds = 0.0  # of the attempts that this one continues
         self.progress = Progress(
             iteration=0,
             images=0,
@@ -85,6 +86,7 @@ class Trainer:
         await self.start()
         if resume:
             state, self.progress = resume
+            self._earlier_seconds = self.progress.seconds
             await self.learners.load_state(state)
         await self.measure_floor()
         self.clock.lap("ratio floor")
@@ -137,6 +139,7 @@ class Trainer:
         self.rewards = RewardClient(names)
 
     async def _start_rollouts(self) -> None:
+        await self.rollouts.start()
         self.sigmas, self.eval_sigmas = await self.rollouts.sigmas(
             self.spec.sampling.steps, self.spec.evaluation.steps
         )
@@ -198,18 +201,15 @@ class Trainer:
         busy["train"] = sum(s.seconds for stats, _ in updates for s in stats)
         busy["step"] = sum(step.seconds for _, step in updates)
         self._record_time("train", iteration, seconds, stages=busy)
-        self._advance(iteration, row, seconds, stream.scores)
+        self._advance(iteration, row, stream.scores)
         self.display.iteration(row, seconds)
 
-    def _advance(
-        self, iteration: int, row: dict[str, Any], seconds: float, scores: Sequence[Scores]
-    ) -> None:
+    def _advance(self, iteration: int, row: dict[str, Any], scores: Sequence[Scores]) -> None:
         failed = self.progress.failed_groups + row["groups"]["dropped"]
         self.progress = replace(
             self.progress,
             iteration=iteration,
             images=self.progress.images + row["images"],
-            seconds=self.progress.seconds + seconds,
             failed_groups=failed,
         )
         allowed = self.spec.cluster.max_failed_groups
@@ -244,6 +244,12 @@ class Trainer:
         )
         return Scores(rewards, weighted_total(rewards, self.spec.weights))
 
+    async def _sample_and_score(
+        self, unit: WorkUnit, ticket: WeightsTicket
+    ) -> tuple[Sampled, Scores]:
+        sampled = await self._sample(unit, ticket)
+        return sampled, await self._score(unit, sampled.images)
+
     # --- around the iterations
 
     async def evaluate(self) -> None:
@@ -254,12 +260,8 @@ class Trainer:
         ticket = await self.publish(iteration, averaged=True)
         held_out = self.prompts["eval"]
         units = plan_evaluation(self.spec, len(held_out), self.eval_sigmas)
-        sampled = [asyncio.ensure_future(self._sample(unit, ticket)) for unit in units]
-        scoring = [
-            asyncio.ensure_future(self._score(unit, (await task).images))
-            for unit, task in zip(units, sampled, strict=True)
-        ]
-        scores = await asyncio.gather(*scoring)
+        results = await asyncio.gather(*(self._sample_and_score(unit, ticket) for unit in units))
+        sampled, scores = zip(*results, strict=True)
         rewards = {
             name: np.concatenate([score.rewards[name] for score in scores])
             for name in self.spec.rewards
@@ -271,10 +273,9 @@ class Trainer:
         if iteration == 0:
             self.progress = replace(self.progress, eval_before=means)
         self.progress = replace(self.progress, eval_last=means)
-        await self._keep_grid(iteration, [await task for task in sampled], rewards)
+        await self._keep_grid(iteration, sampled, rewards)
         seconds = time.perf_counter() - began
         self._record_time("eval", iteration, seconds)
-        self.progress = replace(self.progress, seconds=self.progress.seconds + seconds)
         self.display.evaluation(iteration, means)
 
     async def _keep_grid(
@@ -290,6 +291,8 @@ class Trainer:
     async def save(self) -> None:
         """Checkpoint learner and progress."""
         self.display.stage("saving a checkpoint")
+        seconds = self._earlier_seconds + self.clock.elapsed()
+        self.progress = replace(self.progress, seconds=seconds)
         state = await self.learners.state()
         keep = self.spec.checkpoint.keep
         await asyncio.to_thread(
@@ -350,3 +353,5 @@ class Stream:
         """Drop what still runs; nothing does after an iteration that went well."""
         for task in [*self._units.values(), *self._signals.values()]:
             task.cancel()
+            if task.done() and not task.cancelled():
+                task.exception()  # seen: asyncio need not complain that nobody looked

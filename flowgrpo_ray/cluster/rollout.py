@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import ObjectRef
 from ray.util.placement_group import PlacementGroup
@@ -16,6 +16,9 @@ from flowgrpo_ray.errors import ContractError
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.types import Condition, Float32, Images, Trajectory, WeightsTicket, WorkUnit
 
+if TYPE_CHECKING:
+    from flowgrpo_ray.policies import Policy
+
 IN_FLIGHT = 2  # units given to a worker at once, so that it never waits for the driver
 ENCODE_CHUNK = 512  # prompts per call
 
@@ -23,16 +26,21 @@ ENCODE_CHUNK = 512  # prompts per call
 class RolloutWorker:
     """One process with the whole model: encodes prompts, samples units, decodes images."""
 
+    policy: Policy
+
     def __init__(self, spec: TrainingSpec) -> None:
-        device = set_up_process(spec.cluster.rollout)
+        self.device = set_up_process(spec.cluster.rollout)
+        self.spec = spec
+        self.loaded: WeightsTicket | None = None
+
+    def start(self) -> None:
+        """Load the model; not in the constructor, whose errors Ray wraps beyond recognition."""
         from flowgrpo_ray.policies import load_policy
 
-        self.spec = spec
-        self.policy = load_policy(spec, device, frozenset({"network", "decoder"}))
-        self.policy.tune(spec.seed, with_reference=False)
+        self.policy = load_policy(self.spec, self.device, frozenset({"network", "decoder"}))
+        self.policy.tune(self.spec.seed, with_reference=False)
         self.parameters = self.policy.trainable()
-        self.policy.latent_shape(spec.sampling.size)  # an impossible size fails here, early
-        self.loaded: WeightsTicket | None = None
+        self.policy.latent_shape(self.spec.sampling.size)  # an impossible size fails here, early
 
     def sigmas(self, steps: int) -> tuple[float, ...]:
         """The model's noise levels for that many steps."""
@@ -97,14 +105,17 @@ class RolloutPool:
         for worker in self.workers * IN_FLIGHT:
             self._free.put_nowait(worker)
 
-    async def sigmas(self, *steps: int) -> list[tuple[float, ...]]:
-        """Noise levels for each number of steps, from the first worker; waits until it is up."""
-        worker = self.workers[0]
-        return await within(
+    async def start(self) -> None:
+        """Wait until every worker has loaded the model."""
+        await within(
             self.spec.cluster.ready_timeout_s,
             "rollout workers",
-            [worker.sigmas.remote(n) for n in steps],
+            [worker.start.remote() for worker in self.workers],
         )
+
+    async def sigmas(self, *steps: int) -> list[tuple[float, ...]]:
+        """The model's noise levels for each number of steps."""
+        return await asyncio.gather(*(self.workers[0].sigmas.remote(n) for n in steps))
 
     async def encode(self, prompts: Sequence[str]) -> list[ObjectRef]:
         """A reference to each prompt's condition; every prompt is encoded once in a run."""

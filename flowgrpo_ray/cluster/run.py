@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowgrpo_ray.cluster.session import ray_session
-from flowgrpo_ray.errors import RunFolderError
+from flowgrpo_ray.errors import ClusterError, RunFolderError
 from flowgrpo_ray.preflight import check_run
 from flowgrpo_ray.prompts import prompts_digest
 from flowgrpo_ray.report import write_report
@@ -59,10 +59,18 @@ def train(
         display.stage("starting Ray")
         with ray_session(spec, folder.logs), contextlib.closing(recorder):
             clock.lap("ray")
+            from ray.exceptions import RayActorError
+
             from flowgrpo_ray.cluster.driver import Trainer
 
             trainer = Trainer(spec, prompts, held_out, folder, recorder, display, clock)
-            progress = asyncio.run(_until_stopped(trainer, saved))
+            try:
+                progress = asyncio.run(_until_stopped(trainer, saved))
+            except RayActorError as error:
+                raise ClusterError(
+                    f"an actor of the run was lost: {str(error).splitlines()[0]} Its log is below "
+                    f"{folder.logs}. Continue from the last checkpoint with --resume"
+                ) from error
         stopped = progress.iteration < spec.iterations
         summary = _summary(spec, progress)
         recorder.write_summary(summary)

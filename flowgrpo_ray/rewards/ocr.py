@@ -10,7 +10,6 @@ ones.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -165,8 +164,6 @@ class RapidOcrReader:
 
 def _rapidocr(rec_width: int, batch: int) -> Any:
     """A RapidOCR engine with one thread, its models loaded and run once."""
-    # onnxruntime would write a device id to the home folder and report what it runs.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     from rapidocr import RapidOCR
 
     engine = RapidOCR(

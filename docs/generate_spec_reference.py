@@ -1,0 +1,175 @@
+"""Writes the key tables of docs/spec.md from the JSON schema of a training spec.
+
+With ``--check`` it writes nothing and exits with status 1 if the tables are stale.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from flowgrpo_ray.spec import TrainingSpec
+
+PAGE = Path(__file__).with_name("spec.md")
+BEGIN, END = "<!-- spec-reference: begin -->", "<!-- spec-reference: end -->"
+
+# Keys whose schema has no description yet. One that gets it there must go from here.
+MEANINGS = {
+    "seed": "decides prompts, windows, noise and adapter weights",
+    "iterations": "how long to train; a run that ended goes on under a larger number",
+    "ema": "`null`: no averaging",
+    "tuning.rank": "of every adapter",
+    "tuning.alpha": "adapters are scaled by alpha / rank",
+    "sampling.kernel": "what a stochastic step is: [kernels](how-it-works.md#one-step)",
+    "rewards.NAME.replicas": "processes that score",
+    "objective.kind": "the only one yet",
+    "objective.clip_low": "the ratio is clipped at 1 - clip_low",
+    "objective.clip_high": "the ratio is clipped at 1 + clip_high",
+    "objective.advantage_clamp": "advantages are clamped to ± this",
+    "objective.kl": "`null`: no KL term",
+    "objective.kl.beta": "weight of the KL in the loss",
+    "optimizer.learning_rate": "constant",
+    "optimizer.betas": "of AdamW",
+    "optimizer.weight_decay": "of AdamW",
+    "optimizer.eps": "of AdamW",
+    "ema.decay": "largest; `(1 + n) / (10 + n)` is used while it is smaller, after n updates",
+    "evaluation.micro_batch": "images per forward",
+    "cluster.ACTORS.count": "processes",
+    "tracking.tensorboard": "mirror the rows to TensorBoard event files",
+}
+# Sections that share one table, and how that table is called.
+SHARED = {"cluster.rollout": "cluster.ACTORS", "cluster.learner": "cluster.ACTORS"}
+TITLES = {"cluster.ACTORS": "`cluster.rollout`, `cluster.learner`"}
+
+Schema = Mapping[str, Any]
+
+
+def render() -> str:
+    """All tables, top level first."""
+    schema = TrainingSpec.model_json_schema()
+    used: set[str] = set()
+    text = "\n".join(_section("", schema, schema["$defs"], used, set()))
+    if unused := MEANINGS.keys() - used:
+        raise SystemExit(f"MEANINGS no longer needed, the schema says it: {sorted(unused)}")
+    return text
+
+
+def _section(
+    path: str, schema: Schema, known: Schema, used: set[str], done: set[str]
+) -> Iterator[str]:
+    """The table of one section, and those of the sections below it."""
+    if path in done:
+        return
+    done.add(path)
+    variants = [schema]
+    if "oneOf" in schema:
+        variants = [_resolve(option, known) for option in schema["oneOf"]]
+    below: list[tuple[str, Schema]] = []
+    if path:
+        yield f"### {TITLES.get(path, f'`{path}`')}\n"
+    for variant in variants:
+        says = variant.get("description")
+        if path and says:
+            kind = variant["properties"].get("kind", {}).get("const")
+            yield (f"`kind: {kind}`: {says}\n" if len(variants) > 1 else f"{says}\n")
+        yield "| key | values | default | meaning |\n| --- | --- | --- | --- |"
+        for key, value in variant["properties"].items():
+            place = f"{path}.{key}" if path else key
+            target = _object(value, known)
+            name = f"{place}.NAME" if _is_map(value) else SHARED.get(place, place)
+            if target:
+                below.append((name, target))
+            default = _default(key, value, variant, target is not None)
+            meaning = _meaning(place, name if target else None, value, used)
+            yield f"| `{key}` | {_values(value)} | {default} | {meaning} |"
+        yield ""
+    for name, target in below:
+        yield from _section(name, target, known, used, done)
+
+
+def _resolve(schema: Schema, known: Schema) -> Schema:
+    return known[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+
+
+def _is_map(value: Schema) -> bool:
+    """Whether a value is a mapping of free names to sections, as `rewards` is."""
+    more = value.get("additionalProperties")
+    return isinstance(more, dict) and "$ref" in more
+
+
+def _object(value: Schema, known: Schema) -> Schema | None:
+    """The section that a value opens, if it is one."""
+    if "oneOf" in value:
+        return value
+    if _is_map(value):
+        return _resolve(value["additionalProperties"], known)
+    for option in (value, *value.get("anyOf", [])):
+        if "$ref" in option:
+            return _resolve(option, known)
+    return None
+
+
+BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+TYPES = {"object": "a mapping", "string": "text", "null": "`null`"}
+
+
+def _values(value: Schema) -> str:
+    """What may stand at a key."""
+    if "anyOf" in value:
+        return " or ".join(map(_values, value["anyOf"]))
+    if "const" in value or "enum" in value:
+        return " ".join(f"`{item}`" for item in value.get("enum", [value.get("const")]))
+    if value.get("type") == "array":
+        fixed = value.get("prefixItems")
+        inner = ", ".join(map(_values, fixed or [value["items"]]))
+        return f"[{inner}]" if fixed else f"[{inner}, …]"
+    kind = value.get("type", "object")
+    bounds = [f"{sign} {value[key]:g}" for key, sign in BOUNDS.items() if key in value]
+    return " ".join([TYPES.get(kind, kind), ", ".join(bounds)]).strip()
+
+
+def _default(key: str, value: Schema, parent: Schema, is_section: bool) -> str:
+    if key in parent.get("required", []):
+        return "**required**"
+    default = value.get("default")
+    if is_section and default is not None:
+        return "its defaults"
+    return "`{}`" if "default" not in value else f"`{json.dumps(default)}`"
+
+
+def _meaning(place: str, section: str | None, value: Schema, used: set[str]) -> str:
+    """From the schema, else from MEANINGS; a section names its table."""
+    parent, _, key = place.rpartition(".")
+    said = value.get("description")
+    shared = f"{SHARED.get(parent, parent)}.{key}" if parent else key
+    if said is None and shared in MEANINGS:
+        used.add(shared)
+        said = MEANINGS[shared]
+    if section:
+        title = TITLES.get(section, f"`{section}`")
+        anchor = "".join(c for c in title.lower() if c.isalnum() or c in " -_").replace(" ", "-")
+        return f"{f'{said}; ' if said else ''}see [{title}](#{anchor})"
+    if said is None and "const" in value:
+        return "says which table holds"
+    if said is None:
+        raise SystemExit(f"{shared} has no meaning: describe it in flowgrpo_ray/spec.py")
+    return said.replace("|", "\\|")
+
+
+def main() -> None:
+    page = PAGE.read_text("utf-8")
+    head, _, rest = page.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    fresh = f"{head}{BEGIN}\n\n{render()}\n{END}{tail}"
+    if "--check" in sys.argv[1:]:
+        if fresh != page:
+            sys.exit(f"{PAGE.name} is stale: run python docs/generate_spec_reference.py")
+    else:
+        PAGE.write_text(fresh, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

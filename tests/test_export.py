@@ -1,0 +1,269 @@
+"""From a run folder to what plain diffusers loads; sample, evaluate and export on the command line.
+
+The run folders are made without Ray: real updates of a learner, a checkpoint, a spec.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import (
+    CPU,
+    LORA,
+    PROMPTS,
+    SIZE,
+    TUNINGS,
+    alone,
+    draw_batches,
+    one_thread,
+    small_spec,
+    update,
+)
+from typer.testing import CliRunner
+
+from flowgrpo_ray.checkpoint import Progress, save_checkpoint
+from flowgrpo_ray.cli import app
+from flowgrpo_ray.errors import RunFolderError, SpecError
+from flowgrpo_ray.inference import export, generate, load_trained, open_target
+from flowgrpo_ray.learner import Learner
+from flowgrpo_ray.rewards.sign_colour import SignColourReward
+from flowgrpo_ray.run_folder import RunFolder
+from flowgrpo_ray.sampling import INITIAL, draw_noise
+from flowgrpo_ray.spec_file import dump_spec
+from flowgrpo_ray.types import Images, Schedule, WorkUnit
+
+STEPS = 4  # of SMALL's evaluation
+SEED = 5
+BASE = small_spec().model.folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Mapping[str, RunFolder]:
+    """A run folder of each kind after two updates, and one that has not saved yet."""
+    root: Path = tmp_path_factory.mktemp("runs")
+    folders: dict[str, RunFolder] = {}
+    with alone():
+        for name, override in {**TUNINGS, "unsaved": LORA}.items():
+            # steps of 0.01 per weight: enough to see in the images
+            spec = small_spec(override, f"name={name}", "optimizer.learning_rate=1e-2")
+            folders[name] = folder = RunFolder(root / name)
+            folder.path.mkdir()
+            folder.spec_file.write_text(dump_spec(spec))
+            if name == "unsaved":
+                continue
+            learner, batches = Learner(spec, CPU), draw_batches(spec, 1)
+            for iteration in (1, 2):
+                update(learner, batches)
+                progress = Progress(iteration, 4, 1.0, 0, spec.identity(), "")
+                save_checkpoint(folder.checkpoints, learner.state(), progress, keep=2)
+    return folders
+
+
+def trained(folder: RunFolder | None, weights: str = "ema", iteration: int | None = None) -> Images:
+    """What ``generate`` gives for a run; each prompt in a batch of its own, as the pipeline's."""
+    spec = folder.read_spec() if folder else small_spec()
+    policy = load_trained(spec, folder, weights, iteration)
+    return generate(policy, spec, PROMPTS[:2], STEPS, SEED, batch=1)
+
+
+def load_pipeline(path: Path) -> Any:
+    from diffusers import StableDiffusion3Pipeline
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(path, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pipeline_images(pipe: Any) -> Images:
+    """Plain diffusers from the same noise, prompt by prompt."""
+    images: list[np.ndarray] = []
+    for place, prompt in enumerate(PROMPTS[:2]):
+        of = Schedule("flow_sde", (0.0,) * (STEPS + 1), (0.0,) * STEPS)
+        noise = draw_noise(WorkUnit(SEED, "eval", 0, 0, (place,), (0,), of), INITIAL, (4, 8, 12))
+        made = pipe(
+            prompt,
+            latents=noise,
+            height=SIZE[0],
+            width=SIZE[1],
+            num_inference_steps=STEPS,
+            guidance_scale=1.0,
+            max_sequence_length=10,
+        )
+        images.append(np.asarray(made.images[0]))
+    return np.stack(images)
+
+
+def difference(a: Images, b: Images) -> float:
+    """Mean absolute difference, of 255."""
+    return float(np.abs(a.astype(int) - b.astype(int)).mean())
+
+
+# --- export
+
+
+def test_training_shows_in_the_images(runs):
+    """So the comparisons below can fail: untrained, averaged and last weights draw apart."""
+    for folder in (runs["full"], runs["lora"]):
+        untrained, ema, last = trained(None), trained(folder), trained(folder, "last")
+        assert difference(untrained, ema) > 0.5
+        assert difference(ema, last) > 0.1
+        assert difference(last, trained(folder, "last", iteration=1)) > 0.1
+
+
+@pytest.mark.parametrize("weights", ["ema", "last"])
+def test_plain_diffusers_draws_an_exported_lora_exactly(runs, weights, tmp_path):
+    out = tmp_path / "out"
+    export(runs["lora"].read_spec(), runs["lora"], out, "lora", weights)
+    pipe = load_pipeline(BASE)
+    pipe.load_lora_weights(out)
+    assert np.array_equal(pipeline_images(pipe), trained(runs["lora"], weights))
+
+
+@pytest.mark.parametrize("weights", ["ema", "last"])
+def test_plain_diffusers_draws_an_exported_pipeline_exactly(runs, weights, tmp_path):
+    out = tmp_path / "out"
+    export(runs["full"].read_spec(), runs["full"], out, "pipeline", weights)
+    assert np.array_equal(pipeline_images(load_pipeline(out)), trained(runs["full"], weights))
+
+
+def test_an_exported_pipeline_changes_the_network_alone(runs, tmp_path):
+    out = tmp_path / "out"
+    export(runs["full"].read_spec(), runs["full"], out, "pipeline", "ema")
+    base, written = load_pipeline(BASE), load_pipeline(out)
+    for part in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer"):
+        before, after = (getattr(p, part).state_dict() for p in (base, written))
+        assert before.keys() == after.keys()
+        same = all(torch.equal(before[name], after[name]) for name in before)
+        assert same == (part != "transformer")
+
+
+def test_adapters_are_merged_into_an_exported_pipeline(runs, tmp_path):
+    """``(W + B A) x`` instead of ``W x + B (A x)``: float32 rounding, so at most that a pixel's
+    value crosses the middle of two integers."""
+    out = tmp_path / "out"
+    export(runs["lora"].read_spec(), runs["lora"], out, "pipeline", "ema")
+    pipe = load_pipeline(out)
+    assert not any("lora" in name for name in pipe.transformer.state_dict())
+    off = np.abs(pipeline_images(pipe).astype(int) - trained(runs["lora"]).astype(int))
+    assert off.max() <= 1
+    assert (off > 0).mean() < 1e-3
+
+
+def test_a_full_run_has_no_lora_to_export(runs, tmp_path):
+    with pytest.raises(SpecError, match="full network; export it with --format pipeline"):
+        export(runs["full"].read_spec(), runs["full"], tmp_path / "out", "lora", "ema")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["lora", "pipeline"])
+def test_a_run_without_checkpoint_has_nothing_to_export(runs, what, tmp_path):
+    with pytest.raises(RunFolderError, match="no checkpoint yet"):
+        export(runs["unsaved"].read_spec(), runs["unsaved"], tmp_path / "out", what, "ema")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_exported_over_other_files(runs, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="not empty"):
+        export(runs["lora"].read_spec(), runs["lora"], tmp_path, "lora", "ema")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_file_in_the_place_of_the_folder_is_an_error(runs, tmp_path):
+    out = tmp_path / "out.safetensors"
+    out.write_text("mine")
+    with pytest.raises(RunFolderError, match=r"out\.safetensors"):
+        export(runs["lora"].read_spec(), runs["lora"], out, "lora", "ema")
+    assert out.read_text() == "mine"
+
+
+# --- opening a run
+
+
+def test_a_target_is_a_run_folder_or_a_spec(runs, tmp_path):
+    spec, folder = open_target(str(runs["lora"].path))
+    assert spec == runs["lora"].read_spec()
+    assert folder is not None
+    assert folder.path == runs["lora"].path
+    assert open_target("tiny-ocr")[1] is None
+    with pytest.raises(RunFolderError, match=r"not a run folder: it has no spec\.yaml"):
+        open_target(str(tmp_path))
+
+
+def test_an_iteration_without_checkpoint_is_an_error(runs):
+    with pytest.raises(RunFolderError, match="no checkpoint of iteration 7"):
+        trained(runs["lora"], iteration=7)
+
+
+# --- command line
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_sample_writes_the_grid_that_it_says(runs, tmp_path):
+    from PIL import Image
+
+    out = tmp_path / "new" / "grid.png"
+    result = invoke(
+        "sample", runs["lora"].path, *PROMPTS[:2], "--out", out, "--seed", SEED, "--columns", 1
+    )
+    assert result.exit_code == 0, result.output
+    assert result.output.strip() == f"2 images in {out}"
+    spec = runs["lora"].read_spec()
+    images = generate(load_trained(spec, runs["lora"], "ema"), spec, PROMPTS[:2], STEPS, SEED, 4)
+    assert np.array_equal(np.asarray(Image.open(out)), np.concatenate(images))
+
+
+def test_evaluate_prints_what_the_rewards_give(runs, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS) + "\n")
+    options = ("--prompts", prompts, "--limit", 2, "--seed", SEED, "--steps", 3)
+    result = invoke("evaluate", runs["full"].path, *options, "--weights", "last")
+    assert result.exit_code == 0, result.output
+    row = json.loads(result.output.strip().splitlines()[-1])
+    spec = runs["full"].read_spec()
+    images = generate(load_trained(spec, runs["full"], "last"), spec, PROMPTS[:2], 3, SEED, 4)
+    scores = SignColourReward()(images, PROMPTS[:2], [{}, {}]).astype(np.float64)
+    assert row == {
+        "prompts": 2,
+        "steps": 3,
+        "seed": SEED,
+        "rewards": {"sign_colour": {"mean": scores.mean(), "std": scores.std()}},
+    }
+    averaged = json.loads(invoke("evaluate", runs["full"].path, *options).output.splitlines()[-1])
+    assert averaged["rewards"] != row["rewards"]
+
+
+@pytest.mark.parametrize(("run", "what"), [("lora", "lora"), ("full", "pipeline")])
+def test_export_writes_what_fits_the_run_and_says_how_to_load_it(runs, run, what, tmp_path):
+    out = tmp_path / "out"
+    result = invoke("export", runs[run].path, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith(f"{what} written")
+    assert str(out) in result.output
+    names = {path.name for path in out.iterdir()}
+    if what == "lora":
+        assert names == {"pytorch_lora_weights.safetensors"}
+    else:
+        assert {"model_index.json", "transformer", "vae", "scheduler"} <= names
+
+
+def test_an_unknown_format_is_refused_with_the_known_ones(runs, tmp_path):
+    result = invoke("export", runs["lora"].path, "--out", tmp_path / "out", "--format", "onnx")
+    assert result.exit_code == 2
+    assert "lora" in result.output
+    assert "pipeline" in result.output

@@ -1,0 +1,519 @@
+"""The learner: ratio gate, gradients, optimizer, averages, state; one rank, then two."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import (
+    CPU,
+    LORA,
+    TUNINGS,
+    Batch,
+    RankResult,
+    alone,
+    conditions,
+    draw_batch,
+    draw_batches,
+    free_address,
+    gradients,
+    kept,
+    largest_difference,
+    one_thread,
+    rank_main,
+    sampler,
+    schedule,
+    small_spec,
+    train_and_reload,
+    unit,
+    update,
+)
+
+from flowgrpo_ray.checkpoint import Progress, load_checkpoint, save_checkpoint
+from flowgrpo_ray.errors import ContractError
+from flowgrpo_ray.learner import Learner, LearnerState
+from flowgrpo_ray.policies import Policy, load_policy
+from flowgrpo_ray.sampling import batch_condition
+from flowgrpo_ray.spec import TrainingSpec
+from flowgrpo_ray.weights import digest, load_arrays
+
+KL = "objective.kl={beta: 0.5, form: gaussian}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _alone_on_one_thread() -> Iterator[None]:
+    with one_thread(), alone():
+        yield
+
+
+def published(learner: Learner, version: int, *overrides: str) -> tuple[Policy, Batch]:
+    """Publish, load into a fresh worker, sample: a worker and an on-policy micro-batch."""
+    ticket, arrays = learner.publish(version)
+    worker = sampler(small_spec(*overrides))
+    load_arrays(worker.trainable(), arrays)
+    assert digest(worker.trainable()) == ticket.digest
+    return worker, draw_batch(worker, unit(schedule(range(1, 3))), ticket)
+
+
+def arrays_digest(arrays: dict[str, np.ndarray]) -> str:
+    return digest({name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+def state_digests(state: LearnerState) -> dict[str, str]:
+    """Of everything that the next update depends on."""
+    arrays = {n: arrays_digest(getattr(state, n)) for n in ("weights", "ema")}
+    arrays |= {n: arrays_digest(getattr(state, n)) for n in ("exp_avg", "exp_avg_sq")}
+    return arrays | {"updates": str(state.updates)}
+
+
+# --- the ratio gate
+
+
+@pytest.mark.parametrize(("tuning", "guidance"), [("full", 1.0), ("lora", 3.0)])
+def test_a_fresh_trajectory_passes_the_gate_with_a_ratio_of_exactly_one(tuning, guidance):
+    overrides = (TUNINGS[tuning], KL, f"sampling.guidance={guidance}")
+    learner = Learner(small_spec(*overrides), CPU)
+    for version in range(2):  # the second under trained weights
+        _, batch = published(learner, version, *overrides)
+        assert learner.measure_floor(batch.unit, batch.trajectory, conditions(guidance)) == 0.0
+        stats = batch.into(learner)
+        assert (stats.terms, stats.log_ratio_max) == (8, 0.0)
+        assert (stats.log_ratio_sum, stats.clipped_low, stats.clipped_high) == (0.0, 0, 0)
+        learner.step(4, 2)
+
+
+@pytest.fixture(scope="module")
+def gated() -> tuple[Learner, Batch]:
+    """A learner before its first update, with a batch that the gate lets through."""
+    learner = Learner(small_spec(), CPU)
+    return learner, published(learner, 0)[1]
+
+
+def refused(learner: Learner, batch: Batch) -> str:
+    """The causes that the gate names; the learner stays as it was."""
+    with pytest.raises(ContractError, match="importance ratio") as error:
+        batch.into(learner)
+    return str(error.value).partition("Cause: ")[2]
+
+
+def test_the_gate_names_stale_weights():
+    learner = Learner(small_spec(), CPU)
+    _, old = published(learner, 0)
+    update(learner, [old])
+    ticket, _ = learner.publish(1)
+    cause = refused(learner, old)
+    assert cause.startswith("stale weights: sampled with version 0")
+    assert "published is 1" in cause
+    assert old.trajectory.provenance.weights_digest[:8] in cause
+    assert ticket.digest[:8] in cause
+    assert ";" not in cause, "no other cause"
+
+
+def test_the_gate_tells_weights_by_digest_not_by_number():
+    """Same version, same values to within rounding, another digest: still not the published."""
+    learner = Learner(small_spec(), CPU)
+    _, batch = published(learner, 0)
+    other = replace(batch.trajectory.provenance, weights_digest="0" * 32)
+    forged = replace(batch, trajectory=replace(batch.trajectory, provenance=other))
+    assert refused(learner, forged).startswith("stale weights: sampled with version 0 (00000000)")
+
+
+def test_the_gate_names_another_micro_batch_size(gated):
+    learner, batch = gated
+    half = replace(
+        batch,
+        unit=replace(batch.unit, prompts=(0, 0), samples=(0, 1)),
+        trajectory=replace(
+            batch.trajectory,
+            latents=batch.trajectory.latents[:2],
+            log_probs=batch.trajectory.log_probs[:2],
+        ),
+        advantages=batch.advantages[:2],
+        keep=batch.keep[:2],
+    )
+    found = refused(learner, half)
+    assert found == "batch geometry: sampled in a micro-batch of 4, trained in one of 2"
+
+
+def test_the_gate_names_another_dtype(gated):
+    learner, _ = gated
+    ticket, arrays = learner.publish(0)
+    worker = sampler(small_spec("model.dtype=bfloat16"))
+    load_arrays(worker.trainable(), arrays)
+    batch = draw_batch(worker, unit(schedule(range(1, 3))), ticket)
+    assert refused(learner, batch) == "dtype: sampled in bfloat16, trained in float32"
+
+
+def test_the_gate_names_another_schedule(gated):
+    learner, batch = gated
+    shifted = replace(batch.unit.schedule, sigma=(1.0, 0.9, 0.7, 0.5, 0.3, 0.0))
+    cause = refused(learner, replace(batch, unit=replace(batch.unit, schedule=shifted)))
+    assert cause.startswith("schedule: sampled with ")
+    assert "0.9" in cause
+
+
+def test_the_gate_fires_on_the_smallest_difference_even_if_all_else_agrees(gated):
+    learner, batch = gated
+    off = np.nextafter(batch.trajectory.log_probs, np.float32(9))
+    cause = refused(learner, replace(batch, trajectory=replace(batch.trajectory, log_probs=off)))
+    assert "compute differently" in cause
+
+
+def test_a_measured_floor_allows_differences_of_its_size_only():
+    learner = Learner(small_spec(), CPU)
+    _, batch = published(learner, 0)
+
+    def off_by(difference: float) -> Batch:
+        logs = batch.trajectory.log_probs + np.float32(difference)
+        return replace(batch, trajectory=replace(batch.trajectory, log_probs=logs))
+
+    floor = learner.measure_floor(batch.unit, off_by(1e-5).trajectory, conditions())
+    assert floor == pytest.approx(1e-5, rel=0.05)  # log-probabilities near 1 have steps of 1e-7
+    off_by(2e-5).into(learner)
+    assert "compute differently" in refused(learner, off_by(8e-5))
+
+
+def test_there_is_no_gate_after_the_first_update():
+    """Of two updates in an iteration the second is off-policy by one: that is what rho is for."""
+    learner = Learner(small_spec(), CPU)
+    _, batch = published(learner, 0)
+    update(learner, [batch])
+    assert batch.into(learner).log_ratio_max > 0
+
+
+# --- one update against autograd, written out
+
+
+def oracle(
+    spec: TrainingSpec, batches: Sequence[Batch], updates: int
+) -> tuple[list[dict[str, torch.Tensor]], list[float], dict[str, np.ndarray]]:
+    """Gradients, norms and final weights of plain PyTorch on one unsharded network.
+
+    The formulas are those of maths.md in the paper's form (``rho``, ``max``, ``clip``), the mean
+    is taken over all terms at once, and samples that are left out are not looked at.
+    """
+    policy = load_policy(spec, CPU, frozenset({"network"}))
+    policy.tune(spec.seed, with_reference=True)
+    parameters = policy.trainable()
+    rates = spec.optimizer
+    optimizer = torch.optim.AdamW(
+        parameters.values(),
+        lr=rates.learning_rate,
+        betas=rates.betas,
+        eps=rates.eps,
+        weight_decay=rates.weight_decay,
+    )
+    all_gradients, norms = [], []
+    for _ in range(updates):
+        terms: list[torch.Tensor] = []
+        for batch in batches:
+            terms += terms_of(policy, spec, batch)
+        torch.cat(terms).mean().backward()
+        all_gradients.append({n: p.grad.clone() for n, p in parameters.items() if p.grad is not None})
+        norm = torch.cat([p.grad.flatten() for p in parameters.values()]).norm()
+        norms.append(float(norm))
+        for parameter in parameters.values():
+            parameter.grad *= min(1.0, rates.grad_norm / float(norm))
+        optimizer.step()
+        optimizer.zero_grad()
+    return all_gradients, norms, {n: p.detach().numpy() for n, p in parameters.items()}
+
+
+def terms_of(policy: Policy, spec: TrainingSpec, batch: Batch) -> list[torch.Tensor]:
+    """The loss of each kept sample, one tensor per stochastic step."""
+    settings, of = spec.objective, batch.unit.schedule
+    condition = batch_condition(conditions(policy.guidance), batch.unit.prompts, CPU)
+    latents = torch.from_numpy(batch.trajectory.latents)
+    advantage = torch.from_numpy(batch.advantages)
+    keep = torch.from_numpy(batch.keep)
+    terms = []
+    for k, step in enumerate(of.stochastic_steps):
+        x, x_next, s = latents[:, k], latents[:, k + 1], of.sigma[step]
+        dt = of.sigma[step + 1] - s
+        g2 = of.eta[step] ** 2 * s / (1 - s)
+
+        def mean(x=x, s=s, dt=dt, g2=g2):
+            v = policy.velocity(x, s, condition)
+            return x * (1 + g2 / (2 * s) * dt) + v * (1 + g2 * (1 - s) / (2 * s)) * dt
+
+        new, var = mean(), g2 * -dt
+        squared = ((x_next - new) ** 2).flatten(1).mean(1)
+        log_prob = -squared / (2 * var) - np.log(2 * np.pi * var) / 2
+        rho = torch.exp(log_prob - torch.from_numpy(batch.trajectory.log_probs[:, k]))
+        bounded = rho.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+        loss = torch.maximum(-advantage * rho, -advantage * bounded)
+        if settings.kl is not None:
+            with torch.no_grad(), policy.reference():
+                reference = mean()
+            loss = loss + settings.kl.beta * ((new - reference) ** 2).flatten(1).mean(1) / (2 * var)
+        terms.append(loss[keep])
+    return terms
+
+
+# eps: some gradients are 0 in exact arithmetic (a key's bias shifts all attention logits alike);
+# AdamW with its usual eps = 1e-8 would turn their rounding noise into steps of a full learning rate.
+OPTIMIZER = "optimizer={learning_rate: 1e-3, betas: [0.8, 0.95], weight_decay: 0.1, eps: 1e-3, "
+
+
+@pytest.mark.parametrize(
+    ("tuning", "kl", "grad_norm"),
+    [
+        pytest.param("full", KL, 1e-2, id="full-kl-clipped"),
+        pytest.param("full", "objective.kl=null", 1e3, id="full-no-kl-unclipped"),
+        pytest.param("lora", KL, 1e3, id="lora-kl-unclipped"),
+        pytest.param("lora", "objective.kl=null", 1e-2, id="lora-no-kl-clipped"),
+    ],
+)
+def test_updates_are_those_of_plain_autograd(tuning, kl, grad_norm):
+    """Two updates on the same micro-batches: ratios, clipping and KL all differ from 0 in the
+    second.
+
+    Both sides sum in another order (per micro-batch and divided at the end, or a mean over all at
+    once), so they agree to float32 rounding.
+    """
+    spec = small_spec(
+        TUNINGS[tuning], kl, OPTIMIZER + f"grad_norm: {grad_norm}}}", "objective.clip_low=2e-2",
+        "objective.clip_high=2e-2",
+    )  # fmt: skip
+    batches = draw_batches(spec, 2)
+    learner = Learner(spec, CPU)
+    by_hand, norms, weights = oracle(spec, batches, 2)
+    terms = kept(batches) * 2
+    assert terms == 14
+    for n in range(2):
+        stats = [batch.into(learner) for batch in batches]
+        assert sum(s.terms for s in stats) == terms
+        scaled = {name: g / terms for name, g in gradients(learner).items()}
+        top = max(float(g.abs().max()) for g in by_hand[n].values())
+        assert largest_difference(scaled, by_hand[n]) < GRADIENT_BOUND * top
+        found = learner.step(kept(batches), 2).grad_norm
+        assert found == pytest.approx(norms[n], rel=1e-4)
+        assert (found > grad_norm) == (grad_norm < 1)
+    assert stats[0].log_ratio_max > 1e-4
+    assert largest_difference(learner.state().weights, weights) < WEIGHT_BOUND
+    untrained = sampler(spec).trainable()
+    moved = largest_difference(weights, {n: p.detach() for n, p in untrained.items()})
+    assert moved > 100 * WEIGHT_BOUND
+
+
+GRADIENT_BOUND = 1e-4  # of the largest gradient
+WEIGHT_BOUND = 1e-6
+
+
+@pytest.mark.parametrize("kl", ["objective.kl=null", KL], ids=["no-kl", "kl"])
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_masked_samples_contribute_nothing(tuning, kl):
+    """Bit for bit the same gradient if their latents are anything else."""
+    spec = small_spec(TUNINGS[tuning], kl, "objective.clip_low=0.9", "objective.clip_high=9")
+    worker = sampler(spec)
+    batch = draw_batch(worker, unit(schedule(range(1, 3))), masked=[1, 2])
+    latents, log_probs = batch.trajectory.latents.copy(), batch.trajectory.log_probs.copy()
+    latents[1:3] = np.random.default_rng(1).normal(size=latents[1:3].shape)
+    log_probs[1:3] -= 0.5
+    other = replace(
+        batch, trajectory=replace(batch.trajectory, latents=latents, log_probs=log_probs)
+    )
+    learner = Learner(spec, CPU)
+    update(learner, [batch])  # away from the reference, so that KL has a gradient
+    found = []
+    for given in (batch, other):
+        stats = given.into(learner)
+        assert stats.terms == 4
+        found.append((gradients(learner), stats.policy_loss_sum, stats.kl_sum, stats.log_ratio_max))
+        learner.step(0, 2)
+    (a, *sums), (b, *other_sums) = found
+    assert any(bool(g.any()) for g in a.values())
+    assert largest_difference(a, b) == 0.0
+    assert sums == other_sums
+
+
+def test_a_step_without_samples_changes_nothing():
+    spec = small_spec(KL)
+    batches = draw_batches(spec, 2)
+    learner, other = Learner(spec, CPU), Learner(spec, CPU)
+    update(learner, batches)
+    update(other, batches)
+    before = state_digests(learner.state())
+    nothing = replace(batches[0], advantages=np.zeros(4, np.float32), keep=np.zeros(4, bool))
+    stats = nothing.into(learner)
+    assert (stats.terms, stats.log_ratio_max, stats.kl_sum) == (0, 0.0, 0.0)
+    assert learner.step(0, 2).grad_norm is None
+    assert state_digests(learner.state()) == before
+    assert not gradients(learner)
+    update(learner, batches)
+    update(other, batches)
+    assert state_digests(learner.state()) == state_digests(other.state())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run():
+    spec = small_spec()
+    learner = Learner(spec, CPU)
+    (batch,) = draw_batches(spec, 1)
+    bad = replace(batch, advantages=np.full(4, np.inf, np.float32))
+    bad.into(learner)
+    before = arrays_digest(learner.state().weights)
+    with pytest.raises(ContractError, match="gradient of update 1 is not finite"):
+        learner.step(4, 2)
+    assert arrays_digest(learner.state().weights) == before
+
+
+# --- averaged weights
+
+
+def test_averaging_follows_the_decay_of_its_formula():
+    """``min((1 + n) / (10 + n), d)`` every second update; in float64 here, so to rounding."""
+    spec = small_spec("ema={decay: 0.3, every: 2}", LORA)
+    batches = draw_batches(spec, 1)
+    learner = Learner(spec, CPU)
+    average = {n: a.astype(np.float64) for n, a in learner.state().ema.items()}
+    assert digest_of_ema(learner) == arrays_digest(learner.state().weights), "starts as they are"
+    for n, decay in ((1, None), (2, 3 / 12), (3, None), (4, 0.3)):  # 5 / 14 is above 0.3
+        before = digest_of_ema(learner)
+        update(learner, batches)
+        if decay is None:
+            assert digest_of_ema(learner) == before, f"update {n}"
+            continue
+        weights = learner.state().weights
+        average = {k: decay * a + (1 - decay) * weights[k] for k, a in average.items()}
+        assert largest_difference(learner.state().ema, average) < 1e-7
+    assert largest_difference(learner.state().ema, learner.state().weights) > 1e-4
+
+
+def digest_of_ema(learner: Learner) -> str:
+    return arrays_digest(learner.state().ema)
+
+
+def test_no_decay_means_the_weights_themselves():
+    spec = small_spec("ema={decay: 0, every: 1}", LORA)
+    learner = Learner(spec, CPU)
+    update(learner, draw_batches(spec, 1))
+    assert digest_of_ema(learner) == arrays_digest(learner.state().weights)
+
+
+# --- publishing
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_published_weights_are_those_that_a_worker_loads(tuning):
+    spec = small_spec(TUNINGS[tuning])
+    batches = draw_batches(spec, 1)
+    learner = Learner(spec, CPU)
+    update(learner, batches)
+    last, arrays = learner.publish(5)
+    averaged, mean_arrays = learner.publish(6, averaged=True)
+    assert (last.version, averaged.version) == (5, 6)
+    assert last.digest == arrays_digest(arrays) == arrays_digest(learner.state().weights)
+    assert averaged.digest == arrays_digest(mean_arrays) == digest_of_ema(learner)
+    assert last.digest != averaged.digest
+    worker = sampler(spec)
+    for ticket, loaded in ((last, arrays), (averaged, mean_arrays)):
+        load_arrays(worker.trainable(), loaded)
+        assert digest(worker.trainable()) == ticket.digest
+    learner.step(0, 1)  # off-policy from here on: no gate
+    update(learner, batches)
+    assert arrays_digest(arrays) == last.digest, "later updates do not reach published arrays"
+    assert arrays_digest(mean_arrays) == averaged.digest
+    assert learner.publish(7)[0].digest not in (last.digest, averaged.digest)
+
+
+def test_a_run_without_averaging_publishes_the_weights():
+    spec = small_spec(LORA, "ema=null")
+    learner = Learner(spec, CPU)
+    update(learner, draw_batches(spec, 1))
+    assert learner.publish(1, averaged=True)[0].digest == learner.publish(1)[0].digest
+    assert not learner.state().ema
+
+
+def test_weights_of_another_network_are_refused():
+    _, arrays = Learner(small_spec(LORA), CPU).publish(0)
+    with pytest.raises(ContractError, match="do not fit the network"):
+        load_arrays(sampler(small_spec()).trainable(), arrays)
+    other = sampler(small_spec("tuning={kind: lora, rank: 2, alpha: 8}")).trainable()
+    with pytest.raises(ContractError, match=r"\(2, 128\) here and \(4, 128\) there"):
+        load_arrays(other, arrays)
+
+
+# --- state
+
+PROGRESS = Progress(2, 0, 0.0, 0, "", "")
+
+
+@pytest.mark.parametrize("ema", ["ema={decay: 0.9, every: 2}", "ema=null"], ids=["ema", "no-ema"])
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_saved_and_continued_is_the_same_as_never_stopped(tuning, ema, tmp_path):
+    spec = small_spec(TUNINGS[tuning], KL, ema)
+    batches = draw_batches(spec, 2)
+    whole = Learner(spec, CPU)
+    for _ in range(3):
+        update(whole, batches)
+    first = Learner(spec, CPU)
+    update(first, batches)
+    path = save_checkpoint(tmp_path, first.state(), PROGRESS, keep=1)
+    second = Learner(spec, CPU)
+    second.load_state(load_checkpoint(path)[0])
+    assert state_digests(second.state()) == state_digests(first.state())
+    for _ in range(2):
+        update(second, batches)
+    assert state_digests(second.state()) == state_digests(whole.state())
+    assert second.publish(3)[0] == whole.publish(3)[0]
+
+
+def test_a_state_before_the_first_update_can_be_saved_and_loaded(tmp_path):
+    spec = small_spec(LORA)
+    first = Learner(spec, CPU)
+    path = save_checkpoint(tmp_path, first.state(), PROGRESS, keep=1)
+    second = Learner(small_spec(LORA, "seed=8"), CPU)
+    second.load_state(load_checkpoint(path)[0])
+    assert state_digests(second.state()) == state_digests(first.state())
+
+
+# --- two ranks
+
+CASES = {
+    f"{tuning}-{kl}": (override, "objective.kl=null" if kl == "no-kl" else KL)
+    for tuning, override in TUNINGS.items()
+    for kl in ("no-kl", "kl")
+}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> Iterator[dict[str, tuple[RankResult, RankResult]]]:
+    """By case: what one process and what two gloo ranks make of the same four micro-batches."""
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    cases, single = {}, {}
+    for name, overrides in CASES.items():
+        spec = small_spec(*overrides, OPTIMIZER + "grad_norm: 0.5}")
+        batches = draw_batches(spec)
+        zero = Learner(spec, CPU).state()
+        single[name] = train_and_reload(spec, batches, batches, zero)
+        cases[name] = (spec, batches, single[name].state)
+    (folder / "cases.pickle").write_bytes(pickle.dumps(cases))
+    torch.multiprocessing.spawn(rank_main, (2, free_address(), folder), nprocs=2)
+    both = pickle.loads((folder / "results.pickle").read_bytes())
+    yield {name: (single[name], both[name]) for name in CASES}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_train_as_one_process(ranks, case):
+    """The ranks' gradients are summed in another order: rounding, and nothing else."""
+    one, two = ranks[case]
+    top = max(np.abs(g).max() for g in one.gradient.values())
+    assert largest_difference(one.gradient, two.gradient) < 1e-6 * top
+    assert two.grad_norms == pytest.approx(one.grad_norms, rel=1e-5)
+    assert largest_difference(one.state.weights, two.state.weights) < 1e-6
+    assert largest_difference(one.state.ema, two.state.ema) < 1e-6
+    assert one.state.updates == two.state.updates == 2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_state_moves_between_two_ranks_and_one_exactly(ranks, case):
+    one, two = ranks[case]
+    assert state_digests(two.reloaded) == state_digests(one.state), "from one rank to two"
+    learner = Learner(small_spec(*CASES[case]), CPU)
+    learner.load_state(two.state)
+    assert state_digests(learner.state()) == state_digests(two.state), "from two ranks to one"

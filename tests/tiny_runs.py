@@ -1,0 +1,248 @@
+"""What the tests of policies, sampling, learner and export share: small specs, units, conditions.
+
+Everything works on the embedded model on one thread. Heavy libraries are loaded by the functions
+that need them, so that collecting the tests stays quick.
+"""
+
+from __future__ import annotations
+
+import pickle
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from flowgrpo_ray.policies import load_policy
+from flowgrpo_ray.sampling import rollout
+from flowgrpo_ray.spec import TrainingSpec
+from flowgrpo_ray.spec_file import load_spec
+from flowgrpo_ray.types import Condition, Float32, Schedule, Trajectory, WeightsTicket, WorkUnit
+from flowgrpo_ray.weights import load_arrays
+
+if TYPE_CHECKING:
+    from flowgrpo_ray.learner import Learner, LearnerState, StepStats
+    from flowgrpo_ray.policies import Policy
+
+CPU = torch.device("cpu")
+SIZE = (32, 48)
+PROMPTS = ('red sign "407"', 'blue sign "129"', 'pink sign "550"')
+UNTRAINED = WeightsTicket(0, "")
+
+FULL = "tuning={kind: full}"
+LORA = "tuning={kind: lora, rank: 4, alpha: 8}"
+TUNINGS = {"full": FULL, "lora": LORA}
+
+# All that the tests' numbers depend on stands here: the recipe may be tuned without breaking them.
+SMALL = (
+    "seed=7",
+    "model={family: sd3, path: 'builtin:tiny-sd3', dtype: float32, max_sequence_length: 10}",
+    FULL,
+    "sampling={size: [32, 48], steps: 5, eta: 0.8, window: {kind: all}, group_size: 4, groups: 4, "
+    "micro_batch: 4}",
+    "rewards={sign_colour: {weight: 1}}",
+    "objective={clip_low: 1e-3, clip_high: 1e-3, updates: 1}",
+    "optimizer={learning_rate: 1e-3, grad_norm: 1.0}",
+    "ema={decay: 0.9, every: 1}",
+    "evaluation={every: 1, steps: 4, prompts: 4, micro_batch: 4}",
+)
+
+
+def small_spec(*overrides: str) -> TrainingSpec:
+    """A spec on the embedded model, with ``a.b=c`` overrides."""
+    return load_spec("tiny-ocr", [*SMALL, *overrides])
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The tiny model gains nothing from more, and other work on the machine is not disturbed."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@cache
+def conditions(guidance: float = 1.0) -> Mapping[int, Condition]:
+    """Of ``PROMPTS``, by index."""
+    spec = small_spec(f"sampling.guidance={guidance}")
+    encoder = load_policy(spec, CPU, frozenset({"encoder"}))
+    return dict(enumerate(encoder.encode(PROMPTS)))
+
+
+@cache
+def sigmas(steps: int) -> tuple[float, ...]:
+    return load_policy(small_spec(), CPU, frozenset()).sigmas(steps, SIZE)
+
+
+def schedule(window: range, steps: int = 5, kernel: str = "flow_sde", eta: float = 0.8) -> Schedule:
+    """A schedule whose steps in ``window`` are stochastic."""
+    levels = tuple(eta if step in window else 0.0 for step in range(steps))
+    return Schedule(kernel, sigmas(steps), levels)
+
+
+def unit(
+    of: Schedule,
+    prompts: tuple[int, ...] = (0, 0, 1, 1),
+    samples: tuple[int, ...] = (0, 1, 0, 1),
+    *,
+    index: int = 0,
+) -> WorkUnit:
+    """A micro-batch of the training stream."""
+    return WorkUnit(7, "train", 1, index, prompts, samples, of)
+
+
+def sampler(spec: TrainingSpec) -> Policy:
+    """What a rollout worker holds: a tuned policy without text encoders."""
+    policy = load_policy(spec, CPU, frozenset({"network", "decoder"}))
+    policy.tune(spec.seed, with_reference=False)
+    return policy
+
+
+def perturb(policy: Policy, seed: int = 0, size: float = 0.02) -> None:
+    """Move every trainable weight a little, as training would (LoRA's B leaves 0)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """This process as the only learner rank, over gloo."""
+    import torch.distributed as dist
+
+    from flowgrpo_ray.learner import join_group
+
+    join_group(0, 1, free_address(), CPU)
+    yield
+    dist.destroy_process_group()
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+
+
+# --- an update's input
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One scored micro-batch: the arguments of ``Learner.accumulate``."""
+
+    unit: WorkUnit
+    trajectory: Trajectory
+    advantages: Float32
+    keep: np.ndarray
+
+    def into(self, learner: Learner) -> Any:
+        return learner.accumulate(
+            self.unit,
+            self.trajectory,
+            conditions(learner.policy.guidance),
+            self.advantages,
+            self.keep,
+        )
+
+
+def draw_batch(
+    policy: Policy, of: WorkUnit, ticket: WeightsTicket = UNTRAINED, masked: Sequence[int] = ()
+) -> Batch:
+    """Sample ``of`` and invent advantages for it; samples ``masked`` stay out of the update."""
+    trajectory, _ = rollout(policy, of, conditions(policy.guidance), SIZE, ticket)
+    keep = np.array([i not in masked for i in range(of.batch)])
+    advantages = np.random.default_rng(of.index).normal(size=of.batch).astype(np.float32)
+    return Batch(of, trajectory, np.where(keep, advantages, 0).astype(np.float32), keep)
+
+
+def draw_batches(spec: TrainingSpec, count: int = 4) -> list[Batch]:
+    """Micro-batches under the untrained weights: other samples in each, one of them masked."""
+    policy = sampler(spec)
+    pairs = [((0, 0, 1, 1), (2 * i, 2 * i + 1) * 2) for i in range(count)]
+    units = [unit(schedule(range(1, 3)), *pair, index=i) for i, pair in enumerate(pairs)]
+    return [draw_batch(policy, u, masked=[i] if i == 1 else ()) for i, u in enumerate(units)]
+
+
+def kept(batches: Sequence[Batch]) -> int:
+    return sum(int(batch.keep.sum()) for batch in batches)
+
+
+def update(learner: Learner, batches: Sequence[Batch], of: Sequence[Batch] = ()) -> StepStats:
+    """One optimizer update from this rank's ``batches``, which are a part of ``of`` all ranks."""
+    for batch in batches:
+        batch.into(learner)
+    steps = len(batches[0].unit.schedule.stochastic_steps)
+    return learner.step(kept(of or batches), steps)
+
+
+def gradients(learner: Learner) -> dict[str, torch.Tensor]:
+    """The accumulated gradient, whole, summed over samples and steps of all ranks."""
+    from flowgrpo_ray.weights import full
+
+    return {
+        name: full(p.grad) * learner.world  # FSDP takes the mean over the ranks
+        for name, p in learner.parameters.items()
+        if p.grad is not None
+    }
+
+
+def largest_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
+    """The largest absolute difference between arrays of the same names."""
+    assert a.keys() == b.keys()
+    assert a, "nothing to compare"
+    return max(float(np.abs(np.asarray(a[name]) - np.asarray(b[name])).max()) for name in a)
+
+
+# --- two ranks, each a process that starts here
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What rank 0 of a group saw."""
+
+    gradient: dict[str, Any]  # before the first update
+    grad_norms: list[float | None]
+    state: LearnerState  # after the last update
+    reloaded: LearnerState  # a fresh group's, after loading the one-process state
+
+
+def train_and_reload(
+    spec: TrainingSpec, mine: Sequence[Batch], of: Sequence[Batch], load: LearnerState
+) -> RankResult:
+    """Two updates on this rank's share, then a fresh learner that loads ``load``."""
+    from flowgrpo_ray.learner import Learner
+
+    learner = Learner(spec, CPU)
+    for batch in mine:
+        batch.into(learner)
+    gradient = {name: g.numpy().copy() for name, g in gradients(learner).items()}
+    steps = len(of[0].unit.schedule.stochastic_steps)
+    norms = [learner.step(kept(of), steps).grad_norm, update(learner, mine, of).grad_norm]
+    fresh = Learner(spec, CPU)
+    fresh.load_state(load)
+    return RankResult(gradient, norms, learner.state(), fresh.state())
+
+
+def rank_main(rank: int, world: int, address: str, folder: Path) -> None:
+    """A learner rank: reads ``cases.pickle``; rank 0 writes ``results.pickle``."""
+    import torch.distributed as dist
+
+    from flowgrpo_ray.learner import join_group
+
+    torch.set_num_threads(1)
+    join_group(rank, world, address, CPU)
+    cases = pickle.loads((folder / "cases.pickle").read_bytes())
+    results = {
+        name: train_and_reload(spec, batches[rank::world], batches, load)
+        for name, (spec, batches, load) in cases.items()
+    }
+    if rank == 0:
+        (folder / "results.pickle").write_bytes(pickle.dumps(results))
+    dist.destroy_process_group()
