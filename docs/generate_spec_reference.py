@@ -126,9 +126,15 @@ def _values(value: Schema) -> str:
         fixed = value.get("prefixItems")
         inner = ", ".join(map(_values, fixed or [value["items"]]))
         return f"[{inner}]" if fixed else f"[{inner}, …]"
-    kind = value.get("type", "object")
-    bounds = [f"{sign} {value[key]:g}" for key, sign in BOUNDS.items() if key in value]
+    kind = str(value.get("type", "object"))
+    bounds = [f"{sign} {_number(value[key])}" for key, sign in BOUNDS.items() if key in value]
     return " ".join([TYPES.get(kind, kind), ", ".join(bounds)]).strip()
+
+
+def _number(value: float) -> str:
+    """Large powers of two as such: schemas bound integers by them."""
+    power = int(value).bit_length() - 1
+    return f"2^{power}" if power > 30 and value == 2**power else f"{value:g}"
 
 
 def _default(key: str, value: Schema, parent: Schema, is_section: bool) -> str:

@@ -82,16 +82,16 @@ def load_checkpoint(path: Path) -> tuple[LearnerState, Progress]:
 
 def verify(path: Path) -> dict[str, Any]:
     """Check every file against the manifest; the content of ``state.json``."""
+    manifest_file = path / "manifest.json"
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        row = json.loads((path / "state.json").read_text())
+        manifest = json.loads(manifest_file.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a whole checkpoint ({error}). {_REMEDY}") from error
+        raise CheckpointError(f"{manifest_file}: cannot be read ({error}). {_REMEDY}") from error
     for name in [*(f"{array}.safetensors" for array in ARRAYS), "state.json"]:
         file = path / name
         if not file.is_file() or _sha256(file) != manifest.get(name):
             raise CheckpointError(f"{file}: missing or not what was saved. {_REMEDY}")
-    return row
+    return json.loads((path / "state.json").read_text())
 
 
 _REMEDY = "Delete that checkpoint's folder to fall back to the one before."

@@ -80,8 +80,8 @@ def clipped(
     log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
     """Which samples have no gradient because of the lower and the upper bound: two ``bool [B]``."""
-    low = (advantage < 0) & (log_ratio < math.log1p(-clip_low))
-    high = (advantage > 0) & (log_ratio > math.log1p(clip_high))
+    low = (advantage < 0) & (log_ratio <= math.log1p(-clip_low))
+    high = (advantage > 0) & (log_ratio >= math.log1p(clip_high))
     return low, high
 
 

@@ -68,9 +68,10 @@ def load_prompts(path: str, key: str) -> list[Prompt]:
     if not file.is_file():
         raise PromptError(f"{key} = {path!r}: there is no such file")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON text may hold U+2028 and its like. A byte order mark is dropped.
+        lines = file.read_bytes().decode("utf-8").removeprefix("\ufeff").split("\n")
     except UnicodeDecodeError as error:
-        line = file.read_bytes()[: error.start].count(b"\n") + 1
+        line = error.object[: error.start].count(b"\n") + 1
         raise PromptError(f"{key} = {path!r}: line {line} is not UTF-8 text") from error
     parse = _parse_json if file.suffix == ".jsonl" else Prompt
     prompts: list[Prompt] = []

@@ -11,6 +11,7 @@ from flowgrpo_ray.checkpoint import Progress, list_checkpoints, load_checkpoint
 from flowgrpo_ray.errors import RunFolderError
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.spec_file import dump_spec, load_spec
+from flowgrpo_ray.tracking import METRICS
 
 if TYPE_CHECKING:
     from flowgrpo_ray.learner import LearnerState
@@ -31,6 +32,12 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def started(self) -> bool:
+        """Whether the run has measured anything, and so may not be begun anew."""
+        metrics = self.path / METRICS
+        return metrics.exists() and metrics.stat().st_size > 0
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 
@@ -44,7 +51,7 @@ class RunFolder:
                 f"{folder.path} already holds another run's spec: {_difference(held, spec)}. "
                 "Choose another name (--set name=...)"
             )
-        if held and not resume:
+        if held and not resume and folder.started:
             raise RunFolderError(
                 f"{folder.path} already holds this run: continue it with --resume, or choose "
                 "another name (--set name=...)"
@@ -85,9 +92,9 @@ class RunFolder:
 
 def _difference(held: TrainingSpec, asked: TrainingSpec) -> str:
     """The first key that differs, for an error."""
-    old, new = _flat(held.model_dump(mode="json")), _flat(asked.model_dump(mode="json"))
+    old, new = _flat(held.essence()), _flat(asked.essence())
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and key.split(".")[0] not in ("iterations", "cluster"):
+        if old.get(key) != new.get(key):
             return f"{key} is {old.get(key)!r} there and {new.get(key)!r} here"
     return "it was written by another version of this program"
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from flowgrpo_ray.errors import SpecError
 from flowgrpo_ray.rewards import resolve
 
 PACKAGE = Path(__file__).parent
@@ -227,6 +228,8 @@ class EvaluationSpec(Strict):
 
 
 class CheckpointSpec(Strict):
+    """When the run is saved."""
+
     every: int = Field(default=10, ge=1, description="iterations between checkpoints")
     keep: int = Field(default=2, ge=1, description="older ones are deleted")
 
@@ -265,6 +268,8 @@ class ClusterSpec(Strict):
 
 
 class TrackingSpec(Strict):
+    """Where metrics go beside ``metrics.jsonl``."""
+
     tensorboard: bool = True
     wandb: str | None = Field(default=None, description="Weights & Biases project")
 
@@ -273,7 +278,7 @@ class TrainingSpec(Strict):
     """One training run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run folder")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     iterations: int = Field(ge=1)
     model: ModelSpec
     tuning: Tuning
@@ -291,7 +296,10 @@ class TrainingSpec(Strict):
     @model_validator(mode="after")
     def _rewards_exist(self) -> TrainingSpec:
         for name, reward in self.rewards.items():
-            resolve(reward.reward or name)
+            try:
+                resolve(reward.reward or name)
+            except SpecError as error:
+                raise ValueError(f"rewards.{name}: {error}") from error
         if not any(reward.weight for reward in self.rewards.values()):
             raise ValueError(f"rewards: every weight is 0 ({', '.join(self.rewards)}); train one")
         return self
@@ -327,12 +335,16 @@ class TrainingSpec(Strict):
 
         Left out: how long to train, where it runs, how often it is saved and where it is tracked.
         """
+        return _digest(self.essence())
+
+    def essence(self) -> dict[str, Any]:
+        """The part of the spec that ``identity`` is of."""
         free = {"name", "iterations", "cluster", "checkpoint", "tracking"}
         kept = self.model_dump(mode="json", exclude=free)
         for reward in kept["rewards"].values():
             for place in ("replicas", "cpus", "gpus"):
                 del reward[place]
-        return _digest(kept)
+        return kept
 
 
 def required_resources(spec: TrainingSpec) -> tuple[float, float]:

@@ -24,19 +24,32 @@ class _Loader(yaml.SafeLoader):
     """YAML with ``1e-4`` as a number (YAML 1.1 wants ``1.0e-4``) and no repeated keys."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that ``_Loader`` would read as numbers."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+    # A date is text to us: a spec has no dates, and a run may be named after one.
+    _yaml.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith("timestamp")]
+        for first, resolvers in _yaml.yaml_implicit_resolvers.items()
+    }
 
 
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
+    seen: set[str] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
+        key = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
+        if not isinstance(key, str):
+            raise SpecError(f"line {line}: a key is a word, not {key!r}")
         if key in seen:
-            raise SpecError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice")
+            raise SpecError(f"line {line}: the key {key!r} stands twice")
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
@@ -79,19 +92,22 @@ def validate(data: Any, source: str) -> TrainingSpec:
     except ValidationError as error:
         lines = [_explain(problem) for problem in error.errors()]
         raise SpecError(f"{source}:\n  " + "\n  ".join(lines)) from error
-    except (TypeError, ValueError) as error:  # a YAML date, or a number that JSON lacks
+    except TypeError as error:  # YAML's !!set and !!binary
         raise SpecError(f"{source}: {error}") from error
 
 
 def dump_spec(spec: TrainingSpec) -> str:
     """The resolved spec as YAML; ``load_spec`` reads it back equal."""
     head = f"# flowgrpo-ray training spec, resolved; digest {spec.digest()}\n"
-    return head + yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    data = spec.model_dump(mode="json")
+    return head + yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
+    except SpecError as error:
+        raise SpecError(f"{source}: {error}") from error
     except yaml.YAMLError as error:
         raise SpecError(f"{source}: not YAML: {error}") from error
 
@@ -113,7 +129,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 def _explain(problem: Any) -> str:
     """One line for one pydantic error: key, what is wrong, the value found."""
-    location = [part for part in problem["loc"] if part not in ("full", "lora", "all", "random")]
+    location = _without_tags(problem["loc"])
     key = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         known = _keys_at(problem["loc"][:-1])
@@ -128,24 +144,52 @@ def _explain(problem: Any) -> str:
     return f"{key}: {message}, not {problem['input']!r}"
 
 
+def _without_tags(location: Sequence[str | int]) -> list[str | int]:
+    """The keys as the user wrote them: pydantic inserts the ``kind`` of a union after its key."""
+    model: Any = TrainingSpec
+    keys: list[str | int] = []
+    for part in location:
+        inner = _descend(model, part)
+        if not _is_tag(model, part):
+            keys.append(part)
+        model = inner
+    return keys
+
+
+def _is_tag(annotation: Any, part: str | int) -> bool:
+    return any(part in _kinds(option) for option in _options(annotation))
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or nothing."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return ()
+
+
+def _kinds(option: Any) -> tuple[Any, ...]:
+    fields = getattr(option, "model_fields", {})
+    return typing.get_args(fields["kind"].annotation) if "kind" in fields else ()
+
+
 def _keys_at(location: Sequence[str | int]) -> list[str]:
     """The keys of the spec's model at a pydantic error location."""
     model: Any = TrainingSpec
     for part in location:
         model = _descend(model, part)
-    return list(model.model_fields) if isinstance(model, type) else []
+    models = [model, *_options(model)]
+    return [key for m in models for key in getattr(m, "model_fields", {})]
 
 
 def _descend(annotation: Any, part: str | int) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation.model_fields[str(part)].annotation
+        field = annotation.model_fields.get(str(part))
+        return field.annotation if field else None
     if typing.get_origin(annotation) is dict:
         return typing.get_args(annotation)[1]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        for option in typing.get_args(annotation):
-            fields = getattr(option, "model_fields", {})
-            if "kind" in fields and part in typing.get_args(fields["kind"].annotation):
-                return option
-            if part in fields:
-                return fields[str(part)].annotation
+    for option in _options(annotation):
+        if part in _kinds(option):
+            return option
+        if part in getattr(option, "model_fields", {}):
+            return option.model_fields[str(part)].annotation
     return None

@@ -217,15 +217,22 @@ def invoke(*arguments: object) -> Any:
 def test_sample_writes_the_grid_that_it_says(runs, tmp_path):
     from PIL import Image
 
-    out = tmp_path / "new" / "grid.png"
+    out = tmp_path / "grid.png"
     result = invoke(
         "sample", runs["lora"].path, *PROMPTS[:2], "--out", out, "--seed", SEED, "--columns", 1
     )
     assert result.exit_code == 0, result.output
-    assert result.output.strip() == f"2 images in {out}"
+    assert result.stdout.strip() == f"2 images in {out}"
     spec = runs["lora"].read_spec()
     images = generate(load_trained(spec, runs["lora"], "ema"), spec, PROMPTS[:2], STEPS, SEED, 4)
     assert np.array_equal(np.asarray(Image.open(out)), np.concatenate(images))
+
+
+def test_sample_makes_the_folder_that_it_writes_into(runs, tmp_path):
+    out = tmp_path / "new" / "grid.png"
+    result = invoke("sample", runs["lora"].path, PROMPTS[0], "--steps", 1, "--out", out)
+    assert result.exit_code == 0, repr(result.exception)
+    assert out.is_file()
 
 
 def test_evaluate_prints_what_the_rewards_give(runs, tmp_path):
@@ -234,7 +241,7 @@ def test_evaluate_prints_what_the_rewards_give(runs, tmp_path):
     options = ("--prompts", prompts, "--limit", 2, "--seed", SEED, "--steps", 3)
     result = invoke("evaluate", runs["full"].path, *options, "--weights", "last")
     assert result.exit_code == 0, result.output
-    row = json.loads(result.output.strip().splitlines()[-1])
+    row = json.loads(result.stdout)
     spec = runs["full"].read_spec()
     images = generate(load_trained(spec, runs["full"], "last"), spec, PROMPTS[:2], 3, SEED, 4)
     scores = SignColourReward()(images, PROMPTS[:2], [{}, {}]).astype(np.float64)
@@ -244,7 +251,7 @@ def test_evaluate_prints_what_the_rewards_give(runs, tmp_path):
         "seed": SEED,
         "rewards": {"sign_colour": {"mean": scores.mean(), "std": scores.std()}},
     }
-    averaged = json.loads(invoke("evaluate", runs["full"].path, *options).output.splitlines()[-1])
+    averaged = json.loads(invoke("evaluate", runs["full"].path, *options).stdout)
     assert averaged["rewards"] != row["rewards"]
 
 
@@ -253,8 +260,8 @@ def test_export_writes_what_fits_the_run_and_says_how_to_load_it(runs, run, what
     out = tmp_path / "out"
     result = invoke("export", runs[run].path, "--out", out)
     assert result.exit_code == 0, result.output
-    assert result.output.startswith(f"{what} written")
-    assert str(out) in result.output
+    assert result.stdout.startswith(f"{what} written")
+    assert str(out) in result.stdout
     names = {path.name for path in out.iterdir()}
     if what == "lora":
         assert names == {"pytorch_lora_weights.safetensors"}

@@ -214,11 +214,12 @@ def oracle(
         for batch in batches:
             terms += terms_of(policy, spec, batch)
         torch.cat(terms).mean().backward()
-        all_gradients.append({n: p.grad.clone() for n, p in parameters.items() if p.grad is not None})
-        norm = torch.cat([p.grad.flatten() for p in parameters.values()]).norm()
+        found = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+        all_gradients.append({n: g.clone() for n, g in found.items()})
+        norm = torch.cat([g.flatten() for g in found.values()]).norm()
         norms.append(float(norm))
-        for parameter in parameters.values():
-            parameter.grad *= min(1.0, rates.grad_norm / float(norm))
+        for gradient in found.values():
+            gradient.mul_(min(1.0, rates.grad_norm / float(norm)))
         optimizer.step()
         optimizer.zero_grad()
     return all_gradients, norms, {n: p.detach().numpy() for n, p in parameters.items()}
@@ -256,7 +257,7 @@ def terms_of(policy: Policy, spec: TrainingSpec, batch: Batch) -> list[torch.Ten
 
 
 # eps: some gradients are 0 in exact arithmetic (a key's bias shifts all attention logits alike);
-# AdamW with its usual eps = 1e-8 would turn their rounding noise into steps of a full learning rate.
+# AdamW with its usual eps = 1e-8 would turn their rounding noise into steps of a learning rate.
 OPTIMIZER = "optimizer={learning_rate: 1e-3, betas: [0.8, 0.95], weight_decay: 0.1, eps: 1e-3, "
 
 
@@ -273,8 +274,9 @@ def test_updates_are_those_of_plain_autograd(tuning, kl, grad_norm):
     """Two updates on the same micro-batches: ratios, clipping and KL all differ from 0 in the
     second.
 
-    Both sides sum in another order (per micro-batch and divided at the end, or a mean over all at
-    once), so they agree to float32 rounding.
+    The two sum in another order (per micro-batch and divided at the end, or a mean over all at
+    once), so they agree to float32 rounding. Measured: gradients to 1.5e-6 of the largest, weights
+    to 1.2e-7 where the updates move them by 1e-3.
     """
     spec = small_spec(
         TUNINGS[tuning], kl, OPTIMIZER + f"grad_norm: {grad_norm}}}", "objective.clip_low=2e-2",
@@ -301,8 +303,8 @@ def test_updates_are_those_of_plain_autograd(tuning, kl, grad_norm):
     assert moved > 100 * WEIGHT_BOUND
 
 
-GRADIENT_BOUND = 1e-4  # of the largest gradient
-WEIGHT_BOUND = 1e-6
+GRADIENT_BOUND = 1e-5  # of the largest gradient
+WEIGHT_BOUND = 5e-7
 
 
 @pytest.mark.parametrize("kl", ["objective.kl=null", KL], ids=["no-kl", "kl"])
@@ -380,7 +382,7 @@ def test_averaging_follows_the_decay_of_its_formula():
             continue
         weights = learner.state().weights
         average = {k: decay * a + (1 - decay) * weights[k] for k, a in average.items()}
-        assert largest_difference(learner.state().ema, average) < 1e-7
+        assert largest_difference(learner.state().ema, average) < 2e-7  # 6e-8 measured
     assert largest_difference(learner.state().ema, learner.state().weights) > 1e-4
 
 
@@ -482,7 +484,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> Iterator[dict[str, tuple[RankResult, RankResult]]]:
+def ranks(tmp_path_factory) -> dict[str, tuple[RankResult, RankResult]]:
     """By case: what one process and what two gloo ranks make of the same four micro-batches."""
     folder: Path = tmp_path_factory.mktemp("ranks")
     cases, single = {}, {}
@@ -495,12 +497,15 @@ def ranks(tmp_path_factory) -> Iterator[dict[str, tuple[RankResult, RankResult]]
     (folder / "cases.pickle").write_bytes(pickle.dumps(cases))
     torch.multiprocessing.spawn(rank_main, (2, free_address(), folder), nprocs=2)
     both = pickle.loads((folder / "results.pickle").read_bytes())
-    yield {name: (single[name], both[name]) for name in CASES}
+    return {name: (single[name], both[name]) for name in CASES}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_train_as_one_process(ranks, case):
-    """The ranks' gradients are summed in another order: rounding, and nothing else."""
+    """The ranks' gradients are summed in another order: rounding, and nothing else.
+
+    Measured: gradients to 9e-8 of the largest, weights after two updates to 1.5e-8.
+    """
     one, two = ranks[case]
     top = max(np.abs(g).max() for g in one.gradient.values())
     assert largest_difference(one.gradient, two.gradient) < 1e-6 * top

@@ -40,9 +40,7 @@ def _one_thread() -> Iterator[None]:
 @cache
 def policy(tuning: str = "full", dtype: str = "float32", guidance: float = 1.0) -> Policy:
     """A policy whose weights are no longer the base model's."""
-    spec = small_spec(
-        TUNINGS[tuning], f"model.dtype={dtype}", f"sampling.guidance={guidance}"
-    )
+    spec = small_spec(TUNINGS[tuning], f"model.dtype={dtype}", f"sampling.guidance={guidance}")
     made = sampler(spec)
     perturb(made)
     return made
@@ -111,7 +109,9 @@ def test_the_same_unit_gives_the_same_bits():
     assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("window", [range(2), range(1, 3), range(4)], ids=["start", "middle", "all"])
+@pytest.mark.parametrize(
+    "window", [range(2), range(1, 3), range(4)], ids=["start", "middle", "all"]
+)
 def test_a_trajectory_holds_the_latents_around_its_window(window: range):
     of = unit(schedule(window))
     trajectory, x = rollout(policy(), of, conditions(), SIZE, UNTRAINED)
@@ -180,7 +180,7 @@ def test_a_log_probability_is_that_of_the_noise_that_was_drawn(kernel: str):
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_replay_gives_a_ratio_of_exactly_one(tuning, dtype, guidance, kernel):
     """With gradients on, as in the update, and the latents and log-probabilities as stored."""
-    of = unit(schedule(range(0, 4, 1), kernel=kernel))
+    of = unit(schedule(range(4), kernel=kernel))
     made, given = policy(tuning, dtype, guidance), conditions(guidance)
     trajectory, _ = rollout(made, of, given, SIZE, UNTRAINED)
     condition = batch_condition(given, of.prompts, made.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,9 +131,7 @@ def test_decoded_images_are_uint8_with_channels_last(policy):
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_prompts_condition_does_not_depend_on_the_others(guidance):
     together = conditions(guidance)
-    encoder = load_policy(
-        small_spec(f"sampling.guidance={guidance}"), CPU, frozenset({"encoder"})
-    )
+    encoder = load_policy(small_spec(f"sampling.guidance={guidance}"), CPU, frozenset({"encoder"}))
     names = {"embeds", "pooled"}
     if guidance > 1:
         names |= {"negative_embeds", "negative_pooled"}

@@ -23,7 +23,6 @@ from flowgrpo_ray.sampling import rollout
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.spec_file import load_spec
 from flowgrpo_ray.types import Condition, Float32, Schedule, Trajectory, WeightsTicket, WorkUnit
-from flowgrpo_ray.weights import load_arrays
 
 if TYPE_CHECKING:
     from flowgrpo_ray.learner import Learner, LearnerState, StepStats
