@@ -12,12 +12,10 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flowgrpo_ray.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from flowgrpo_ray.learner import LearnerState
+from flowgrpo_ray.types import LearnerState
 
 PREFIX = "iteration-"
 ARRAYS = ("weights", "ema", "exp_avg", "exp_avg_sq")
@@ -71,8 +69,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def load_checkpoint(path: Path) -> tuple[LearnerState, Progress]:
     """A checkpoint whose every byte is what was saved; ``CheckpointError`` otherwise."""
     from safetensors.numpy import load_file
-
-    from flowgrpo_ray.learner import LearnerState
 
     row = verify(path)
     arrays = {name: load_file(path / f"{name}.safetensors") for name in ARRAYS}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -78,7 +79,8 @@ def train(
     done = outcome.summary["iterations"]
     again = f"flowgrpo-ray train {spec}{_as_options(overrides)} --runs {runs} --resume"
     if outcome.stopped:
-        console.print(f"stopped after iteration {done}, saved; continue with\n  {again}")
+        saved = f"stopped after iteration {done}, saved" if done else "stopped before iteration 1"
+        console.print(f"{saved}; continue with\n  {again}", soft_wrap=True, highlight=False)
         return
     console.print()
     console.print(summary_table(outcome.summary))
@@ -95,7 +97,7 @@ def train(
 
 
 def _as_options(overrides: list[str] | None) -> str:
-    return "".join(f" --set {override}" for override in overrides or [])
+    return "".join(f" --set {shlex.quote(override)}" for override in overrides or [])
 
 
 @app.command()
@@ -157,7 +159,8 @@ def sample(
     steps = steps or spec.evaluation.steps
     images = generate(policy, spec, prompts, steps, seed, spec.evaluation.micro_batch)
     save_grid(out, images, min(columns, len(images)))
-    console.print(f"{len(images)} images in {out}", soft_wrap=True)
+    count = f"{len(images)} image{'s' if len(images) > 1 else ''}"
+    console.print(f"{count} in {out}", soft_wrap=True)
 
 
 @app.command()

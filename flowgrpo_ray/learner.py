@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,45 +22,19 @@ from flowgrpo_ray.objective import clipped, clipped_loss, kl_to_reference
 from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.sampling import batch_condition, replay, transition
 from flowgrpo_ray.spec import TrainingSpec
-from flowgrpo_ray.types import Condition, Float32, Trajectory, WeightsTicket, WorkUnit
+from flowgrpo_ray.types import (
+    Condition,
+    Float32,
+    LearnerState,
+    MicrobatchStats,
+    StepStats,
+    Trajectory,
+    WeightsTicket,
+    WorkUnit,
+)
 from flowgrpo_ray.weights import digest, full, like, load_arrays, to_arrays
 
 FLOOR_MARGIN = 4.0  # the floor is measured on one micro-batch; later ones may lie this much above
-
-
-@dataclass(frozen=True)
-class MicrobatchStats:
-    """Sums over the samples and stochastic steps of one micro-batch, ready to be added up."""
-
-    terms: int  # samples with gradient x steps
-    log_ratio_sum: float
-    log_ratio_square_sum: float
-    log_ratio_max: float  # of the absolute value
-    clipped_low: int
-    clipped_high: int
-    policy_loss_sum: float
-    kl_sum: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """One optimizer update; ``grad_norm`` is ``None`` where no sample had a gradient."""
-
-    grad_norm: float | None
-    learning_rate: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class LearnerState:
-    """Everything that the next update depends on, as whole float32 arrays by parameter name."""
-
-    weights: dict[str, Float32]
-    ema: dict[str, Float32]
-    exp_avg: dict[str, Float32]
-    exp_avg_sq: dict[str, Float32]
-    updates: int
 
 
 def join_group(rank: int, world: int, address: str, device: torch.device) -> None:

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from flowgrpo_ray.prompts import IterationPlan
 from flowgrpo_ray.spec import FlowGrpo, TrainingSpec
-from flowgrpo_ray.types import Float32, WeightsTicket, WorkUnit
-
-if TYPE_CHECKING:
-    from flowgrpo_ray.learner import MicrobatchStats, StepStats
+from flowgrpo_ray.types import Float32, MicrobatchStats, StepStats, WeightsTicket, WorkUnit
 
 
 @dataclass(frozen=True)

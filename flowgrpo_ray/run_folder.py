@@ -5,16 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flowgrpo_ray.checkpoint import Progress, list_checkpoints, load_checkpoint
 from flowgrpo_ray.errors import RunFolderError
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.spec_file import dump_spec, load_spec
 from flowgrpo_ray.tracking import METRICS
-
-if TYPE_CHECKING:
-    from flowgrpo_ray.learner import LearnerState
+from flowgrpo_ray.types import LearnerState
 
 
 class RunFolder:

@@ -176,6 +176,9 @@ class RewardSpec(Strict):
     gpus: float = Field(default=0, ge=0, description="per replica")
 
 
+RewardName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+
+
 class KlSpec(Strict):
     """KL to the untrained model."""
 
@@ -246,7 +249,8 @@ class ActorsSpec(Strict):
 
 
 class ClusterSpec(Strict):
-    """What runs where. The results do not depend on it."""
+    """What runs where. The number of rollout workers never changes a result; that of learner ranks,
+    and the kind of device, only its last bits."""
 
     rollout: ActorsSpec = ActorsSpec()
     learner: ActorsSpec = ActorsSpec()
@@ -284,7 +288,7 @@ class TrainingSpec(Strict):
     tuning: Tuning
     prompts: PromptsSpec
     sampling: SamplingSpec
-    rewards: dict[str, RewardSpec] = Field(min_length=1)
+    rewards: dict[RewardName, RewardSpec] = Field(min_length=1)
     objective: FlowGrpo = FlowGrpo()
     optimizer: OptimizerSpec
     ema: EmaSpec | None = EmaSpec()

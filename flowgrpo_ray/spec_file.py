@@ -150,7 +150,7 @@ def _without_tags(location: Sequence[str | int]) -> list[str | int]:
     keys: list[str | int] = []
     for part in location:
         inner = _descend(model, part)
-        if not _is_tag(model, part):
+        if part != "[key]" and not _is_tag(model, part):
             keys.append(part)
         model = inner
     return keys

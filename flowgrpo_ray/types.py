@@ -109,3 +109,38 @@ class WeightsTicket:
 
     version: int
     digest: str
+
+
+@dataclass(frozen=True)
+class MicrobatchStats:
+    """Sums over the samples and stochastic steps of one micro-batch, ready to be added up."""
+
+    terms: int  # samples with gradient x steps
+    log_ratio_sum: float
+    log_ratio_square_sum: float
+    log_ratio_max: float  # of the absolute value
+    clipped_low: int
+    clipped_high: int
+    policy_loss_sum: float
+    kl_sum: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One optimizer update; ``grad_norm`` is ``None`` where no sample had a gradient."""
+
+    grad_norm: float | None
+    learning_rate: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LearnerState:
+    """Everything that the next update depends on, as whole float32 arrays by parameter name."""
+
+    weights: dict[str, Float32]
+    ema: dict[str, Float32]
+    exp_avg: dict[str, Float32]
+    exp_avg_sq: dict[str, Float32]
+    updates: int

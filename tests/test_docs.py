@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import click
 import numpy as np
 import pytest
 import typer
@@ -104,10 +103,6 @@ def test_every_page_is_linked_from_another():
             assert any(page.name in text[other] for other in PAGES if other != page), relative(page)
 
 
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 160
-
-
 # --- commands
 
 
@@ -138,12 +133,9 @@ def test_commands_are_real(page: Path):
         assert name in COMMANDS.commands, f"flowgrpo-ray {name}"
         if not arguments:
             continue
-        try:
-            with COMMANDS.commands[name].make_context(name, list(arguments)) as context:
-                overrides = context.params.get("overrides") or []
-                source = context.params.get("spec")
-        except click.ClickException as error:
-            pytest.fail(f"flowgrpo-ray {name} {' '.join(arguments)}: {error.format_message()}")
+        with COMMANDS.commands[name].make_context(name, list(arguments)) as context:
+            overrides = context.params.get("overrides") or []
+            source = context.params.get("spec")
         if source in {path.stem for path in RECIPES.glob("*.yaml")} and "..." not in str(overrides):
             load_spec(source, overrides)
 

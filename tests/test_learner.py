@@ -36,10 +36,11 @@ from tiny_runs import (
 
 from flowgrpo_ray.checkpoint import Progress, load_checkpoint, save_checkpoint
 from flowgrpo_ray.errors import ContractError
-from flowgrpo_ray.learner import Learner, LearnerState
+from flowgrpo_ray.learner import Learner
 from flowgrpo_ray.policies import Policy, load_policy
 from flowgrpo_ray.sampling import batch_condition
 from flowgrpo_ray.spec import TrainingSpec
+from flowgrpo_ray.types import LearnerState
 from flowgrpo_ray.weights import digest, load_arrays
 
 KL = "objective.kl={beta: 0.5, form: gaussian}"

@@ -22,10 +22,18 @@ from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.sampling import rollout
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.spec_file import load_spec
-from flowgrpo_ray.types import Condition, Float32, Schedule, Trajectory, WeightsTicket, WorkUnit
+from flowgrpo_ray.types import (
+    Condition,
+    Float32,
+    LearnerState,
+    Schedule,
+    Trajectory,
+    WeightsTicket,
+    WorkUnit,
+)
 
 if TYPE_CHECKING:
-    from flowgrpo_ray.learner import Learner, LearnerState, StepStats
+    from flowgrpo_ray.learner import Learner, StepStats
     from flowgrpo_ray.policies import Policy
 
 CPU = torch.device("cpu")

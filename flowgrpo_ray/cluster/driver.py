@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from ray import ObjectRef
@@ -36,10 +36,7 @@ from flowgrpo_ray.rewards import weighted_total
 from flowgrpo_ray.run_folder import RunFolder
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.tracking import RunRecorder, StartClock, save_samples
-from flowgrpo_ray.types import WeightsTicket, WorkUnit
-
-if TYPE_CHECKING:
-    from flowgrpo_ray.learner import LearnerState
+from flowgrpo_ray.types import LearnerState, WeightsTicket, WorkUnit
 
 
 class Display(Protocol):
@@ -69,6 +66,7 @@ class Trainer:
         self.prompts = {"train": prompts, "eval": held_out}
         self.conditions: dict[str, list[ObjectRef]] = {}
         self.stopping = False
+        self.own_rewards: list[str] = []
         self._earlier_seconds = 0.0  # of the attempts that this one continues
         self.progress = Progress(
             iteration=0,
@@ -90,7 +88,7 @@ class Trainer:
             await self.learners.load_state(state)
         await self.measure_floor()
         self.clock.lap("ratio floor")
-        if not resume:
+        if not resume and not self.stopping:
             await self.evaluate()
             self.clock.lap("first evaluation")
         self.recorder.log_timing(self.clock.row())
@@ -133,9 +131,12 @@ class Trainer:
         reused = await asyncio.to_thread(
             reward_service.deploy, args, http_port=cluster.reward_http_port
         )
-        for name in reused:
-            self.display.note(f"using the deployment reward-{name} that is there, as it is set up")
+        self.own_rewards = [name for name in names if name not in reused]
         await asyncio.to_thread(reward_service.wait, names, deadline_s=cluster.ready_timeout_s)
+        for arg in args:
+            if arg.name in reused:
+                await reward_service.check_same(arg)
+                self.display.note(f"using the deployment reward-{arg.name} that is there")
         self.rewards = RewardClient(names)
 
     async def _start_rollouts(self) -> None:

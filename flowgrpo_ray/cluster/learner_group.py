@@ -14,10 +14,19 @@ from ray.util.placement_group import PlacementGroup
 
 from flowgrpo_ray.cluster.actors import launch, set_up_process, within
 from flowgrpo_ray.spec import TrainingSpec
-from flowgrpo_ray.types import Condition, Float32, Trajectory, WeightsTicket, WorkUnit
+from flowgrpo_ray.types import (
+    Condition,
+    Float32,
+    LearnerState,
+    MicrobatchStats,
+    StepStats,
+    Trajectory,
+    WeightsTicket,
+    WorkUnit,
+)
 
 if TYPE_CHECKING:
-    from flowgrpo_ray.learner import Learner, LearnerState, MicrobatchStats, StepStats
+    from flowgrpo_ray.learner import Learner
 
 
 class LearnerRank:

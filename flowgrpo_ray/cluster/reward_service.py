@@ -97,6 +97,10 @@ class RewardReplica:
         limits = Limits(args.max_images_per_request, args.max_image_pixels, args.max_body_bytes)
         return build_api(args.name, limits, self._check, self.score)
 
+    def describe(self) -> dict[str, Any]:
+        """What is served here: decides whether a run may use this deployment."""
+        return {"reward": self._args.reward, "options": self._args.options}
+
     async def score(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Metadata
     ) -> np.ndarray:
@@ -245,6 +249,24 @@ def deploy(args: Sequence[RewardServiceArgs], *, http_port: int | None) -> list[
             wait_for_applications_running=False,
         )
     return present
+
+
+def remove(names: Sequence[str]) -> None:
+    """Deletes the applications of these rewards."""
+    for name in names:
+        serve.delete(app_name(name))
+
+
+async def check_same(args: RewardServiceArgs) -> None:
+    """RewardError if the application of this name serves another reward or other options."""
+    served = await serve.get_app_handle(app_name(args.name)).describe.remote()
+    wanted = {"reward": args.reward, "options": args.options}
+    if served != wanted:
+        raise RewardError(
+            f"{app_name(args.name)} is deployed on this cluster with {served}, and the spec asks "
+            f"for {wanted}. Name the reward otherwise in the spec (its `reward` key says what it "
+            "is), or delete that application"
+        )
 
 
 def _status(

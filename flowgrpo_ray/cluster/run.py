@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowgrpo_ray.cluster.session import ray_session
+from flowgrpo_ray.cluster.session import joined, ray_session
 from flowgrpo_ray.errors import ClusterError, RunFolderError
 from flowgrpo_ray.preflight import check_run
 from flowgrpo_ray.prompts import prompts_digest
 from flowgrpo_ray.report import write_report
 from flowgrpo_ray.run_folder import RunFolder
 from flowgrpo_ray.spec import TrainingSpec
-from flowgrpo_ray.tracking import RunRecorder, StartClock
+from flowgrpo_ray.tracking import SUMMARY, RunRecorder, StartClock
+from flowgrpo_ray.types import LearnerState
 
 if TYPE_CHECKING:
     from flowgrpo_ray.checkpoint import Progress
     from flowgrpo_ray.cluster.driver import Display, Trainer
-    from flowgrpo_ray.learner import LearnerState
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def train(
             clock.lap("ray")
             from ray.exceptions import RayActorError
 
+            from flowgrpo_ray.cluster import reward_service
             from flowgrpo_ray.cluster.driver import Trainer
 
             trainer = Trainer(spec, prompts, held_out, folder, recorder, display, clock)
@@ -71,6 +72,9 @@ def train(
                     f"an actor of the run was lost: {str(error).splitlines()[0]} Its log is below "
                     f"{folder.logs}. Continue from the last checkpoint with --resume"
                 ) from error
+            finally:
+                if joined():  # a private cluster ends whole, and sooner
+                    reward_service.remove(trainer.own_rewards)
         stopped = progress.iteration < spec.iterations
         summary = _summary(spec, progress)
         recorder.write_summary(summary)
@@ -88,6 +92,7 @@ def _rewind(
     display: Display,
 ) -> None:
     """Back to the checkpoint: rows that were written after it will be written again."""
+    (folder.path / SUMMARY).unlink(missing_ok=True)
     if saved is None:
         recorder.truncate(-1)
         return

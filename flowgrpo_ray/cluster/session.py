@@ -27,12 +27,17 @@ def ray_session(spec: TrainingSpec, logs: Path) -> Iterator[None]:
     Joins the cluster that ``RAY_ADDRESS`` names (``ray job submit`` sets it), else starts one for
     this run alone and copies its logs to ``logs`` at the end.
     """
-    if "RAY_ADDRESS" in os.environ:
+    if joined():
         with _joined(spec):
             yield
     else:
         with _private(spec, logs):
             yield
+
+
+def joined() -> bool:
+    """Whether a cluster is named to join."""
+    return "RAY_ADDRESS" in os.environ
 
 
 @contextmanager
