@@ -155,6 +155,7 @@ def sample(
     from flowgrpo_ray.tracking import save_grid
 
     spec, folder = open_target(target)
+    out.parent.mkdir(parents=True, exist_ok=True)
     policy = load_trained(spec, folder, weights)
     steps = steps or spec.evaluation.steps
     images = generate(policy, spec, prompts, steps, seed, spec.evaluation.micro_batch)

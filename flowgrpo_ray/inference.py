@@ -91,8 +91,8 @@ def export(spec: TrainingSpec, folder: RunFolder, out: Path, what: str, weights:
     """Write a trained model as diffusers loads it: LoRA weights, or a whole pipeline folder."""
     if what == "lora" and spec.tuning.kind != "lora":
         raise SpecError(f"{folder.path} trained the full network; export it with --format pipeline")
-    if out.exists() and any(out.iterdir()):
-        raise RunFolderError(f"{out} is not empty; export into a new folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunFolderError(f"{out} is a file or not empty; export into a new folder")
     policy = load_trained(spec, folder, weights)
     if what == "lora":
         policy.save_lora(out)

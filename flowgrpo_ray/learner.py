@@ -191,7 +191,7 @@ class Learner:
         condition = batch_condition(conditions, unit.prompts, self.device)
         with torch.enable_grad():  # as in the update: kernels may differ
             floor = max(
-                float((new.log_prob(x_next) - old).abs().max())
+                float((new.log_prob(x_next) - old).detach().abs().max())
                 for _, new, _, x_next, old in replay(
                     self.policy, trajectory, unit.schedule, condition
                 )

@@ -6,9 +6,11 @@ place that was looked at and what to do.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from flowgrpo_ray.errors import ModelError
 
@@ -36,12 +38,27 @@ def from_pretrained(
     if model.revision is not None:
         options["revision"] = model.revision
     place = str(model.folder) if model.folder is not None else model.path
+    if model.folder is not None and subfolder is None:
+        _check_parts(model, {name for name, part in more.items() if part is None})
     try:
         return cls.from_pretrained(place, **options)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         what = f"the part {subfolder!r} of " if subfolder else ""
         raise ModelError(
             f"model.path = {model.path!r}: {what}the model cannot be loaded as {cls.__name__}. "
             "Give a local folder, or the id of a hub model that this machine can reach and whose "
             f"licence your token has accepted (hf auth login). Cause: {error}"
         ) from error
+
+
+def _check_parts(model: ModelSpec, unused: set[str]) -> None:
+    """A missing tokenizer folder is no error to transformers: it would make an empty one."""
+    assert model.folder is not None
+    index = json.loads((model.folder / "model_index.json").read_text(encoding="utf-8"))
+    for name, part in index.items():
+        present = isinstance(part, list) and part[0] is not None and name not in unused
+        if present and not (model.folder / name).is_dir():
+            raise ModelError(
+                f"model.path = {model.path!r}: model_index.json names the part {name!r}, and the "
+                "folder does not hold it. Copy the whole model folder"
+            )

@@ -96,6 +96,11 @@ class SD3Policy(Policy):
                 f"sampling.size = {list(size)} does not fit {self.model.path}: "
                 f"height and width must be multiples of {multiple}"
             )
+        if max(size) // multiple > network.pos_embed_max_size:
+            raise SpecError(
+                f"sampling.size = {list(size)} is too large for {self.model.path}: height and "
+                f"width may be up to {network.pos_embed_max_size * multiple} pixels"
+            )
         return (network.in_channels, size[0] // factor, size[1] // factor)
 
     def velocity(self, x: Tensor, sigma: float, condition: dict[str, Tensor]) -> Tensor:
