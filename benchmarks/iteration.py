@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -99,23 +100,23 @@ class PlainLoop:
         import torch
 
         from flowgrpo_ray.objective import clipped_loss, kl_to_reference
-        from flowgrpo_ray.sampling import batch_condition, replay, transition
+        from flowgrpo_ray.sampling import batch_condition, replay
 
         spec = self.spec.objective
         terms = 0
         for (unit, trajectory, _), signal in batches:
             advantage, keep = torch.tensor(signal.advantages), torch.tensor(signal.keep)
             condition = batch_condition(self.conditions, unit.prompts, self.policy.device)
+            references = torch.tensor(trajectory.reference_means) if spec.kl else None
             steps = replay(self.policy, trajectory, unit.schedule, condition)
-            for step, new, x, x_next, old in steps:
+            for step, new, x_next, old in steps:
                 log_ratio = new.log_prob(x_next) - old
                 loss = clipped_loss(log_ratio, advantage, spec.clip_low, spec.clip_high)
                 loss = loss * unit.batch
                 if spec.kl is not None:
-                    with torch.no_grad(), self.policy.reference():
-                        reference = transition(self.policy, x, step, unit.schedule, condition)
+                    mean = references[:, step - unit.schedule.stochastic_steps.start]
                     dt = unit.schedule.sigma[step + 1] - unit.schedule.sigma[step]
-                    kl = kl_to_reference(new, reference, dt, spec.kl.form)
+                    kl = kl_to_reference(new, replace(new, mean=mean), dt, spec.kl.form)
                     loss = loss + spec.kl.beta * (kl * keep).sum()
                 loss.backward()
                 terms += int(keep.sum())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from flowgrpo_ray.errors import ContractError
 from flowgrpo_ray.objective import clipped, clipped_loss, kl_to_reference
 from flowgrpo_ray.policies import load_policy
-from flowgrpo_ray.sampling import batch_condition, replay, transition
+from flowgrpo_ray.sampling import batch_condition, replay
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.types import (
     Condition,
@@ -50,7 +51,7 @@ class Learner:
         self.spec, self.device = spec, device
         self.world = dist.get_world_size()
         self.policy = load_policy(spec, device, frozenset({"network"}))
-        self.policy.tune(spec.seed, with_reference=spec.objective.kl is not None)
+        self.policy.tune(spec.seed, with_reference=False)
         self._shard()
         self.parameters = self.policy.trainable()
         settings = spec.optimizer
@@ -69,12 +70,10 @@ class Learner:
 
     def _shard(self) -> None:
         mesh = init_device_mesh(self.device.type, (self.world,))
-        for network in (self.policy.network, self.policy.reference_network):
-            if network is not None:
-                for block in network.modules():
-                    if isinstance(block, self.policy.block_classes()):
-                        fully_shard(block, mesh=mesh)
-                fully_shard(network, mesh=mesh)
+        for block in self.policy.network.modules():
+            if isinstance(block, self.policy.block_classes()):
+                fully_shard(block, mesh=mesh)
+        fully_shard(self.policy.network, mesh=mesh)
 
     # --- weights
 
@@ -111,16 +110,20 @@ class Learner:
         advantage = torch.tensor(advantages, device=self.device)
         kept = torch.tensor(keep, device=self.device)
         condition = batch_condition(conditions, unit.prompts, self.device)
+        first = unit.schedule.stochastic_steps.start
+        references = trajectory.reference_means
+        if references is not None:
+            references = torch.tensor(references, device=self.device)
         ratios: list[Tensor] = []
         low = high = 0
         policy_loss = kl_sum = 0.0
-        for step, new, x, x_next, old in replay(self.policy, trajectory, unit.schedule, condition):
+        for step, new, x_next, old in replay(self.policy, trajectory, unit.schedule, condition):
             log_ratio = new.log_prob(x_next) - old
             loss = clipped_loss(log_ratio, advantage, spec.clip_low, spec.clip_high) * unit.batch
             policy_loss += loss.item()
             if spec.kl is not None:
-                with torch.no_grad(), self.policy.reference():
-                    reference = transition(self.policy, x, step, unit.schedule, condition)
+                assert references is not None, "rollout workers keep the reference with KL"
+                reference = replace(new, mean=references[:, step - first])
                 dt = unit.schedule.sigma[step + 1] - unit.schedule.sigma[step]
                 kl = (kl_to_reference(new, reference, dt, spec.kl.form) * kept).sum()
                 kl_sum += kl.item()
@@ -192,9 +195,7 @@ class Learner:
         with torch.enable_grad():  # as in the update: kernels may differ
             floor = max(
                 float((new.log_prob(x_next) - old).detach().abs().max())
-                for _, new, _, x_next, old in replay(
-                    self.policy, trajectory, unit.schedule, condition
-                )
+                for _, new, x_next, old in replay(self.policy, trajectory, unit.schedule, condition)
             )
         self.ratio_floor = floor * FLOOR_MARGIN
         return floor

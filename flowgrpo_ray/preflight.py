@@ -67,8 +67,8 @@ def estimate(spec: TrainingSpec, gpus: float, held_out: int) -> Estimate:
     if parameters is not None:
         base = parameters * DTYPE_BYTES[spec.model.dtype]
         if spec.tuning.kind == "full":
-            rollout = parameters * FLOAT32_BYTES
-            copies = 4 + (1 if spec.ema else 0) + (1 if spec.objective.kl else 0)
+            rollout = parameters * FLOAT32_BYTES * (2 if spec.objective.kl else 1)
+            copies = 4 + (1 if spec.ema else 0)
             learner = copies * parameters * FLOAT32_BYTES
         else:
             rollout = learner = base  # adapters and their optimizer are small beside it

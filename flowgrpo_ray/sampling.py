@@ -70,16 +70,23 @@ def rollout(
     """Sample the unit's micro-batch: its trajectory and the final latents ``[b, *D]``.
 
     ``conditions`` maps each prompt index of the unit to its encodings; ``size`` is (height, width)
-    in pixels; ``weights`` names what the policy's parameters are.
+    in pixels; ``weights`` names what the policy's parameters are. If the policy was tuned with a
+    reference, the untrained model's mean of each stochastic step is kept too: it depends on the
+    latents alone, so the learner need not hold a second network.
     """
     shape = policy.latent_shape(size)
     schedule, window = unit.schedule, unit.schedule.stochastic_steps
     condition = batch_condition(conditions, unit.prompts, policy.device)
     x = draw_noise(unit, INITIAL, shape).to(policy.device)
-    latents, log_probs = ([x] if window.start == 0 else []), []
+    latents = [x] if window.start == 0 else []
+    log_probs: list[Tensor] = []
+    references: list[Tensor] = []
     for step in range(schedule.steps):
         gaussian = transition(policy, x, step, schedule, condition)
         if step in window:
+            if policy.with_reference:
+                with policy.reference():
+                    references.append(transition(policy, x, step, schedule, condition).mean)
             x = gaussian.sample(draw_noise(unit, step, shape).to(policy.device))
             log_probs.append(gaussian.log_prob(x))
         else:
@@ -102,20 +109,21 @@ def rollout(
             dtype=policy.dtype_name,
             schedule=schedule,
         ),
+        reference_means=torch.stack(references, 1).cpu().numpy() if references else None,
     )
     return trajectory, x
 
 
 def replay(
     policy: Policy, trajectory: Trajectory, schedule: Schedule, condition: dict[str, Tensor]
-) -> Iterator[tuple[int, Gaussian, Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[int, Gaussian, Tensor, Tensor]]:
     """For each stochastic step of a stored trajectory, what the current weights make of it.
 
-    Yields ``(step, distribution, x [b, *D], x_next [b, *D], log_prob_old [b])``. ``schedule`` is
+    Yields ``(step, distribution, x_next [b, *D], log_prob_old [b])``. ``schedule`` is
     the learner's own, not the trajectory's: if they differ, the ratio shows it.
     """
     latents = torch.from_numpy(trajectory.latents.copy()).to(policy.device)
     old = torch.from_numpy(trajectory.log_probs.copy()).to(policy.device)
     for k, step in enumerate(schedule.stochastic_steps):
         x, x_next = latents[:, k], latents[:, k + 1]
-        yield step, transition(policy, x, step, schedule, condition), x, x_next, old[:, k]
+        yield step, transition(policy, x, step, schedule, condition), x_next, old[:, k]

@@ -101,6 +101,7 @@ class Trajectory:
     latents: Float32  # [b, K + 1, *D]
     log_probs: Float32  # [b, K]
     provenance: Provenance
+    reference_means: Float32 | None = None  # [b, K, *D], of the untrained model; for KL
 
 
 @dataclass(frozen=True)

@@ -185,11 +185,11 @@ def test_replay_gives_a_ratio_of_exactly_one(tuning, dtype, guidance, kernel):
     trajectory, _ = rollout(made, of, given, SIZE, UNTRAINED)
     condition = batch_condition(given, of.prompts, made.device)
     seen = []
-    for step, new, x, x_next, old in replay(made, trajectory, of.schedule, condition):
+    for step, new, x_next, old in replay(made, trajectory, of.schedule, condition):
         log_ratio = new.log_prob(x_next) - old
         assert log_ratio.requires_grad
         assert torch.equal(log_ratio, torch.zeros(4))
-        assert new.mean.dtype == x.dtype == torch.float32
+        assert new.mean.dtype == x_next.dtype == torch.float32
         seen.append(step)
     assert seen == [0, 1, 2, 3]
 
@@ -211,6 +211,6 @@ def test_replay_of_anything_else_gives_another_ratio(change: str):
     with torch.no_grad():
         ratios = [
             new.log_prob(x_next) - old
-            for _, new, _, x_next, old in replay(other, replayed, levels, condition)
+            for _, new, x_next, old in replay(other, replayed, levels, condition)
         ]
     assert torch.stack(ratios).abs().max() > 0

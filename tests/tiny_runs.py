@@ -107,7 +107,7 @@ def unit(
 def sampler(spec: TrainingSpec) -> Policy:
     """What a rollout worker holds: a tuned policy without text encoders."""
     policy = load_policy(spec, CPU, frozenset({"network", "decoder"}))
-    policy.tune(spec.seed, with_reference=False)
+    policy.tune(spec.seed, with_reference=spec.objective.kl is not None)
     return policy
 
 

@@ -38,7 +38,7 @@ class RolloutWorker:
         from flowgrpo_ray.policies import load_policy
 
         self.policy = load_policy(self.spec, self.device, frozenset({"network", "decoder"}))
-        self.policy.tune(self.spec.seed, with_reference=False)
+        self.policy.tune(self.spec.seed, with_reference=self.spec.objective.kl is not None)
         self.parameters = self.policy.trainable()
         self.policy.latent_shape(self.spec.sampling.size)  # an impossible size fails here, early
 

@@ -51,6 +51,7 @@ class Policy(ABC):
     ) -> None:
         self.model, self.tuning, self.guidance, self.device = model, tuning, guidance, device
         self.dtype = DTYPES[model.dtype]
+        self.with_reference = False
         self.reference_network: nn.Module | None = None
         if "network" in parts:
             master = torch.float32 if tuning.kind == "full" else self.dtype
@@ -128,6 +129,7 @@ class Policy(ABC):
         Trainable parameters are float32 masters. ``with_reference`` keeps what ``reference`` needs
         (with adapters nothing more, else a frozen copy of the network).
         """
+        self.with_reference = with_reference
         self.network.requires_grad_(False)
         if self.tuning.kind == "lora":
             add_lora(self.network, self.tuning, self.lora_targets, seed)

@@ -38,9 +38,9 @@ def from_pretrained(
     if model.revision is not None:
         options["revision"] = model.revision
     place = str(model.folder) if model.folder is not None else model.path
-    if model.folder is not None and subfolder is None:
-        _check_parts(model, {name for name, part in more.items() if part is None})
     try:
+        if model.folder is not None and subfolder is None:
+            _check_parts(model, {name for name, part in more.items() if part is None})
         return cls.from_pretrained(place, **options)
     except (OSError, SafetensorError) as error:
         what = f"the part {subfolder!r} of " if subfolder else ""
