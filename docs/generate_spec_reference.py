@@ -96,8 +96,14 @@ def _resolve(schema: Schema, known: Schema) -> Schema:
 
 def _is_map(value: Schema) -> bool:
     """Whether a value is a mapping of free names to sections, as `rewards` is."""
+    return "$ref" in _map_values(value)
+
+
+def _map_values(value: Schema) -> Schema:
+    """The schema of a mapping's values, whose keys are free or follow one pattern."""
     more = value.get("additionalProperties")
-    return isinstance(more, dict) and "$ref" in more
+    by_pattern = value.get("patternProperties", {})
+    return more if isinstance(more, dict) else next(iter(by_pattern.values()), {})
 
 
 def _object(value: Schema, known: Schema) -> Schema | None:
@@ -105,7 +111,7 @@ def _object(value: Schema, known: Schema) -> Schema | None:
     if "oneOf" in value:
         return value
     if _is_map(value):
-        return _resolve(value["additionalProperties"], known)
+        return _resolve(_map_values(value), known)
     for option in (value, *value.get("anyOf", [])):
         if "$ref" in option:
             return _resolve(option, known)

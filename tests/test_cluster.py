@@ -172,3 +172,15 @@ def test_more_gpus_than_the_cluster_has(ray_cluster: None) -> None:
     spec = load_spec("tiny-ocr", ["cluster.rollout.gpus=1"])
     with pytest.raises(ClusterError, match=r"asks for 2 GPUs and the cluster has 0.*rollout\.gpus"):
         check_resources(spec)
+
+
+def test_a_deployed_reward_is_used_only_if_it_is_the_one_the_spec_means(
+    trainer: Any, loop: asyncio.AbstractEventLoop
+) -> None:
+    from flowgrpo_ray.cluster.reward_service import RewardServiceArgs, check_same
+
+    run(loop, check_same(RewardServiceArgs(name="ocr", options={"detect": False})))
+    with pytest.raises(
+        RewardError, match=r"(?s)reward-ocr is deployed.*'detect': False.*spec asks"
+    ):
+        run(loop, check_same(RewardServiceArgs(name="ocr", options={"detect": True})))

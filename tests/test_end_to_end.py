@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from flowgrpo_ray.checkpoint import list_checkpoints
+from flowgrpo_ray.spec import builtin_path
 from flowgrpo_ray.tracking import read_rows
 
 ITERATIONS = 8
@@ -185,3 +187,13 @@ def test_two_learner_ranks_with_lora_and_a_second_ctrl_c(tmp_path: Path) -> None
     time.sleep(0.05)
     command.signal_group(signal.SIGINT)
     assert "interrupted" in command.finish(status=130)
+
+
+def test_a_model_that_cannot_be_loaded_is_one_message(tmp_path: Path) -> None:
+    """The error is raised in an actor, maybe on another machine, and reads as if it were local."""
+    model = tmp_path / "model"
+    shutil.copytree(builtin_path("builtin:tiny-sd3") or "", model)
+    (model / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    output = Command(tmp_path, **{"model.path": str(model)}).finish(status=2)
+    assert output.startswith("error: model.path = "), output
+    assert "'transformer'" in output
