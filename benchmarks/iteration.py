@@ -50,7 +50,10 @@ class PlainLoop:
         self.policy.tune(spec.seed, with_reference=spec.objective.kl is not None)
         self.parameters = list(self.policy.trainable().values())
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=spec.optimizer.learning_rate, betas=spec.optimizer.betas
+            self.parameters,
+            lr=spec.optimizer.learning_rate,
+            betas=spec.optimizer.betas,
+            fused=True,
         )
         self.conditions = dict(enumerate(self.policy.encode([p.text for p in self.prompts])))
         self.sigmas = self.policy.sigmas(spec.sampling.steps, spec.sampling.size)
