@@ -64,12 +64,20 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 @pytest.fixture(scope="module")
 def trainer(
     ray_cluster: None, loop: asyncio.AbstractEventLoop, tmp_path_factory: pytest.TempPathFactory
-) -> Any:
+) -> Iterator[Any]:
     """A trainer whose actors are up: two rollout workers, one learner rank."""
     spec = load_spec("tiny-ocr", SMALL)
     trainer = make_trainer(spec, tmp_path_factory.mktemp("runs"))
     loop.run_until_complete(trainer.start())
-    return trainer
+    yield trainer
+    import ray
+    from ray import serve
+    from ray.util.placement_group import remove_placement_group
+
+    serve.shutdown()  # other tests share this cluster, and start Serve with HTTP
+    for actor in [*trainer.rollouts.workers, *trainer.learners.ranks]:
+        ray.kill(actor)
+    remove_placement_group(trainer.group)
 
 
 def run(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:

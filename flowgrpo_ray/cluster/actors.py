@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import warnings
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
@@ -67,10 +67,23 @@ def set_up_process(kind: ActorsSpec) -> torch.device:
 
 async def within(seconds: float, what: str, calls: Iterable[Awaitable[T]]) -> list[T]:
     """All results, or ``ClusterError`` naming ``what`` was not ready in time."""
+    ready = asyncio.gather(*calls)
+    ready.add_done_callback(lambda f: f.cancelled() or f.exception())  # seen, also if cancelled
     try:
-        return await asyncio.wait_for(asyncio.gather(*calls), seconds)
+        return await asyncio.wait_for(ready, seconds)
     except TimeoutError:
         raise ClusterError(
             f"{what} not ready after cluster.ready_timeout_s = {seconds:g} s; the actors' logs say "
             "why (a missing package, no free GPU, a slow model download)"
         ) from None
+
+
+async def all_or_none(*parts: Coroutine[Any, Any, None]) -> None:
+    """Run the parts together; if one fails the others are cancelled and its error is raised."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

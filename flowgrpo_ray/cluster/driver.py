@@ -19,7 +19,7 @@ from ray import ObjectRef
 
 from flowgrpo_ray.checkpoint import Progress, save_checkpoint
 from flowgrpo_ray.cluster import reward_service
-from flowgrpo_ray.cluster.actors import place
+from flowgrpo_ray.cluster.actors import all_or_none, place
 from flowgrpo_ray.cluster.learner_group import Contribution, LearnerGroup
 from flowgrpo_ray.cluster.reward_service import RewardClient, RewardServiceArgs
 from flowgrpo_ray.cluster.rollout import RolloutPool, Sampled
@@ -109,10 +109,10 @@ class Trainer:
     async def start(self) -> None:
         """Bring up learner, rollout workers and rewards, all at once; encode every prompt."""
         self.display.stage("starting learner, rollout workers and rewards")
-        group = place(self.spec.cluster)
-        self.learners = LearnerGroup(self.spec, group)
-        self.rollouts = RolloutPool(self.spec, group)
-        await asyncio.gather(self._start_rewards(), self.learners.start(), self._start_rollouts())
+        self.group = place(self.spec.cluster)
+        self.learners = LearnerGroup(self.spec, self.group)
+        self.rollouts = RolloutPool(self.spec, self.group)
+        await all_or_none(self._start_rewards(), self.learners.start(), self._start_rollouts())
         self.clock.lap("actors")
 
     async def _start_rewards(self) -> None:
