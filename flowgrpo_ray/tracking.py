@@ -62,8 +62,8 @@ class RunRecorder:
             kept = [
                 line
                 for line, row in _lines(path)
-                if row["kind"] == "start"
-                or row["iteration"] + (drop_evaluation and row["kind"] == "eval") <= iteration
+                if "iteration" not in row
+                or row["iteration"] + (drop_evaluation and row.get("kind") == "eval") <= iteration
             ]
             write_atomic(path, b"".join(line + b"\n" for line in kept))
         if self._tensorboard:
