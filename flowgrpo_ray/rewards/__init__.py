@@ -20,6 +20,8 @@ from flowgrpo_ray.errors import SpecError
 
 BUILTIN: dict[str, str] = {
     "ocr": "flowgrpo_ray.rewards.ocr:OcrReward",
+    "pickscore": "flowgrpo_ray.rewards.pickscore:PickScoreReward",
+    "geneval": "flowgrpo_ray.rewards.geneval:GenevalReward",
     "sign_colour": "flowgrpo_ray.rewards.sign_colour:SignColourReward",
 }
 
