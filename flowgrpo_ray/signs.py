@@ -35,6 +35,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 _FONTS = ("DejaVuSansCondensed-Bold.ttf", "DejaVuSans-Bold.ttf")
 _FONT_SIZES = (22, 23, 24)
 _COLOUR_JITTER = 12
+_INK = 20  # of signs without variation
+_MAX_SCALE = 6
 _BORDER_ROWS = 4  # the digits never reach the four top and the four bottom rows
 _PROMPT = re.compile(r'(\w+) sign "(\d{3})"')
 
@@ -78,8 +80,6 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 
 def render(text: str, colour: str, rng: random.Random) -> np.ndarray:
     """Draws a sign as uint8 [HEIGHT, WIDTH, 3]; font, shade and place vary with `rng`."""
-    from PIL import Image, ImageDraw
-
     jitter = [rng.randint(-_COLOUR_JITTER, _COLOUR_JITTER) for _ in range(3)]
     red, green, blue = (
         min(255, channel + shift) for channel, shift in zip(COLOURS[colour], jitter, strict=True)
@@ -87,13 +87,45 @@ def render(text: str, colour: str, rng: random.Random) -> np.ndarray:
     ink = rng.randint(0, 45)
     font = _font(rng.choice(_FONTS), rng.choice(_FONT_SIZES))
     dx, dy = rng.uniform(-1, 1), rng.uniform(-2, 2)
+    pitch, baseline = WIDTH / len(text), HEIGHT / 2 + 8 + dy
+    return _draw((HEIGHT, WIDTH), (red, green, blue), text, font, ink, dx, pitch, baseline)
 
-    image = Image.new("RGB", (WIDTH, HEIGHT), (red, green, blue))
+
+def render_plain(text: str, colour: str, size: tuple[int, int] = (HEIGHT, WIDTH)) -> np.ndarray:
+    """Draws a sign without variation as uint8 [*size, 3], its background exactly `colour`.
+
+    The text is as large as a small sign's, scaled to `size`, but at most `_MAX_SCALE` times, as
+    detectors of text overlook digits that fill a large picture. A long text is drawn smaller.
+    """
+    height, width = size
+    cell = WIDTH / 3  # of a digit
+    cells = len(text) + 1 if len(text) > 3 else 3  # a long text keeps a margin
+    scale = min(height / HEIGHT, width / (cell * cells), _MAX_SCALE)
+    pitch, baseline = cell * scale, height / 2 + 8 * scale
+    left = (width - pitch * len(text)) / 2
+    font = _font(_FONTS[0], round(_FONT_SIZES[1] * scale))
+    return _draw(size, COLOURS[colour], text, font, _INK, left, pitch, baseline)
+
+
+def _draw(
+    size: tuple[int, int],
+    background: tuple[int, int, int],
+    text: str,
+    font: ImageFont.FreeTypeFont,
+    ink: int,
+    left: float,
+    pitch: float,
+    baseline: float,
+) -> np.ndarray:
+    """Each character centred in its own cell of `pitch` columns, the first one at `left`."""
+    from PIL import Image, ImageDraw
+
+    height, width = size
+    image = Image.new("RGB", (width, height), background)
     draw = ImageDraw.Draw(image)
-    pitch = WIDTH / len(text)
     for i, character in enumerate(text):
-        baseline = (pitch * (i + 0.5) + dx, HEIGHT / 2 + 8 + dy)
-        draw.text(baseline, character, font=font, fill=(ink, ink, ink), anchor="ms")
+        place = (pitch * (i + 0.5) + left, baseline)
+        draw.text(place, character, font=font, fill=(ink, ink, ink), anchor="ms")
     return np.asarray(image)
 
 
