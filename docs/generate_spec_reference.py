@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,9 @@ MEANINGS = {
     "tuning.alpha": "adapters are scaled by alpha / rank",
     "sampling.kernel": "what a stochastic step is: [kernels](how-it-works.md#one-step)",
     "rewards.NAME.replicas": "processes that score",
-    "objective.kind": "the only one yet",
+    "advantages.clamp": "advantages are clamped to ± this",
     "objective.clip_low": "the ratio is clipped at 1 - clip_low",
     "objective.clip_high": "the ratio is clipped at 1 + clip_high",
-    "objective.advantage_clamp": "advantages are clamped to ± this",
     "objective.kl": "`null`: no KL term",
     "objective.kl.beta": "weight of the KL in the loss",
     "optimizer.learning_rate": "constant",
@@ -64,9 +63,7 @@ def _section(
     if path in done:
         return
     done.add(path)
-    variants = [schema]
-    if "oneOf" in schema:
-        variants = [_resolve(option, known) for option in schema["oneOf"]]
+    variants = _variants(schema, known)
     below: list[tuple[str, Schema]] = []
     if path:
         yield f"### {TITLES.get(path, f'`{path}`')}\n"
@@ -76,18 +73,30 @@ def _section(
             kind = variant["properties"].get("kind", {}).get("const")
             yield (f"`kind: {kind}`: {says}\n" if len(variants) > 1 else f"{says}\n")
         yield "| key | values | default | meaning |\n| --- | --- | --- | --- |"
-        for key, value in variant["properties"].items():
+        kind_first = sorted(variant["properties"].items(), key=lambda item: item[0] != "kind")
+        for key, value in kind_first:
             place = f"{path}.{key}" if path else key
             target = _object(value, known)
             name = f"{place}.NAME" if _is_map(value) else SHARED.get(place, place)
             if target:
                 below.append((name, target))
-            default = _default(key, value, variant, target is not None)
+            default = _default(key, value, variant, _variants(target, known) if target else [])
             meaning = _meaning(place, name if target else None, value, used)
             yield f"| `{key}` | {_values(value)} | {default} | {meaning} |"
         yield ""
     for name, target in below:
         yield from _section(name, target, known, used, done)
+
+
+def _variants(schema: Schema, known: Schema) -> list[Schema]:
+    """The kinds of a section; with one kind, that one."""
+    if "oneOf" not in schema:
+        return [schema]
+    # Nothing but its kind says which of several tables holds, so none is the default.
+    return [
+        {**kind, "required": ["kind", *kind.get("required", [])]}
+        for kind in (_resolve(option, known) for option in schema["oneOf"])
+    ]
 
 
 def _resolve(schema: Schema, known: Schema) -> Schema:
@@ -143,12 +152,13 @@ def _number(value: float) -> str:
     return f"2^{power}" if power > 30 and value == 2**power else f"{value:g}"
 
 
-def _default(key: str, value: Schema, parent: Schema, is_section: bool) -> str:
+def _default(key: str, value: Schema, parent: Schema, section: Sequence[Schema]) -> str:
+    """Of a key; ``section`` are the kinds of what it opens, if that is a section."""
     if key in parent.get("required", []):
         return "**required**"
     default = value.get("default")
-    if is_section and default is not None:
-        return "its defaults"
+    if section and default is not None:
+        return f"its defaults, `kind: {default['kind']}`" if len(section) > 1 else "its defaults"
     return "`{}`" if "default" not in value else f"`{json.dumps(default)}`"
 
 

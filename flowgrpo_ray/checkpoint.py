@@ -10,15 +10,19 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowgrpo_ray.errors import CheckpointError
-from flowgrpo_ray.types import LearnerState
+
+if TYPE_CHECKING:
+    from flowgrpo_ray.types import LearnerState
 
 PREFIX = "iteration-"
 ARRAYS = ("weights", "ema", "exp_avg", "exp_avg_sq")
+NUMBERS = ("updates", "loss_scale", "scale_held")
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,21 @@ class Progress:
     failed_groups: int
     spec_identity: str
     prompts_digest: str
-    eval_before: dict[str, float] = field(default_factory=dict)
-    eval_last: dict[str, float] = field(default_factory=dict)
+    eval_before: dict[str, float | None] = field(default_factory=dict)
+    eval_last: dict[str, float | None] = field(default_factory=dict)
 
 
-def save_checkpoint(folder: Path, state: LearnerState, progress: Progress, keep: int) -> Path:
-    """Write the checkpoint of ``progress.iteration`` under ``folder``; keep the newest ``keep``."""
+def save_checkpoint(
+    folder: Path,
+    state: LearnerState,
+    progress: Progress,
+    keep: int,
+    protect: Collection[int] = (),
+) -> Path:
+    """Write the checkpoint of ``progress.iteration`` under ``folder``; keep the newest ``keep``.
+
+    Beside these, of each iteration in ``protect`` the newest checkpoint up to it is kept.
+    """
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +60,8 @@ def save_checkpoint(folder: Path, state: LearnerState, progress: Progress, keep:
     partial.mkdir()
     for name in ARRAYS:
         save_file(getattr(state, name), partial / f"{name}.safetensors")
-    _write_json(partial / "state.json", {"updates": state.updates, **asdict(progress)})
+    numbers = {name: getattr(state, name) for name in NUMBERS}
+    _write_json(partial / "state.json", {**numbers, **asdict(progress)})
     files = sorted(path for path in partial.iterdir())
     _write_json(partial / "manifest.json", {path.name: _sha256(path) for path in files})
     for path in [*files, partial / "manifest.json", partial]:
@@ -56,8 +70,10 @@ def save_checkpoint(folder: Path, state: LearnerState, progress: Progress, keep:
         shutil.rmtree(final)
     partial.rename(final)
     _fsync(folder)
+    protected = {newest_checkpoint(folder, iteration) for iteration in protect}
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        if old not in protected:
+            shutil.rmtree(old)
     return final
 
 
@@ -66,14 +82,33 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
 
 
+def checkpoint_iteration(path: Path) -> int:
+    """After how many iterations the checkpoint at ``path`` was saved."""
+    return int(path.name.removeprefix(PREFIX))
+
+
+def newest_checkpoint(folder: Path, iteration: int) -> Path | None:
+    """The newest checkpoint under ``folder`` of at most ``iteration``, if there is one."""
+    known = [path for path in list_checkpoints(folder) if path.name[len(PREFIX) :].isdigit()]
+    return next((p for p in reversed(known) if checkpoint_iteration(p) <= iteration), None)
+
+
 def load_checkpoint(path: Path) -> tuple[LearnerState, Progress]:
     """A checkpoint whose every byte is what was saved; ``CheckpointError`` otherwise."""
     from safetensors.numpy import load_file
 
+    from flowgrpo_ray.types import LearnerState
+
     row = verify(path)
     arrays = {name: load_file(path / f"{name}.safetensors") for name in ARRAYS}
-    updates = row.pop("updates")
-    return LearnerState(**arrays, updates=updates), Progress(**row)
+    try:
+        numbers = {name: row.pop(name) for name in NUMBERS}
+        return LearnerState(**arrays, **numbers), Progress(**row)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: written by another version of flowgrpo_ray ({error}). Continue it with that "
+            "one, or train anew under another name"
+        ) from error
 
 
 def verify(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -10,15 +11,19 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from flowgrpo_ray.errors import FlowGrpoError
+from flowgrpo_ray.cli_rewards import rewards_app
+from flowgrpo_ray.errors import FlowGrpoError, SpecError
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.spec_file import RECIPES, load_spec, recipe_names
+
+if TYPE_CHECKING:
+    from flowgrpo_ray.cluster.run import Outcome
 
 STARTED = time.perf_counter()
 
@@ -28,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(rewards_app, name="rewards")
 console = Console()
 
 SpecArgument = Annotated[
@@ -51,6 +57,9 @@ WeightsOption = Annotated[
 StepsOption = Annotated[
     int | None, typer.Option(min=1, help="denoising steps; default: evaluation.steps of the spec")
 ]
+IterationOption = Annotated[
+    int | None, typer.Option(min=0, help="of the checkpoint; default: newest")
+]
 
 
 @app.command()
@@ -61,6 +70,12 @@ def train(
         bool, typer.Option("--resume", help="continue the run of this name from its checkpoint")
     ] = False,
     runs: Annotated[Path, typer.Option(help="folder that holds the run folders")] = Path("runs"),
+    validate: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="run N iterations without KL in a folder of their own, judge"
+        ),
+    ] = None,
 ) -> None:
     """Train a model: joins the Ray cluster of RAY_ADDRESS, or starts one on this machine.
 
@@ -70,6 +85,8 @@ def train(
     from flowgrpo_ray.console import RunDisplay, summary_table
 
     resolved = load_spec(spec, overrides or [])
+    if validate is not None:
+        resolved = _validation_run(resolved, validate, runs, resume)
     try:
         with RunDisplay(resolved, console) as display:
             outcome = run_training(resolved, runs, resume=resume, display=display, started=STARTED)
@@ -80,8 +97,21 @@ def train(
     again = f"flowgrpo-ray train {spec}{_as_options(overrides)} --runs {runs} --resume"
     if outcome.stopped:
         saved = f"stopped after iteration {done}, saved" if done else "stopped before iteration 1"
+        if outcome.diverged:
+            again += " --set watch.action=report"
+            console.print(f"stopped by the watch: {outcome.diverged.says}", highlight=False)
+            if outcome.diverged.before is not None:
+                export = f"flowgrpo-ray export {outcome.folder} --out {resolved.name}-export"
+                console.print("the model from before is written with", highlight=False)
+                console.print(
+                    f"  {export} --iteration {outcome.diverged.before}",
+                    soft_wrap=True,
+                    highlight=False,
+                )
         console.print(f"{saved}; continue with\n  {again}", soft_wrap=True, highlight=False)
         return
+    if validate is not None:
+        raise typer.Exit(_judge(resolved, outcome))
     console.print()
     console.print(summary_table(outcome.summary))
     images, seconds = outcome.summary["images"], outcome.summary["seconds"]
@@ -94,6 +124,33 @@ def train(
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _validation_run(spec: TrainingSpec, iterations: int, runs: Path, resume: bool) -> TrainingSpec:
+    """The spec of a validation run, under a name that is free."""
+    from flowgrpo_ray.validation import validation_spec
+
+    if resume:
+        raise SpecError("--validate begins anew; leave out --resume")
+    wanted = validation_spec(spec, iterations)
+    names = (wanted.name if n == 1 else f"{wanted.name}-{n}" for n in itertools.count(1))
+    free = next(name for name in names if not (runs / name).exists())
+    return wanted.model_copy(update={"name": free})
+
+
+def _judge(spec: TrainingSpec, outcome: Outcome) -> int:
+    """Print and keep the verdict of a validation run; the exit status."""
+    from flowgrpo_ray.console import verdict_table
+    from flowgrpo_ray.tracking import METRICS, read_rows
+    from flowgrpo_ray.validation import verdict
+
+    rows = read_rows(outcome.folder / METRICS)
+    found = verdict(spec, rows, outcome.summary["ratio_floor"])
+    file = outcome.folder / "validation.json"
+    file.write_text(json.dumps(found.as_json(), indent=2) + "\n", encoding="utf-8")
+    console.print(verdict_table(found))
+    console.print(f"kept in {file}; curves: {outcome.folder / 'report.html'}", soft_wrap=True)
+    return 0 if found.ok else 1
 
 
 def _as_options(overrides: list[str] | None) -> str:
@@ -148,6 +205,7 @@ def sample(
     steps: StepsOption = None,
     seed: Annotated[int, typer.Option(min=0, help="of the noise")] = 0,
     weights: WeightsOption = "ema",
+    iteration: IterationOption = None,
     columns: Annotated[int, typer.Option(min=1, help="images in a row")] = 8,
 ) -> None:
     """Draw one image per prompt into a grid PNG."""
@@ -156,7 +214,7 @@ def sample(
 
     spec, folder = open_target(target)
     out.parent.mkdir(parents=True, exist_ok=True)
-    policy = load_trained(spec, folder, weights)
+    policy = load_trained(spec, folder, weights, iteration)
     steps = steps or spec.evaluation.steps
     images = generate(policy, spec, prompts, steps, seed, spec.evaluation.micro_batch)
     save_grid(out, images, min(columns, len(images)))
@@ -174,9 +232,7 @@ def evaluate(
     steps: StepsOption = None,
     seed: Annotated[int, typer.Option(min=0, help="of the noise")] = 0,
     weights: WeightsOption = "ema",
-    iteration: Annotated[
-        int | None, typer.Option(help="of the checkpoint; default: newest")
-    ] = None,
+    iteration: IterationOption = None,
 ) -> None:
     """Score images of held-out prompts with every reward of the spec; prints JSON."""
     from flowgrpo_ray.inference import generate, load_trained, open_target, score
@@ -205,6 +261,7 @@ def export(
         typer.Option("--format", help="default: lora for LoRA runs, else the whole pipeline"),
     ] = None,
     weights: WeightsOption = "ema",
+    iteration: IterationOption = None,
 ) -> None:
     """Write a trained model for diffusers: LoRA safetensors, or a full pipeline folder."""
     from flowgrpo_ray.inference import export as write
@@ -213,7 +270,7 @@ def export(
     folder = RunFolder.existing(run)
     spec = folder.read_spec()
     what = what or ("lora" if spec.tuning.kind == "lora" else "pipeline")
-    write(spec, folder, out, what, weights)
+    write(spec, folder, out, what, weights, iteration)
     loader = "pipe.load_lora_weights" if what == "lora" else "DiffusionPipeline.from_pretrained"
     console.print(f"{what} written; load it with {loader}({str(out)!r})", soft_wrap=True)
 

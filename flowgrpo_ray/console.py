@@ -8,10 +8,12 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from flowgrpo_ray.spec import TrainingSpec
+from flowgrpo_ray.validation import Verdict
 
 PLAIN_SECONDS = 10.0  # between two lines where the output is no terminal
 
@@ -88,6 +90,26 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="left" if column == "reward" else "right")
     for name, after in summary["eval_after"].items():
         table.add_row(name, _score(summary["eval_before"].get(name)), _score(after))
+    return table
+
+
+def verdict_table(verdict: Verdict) -> Table:
+    """A validation run: each finding with its numbers."""
+    failed = [f.name for f in verdict.findings if f.ok is False]
+    open_ = [f.name for f in verdict.findings if f.ok is None or f.warning]
+    outcome = "fit for a full run"
+    if failed:
+        outcome = f"not fit for a full run ({', '.join(failed)})"
+    elif open_:
+        outcome = f"nothing failed; look at {', '.join(open_)} before a full run"
+    title = f"{verdict.name}, {verdict.iterations} iterations: {outcome}"
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for column in ("looked at", "", "found"):
+        table.add_column(column)
+    for finding in verdict.findings:
+        mark = {True: "[green]ok[/]", False: "[bold red]failed[/]", None: "[yellow]unclear[/]"}
+        state = "[yellow]look[/]" if finding.ok and finding.warning else mark[finding.ok]
+        table.add_row(finding.name, state, escape(finding.says))
     return table
 
 

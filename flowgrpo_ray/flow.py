@@ -44,15 +44,22 @@ class Gaussian:
         log_density = -((x - self.mean) ** 2) / (2 * std**2) - std.log() - math.log(2 * math.pi) / 2
         return mean_over_latent(log_density)
 
+    def squared_error(self, x: Tensor) -> Tensor:
+        """``-mean (x - mean)^2``: ``[B]``; the log-density without its scale and normaliser.
+
+        What the authors' code takes as log-probability of a ``cps`` step (arXiv 2509.05952), and
+        what clip ranges published for it mean.
+        """
+        return -mean_over_latent((x - self.mean) ** 2)
+
     def kl(self, other: Gaussian) -> Tensor:
         """``KL(self || other)``, mean over the latent dimensions: ``[B]``."""
         mean = self.mean
-        std = torch.as_tensor(self.std, dtype=mean.dtype, device=mean.device)
         other_std = torch.as_tensor(other.std, dtype=mean.dtype, device=mean.device)
-        divergence = (
-            (other_std / std).log() + (std**2 + (mean - other.mean) ** 2) / (2 * other_std**2) - 0.5
-        )
-        return mean_over_latent(divergence)
+        ratio = torch.as_tensor(self.std, dtype=mean.dtype, device=mean.device) / other_std
+        # In this form the terms of the std are exactly 0 where both share it.
+        of_std = (ratio**2 - 1) / 2 - ratio.log()
+        return mean_over_latent((mean - other.mean) ** 2 / (2 * other_std**2)) + of_std
 
 
 def mean_over_latent(x: Tensor) -> Tensor:
@@ -104,5 +111,10 @@ def dance_sde(
     return Gaussian(x + (v - eta**2 * score / 2) * dt, eta * (-dt) ** 0.5)
 
 
+Likelihood = Callable[[Gaussian, Tensor], Tensor]
+LIKELIHOODS: dict[str, Likelihood] = {
+    "gaussian": Gaussian.log_prob,
+    "squared_error": Gaussian.squared_error,
+}
 Kernel = Callable[[Tensor, Tensor, Scalar, Scalar, float, Scalar], Gaussian]
 KERNELS: dict[str, Kernel] = {"flow_sde": flow_sde, "cps": cps, "dance_sde": dance_sde}

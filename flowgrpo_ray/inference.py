@@ -87,13 +87,20 @@ def score(
     }
 
 
-def export(spec: TrainingSpec, folder: RunFolder, out: Path, what: str, weights: str) -> None:
+def export(
+    spec: TrainingSpec,
+    folder: RunFolder,
+    out: Path,
+    what: str,
+    weights: str,
+    iteration: int | None = None,
+) -> None:
     """Write a trained model as diffusers loads it: LoRA weights, or a whole pipeline folder."""
     if what == "lora" and spec.tuning.kind != "lora":
         raise SpecError(f"{folder.path} trained the full network; export it with --format pipeline")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"{out} is a file or not empty; export into a new folder")
-    policy = load_trained(spec, folder, weights)
+    policy = load_trained(spec, folder, weights, iteration)
     if what == "lora":
         policy.save_lora(out)
     else:

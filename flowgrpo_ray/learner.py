@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,10 +19,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from flowgrpo_ray.errors import ContractError
-from flowgrpo_ray.objective import clipped, clipped_loss, kl_to_reference
+from flowgrpo_ray.objective import (
+    clipped,
+    clipped_loss,
+    diverged,
+    guard_log_ratio,
+    kl_to_reference,
+    masked_loss,
+)
 from flowgrpo_ray.policies import load_policy
-from flowgrpo_ray.sampling import batch_condition, replay
-from flowgrpo_ray.spec import TrainingSpec
+from flowgrpo_ray.sampling import Replayed, batch_condition, replay
+from flowgrpo_ray.spec import KlSpec, Objective, TrainingSpec
 from flowgrpo_ray.types import (
     Condition,
     Float32,
@@ -35,6 +42,7 @@ from flowgrpo_ray.types import (
 )
 from flowgrpo_ray.weights import digest, full, like, load_arrays, to_arrays
 
+FIRST_SCALE, SCALE_HOLDS = 2.0**16, 2000  # of float16 losses; what torch.amp.GradScaler takes
 FLOOR_MARGIN = 4.0  # the floor is measured on one micro-batch; later ones may lie this much above
 
 
@@ -66,6 +74,8 @@ class Learner:
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if spec.ema else {}
         self.updates = 0
         self.published = WeightsTicket(version=-1, digest="")
+        self.loss_scale = FIRST_SCALE if self.policy.dtype == torch.float16 else 1.0
+        self.scale_held = 0
         self.ratio_floor = 0.0
         self._gate_armed = False
 
@@ -107,40 +117,34 @@ class Learner:
         loss is summed over samples and steps; ``step`` divides.
         """
         started = time.perf_counter()
-        spec = self.spec.objective
         advantage = torch.tensor(advantages, device=self.device)
         kept = torch.tensor(keep, device=self.device)
         condition = batch_condition(conditions, unit.prompts, self.device)
-        first = unit.schedule.stochastic_steps.start
-        references = trajectory.reference_means
-        if references is not None:
-            references = torch.tensor(references, device=self.device)
         ratios: list[Tensor] = []
         low = high = 0
         policy_loss = kl_sum = 0.0
-        for step, new, x_next, old in replay(self.policy, trajectory, unit.schedule, condition):
-            log_ratio = new.log_prob(x_next) - old
-            loss = clipped_loss(log_ratio, advantage, spec.clip_low, spec.clip_high) * unit.batch
+        for replayed in replay(self.policy, trajectory, unit.schedule, condition):
+            sigma, step = unit.schedule.sigma, replayed.step
+            dt = sigma[step + 1] - sigma[step]
+            term = surrogate(self.spec.objective, replayed, advantage, dt)
+            loss = term.loss * unit.batch
             policy_loss += loss.item()
-            if spec.kl is not None:
-                assert references is not None, "rollout workers keep the reference with KL"
-                reference = replace(new, mean=references[:, step - first])
-                dt = unit.schedule.sigma[step + 1] - unit.schedule.sigma[step]
-                kl = (kl_to_reference(new, reference, dt, spec.kl.form) * kept).sum()
+            if self.spec.objective.kl is not None:
+                kl = self._kl(self.spec.objective.kl, replayed, dt, kept)
                 kl_sum += kl.item()
-                loss = loss + spec.kl.beta * kl
+                loss = loss + self.spec.objective.kl.beta * kl
             if self._gate_armed:
-                self._check_ratio(log_ratio.detach(), unit, trajectory)
-            loss.backward()
-            ratios.append(log_ratio.detach()[kept].double())
-            is_low, is_high = clipped(ratios[-1], advantage[kept], spec.clip_low, spec.clip_high)
-            low, high = low + int(is_low.sum()), high + int(is_high.sum())
-        log_ratios = torch.cat(ratios)
+                self._check_ratio(term.log_ratio.detach(), unit, trajectory)
+            (loss * self.loss_scale).backward()
+            ratios.append(term.log_ratio.detach()[kept].double())
+            low += int(term.low[kept].sum())
+            high += int(term.high[kept].sum())
+        log_ratios = torch.stack(ratios)  # [K, samples]
         return MicrobatchStats(
-            terms=len(log_ratios),
-            log_ratio_sum=log_ratios.sum().item(),
-            log_ratio_square_sum=log_ratios.square().sum().item(),
-            log_ratio_max=log_ratios.abs().max().item() if len(log_ratios) else 0.0,
+            samples=log_ratios.shape[1],
+            log_ratio_sum=log_ratios.sum(1).cpu().numpy(),
+            log_ratio_square_sum=log_ratios.square().sum(1).cpu().numpy(),
+            log_ratio_max=log_ratios.abs().max().item() if log_ratios.numel() else 0.0,
             clipped_low=low,
             clipped_high=high,
             policy_loss_sum=policy_loss,
@@ -148,33 +152,65 @@ class Learner:
             seconds=time.perf_counter() - started,
         )
 
+    def _kl(self, spec: KlSpec, replayed: Replayed, dt: float, kept: Tensor) -> Tensor:
+        """KL of one step to the untrained model, summed over the samples that are kept."""
+        assert replayed.reference is not None, "rollout workers keep the reference with KL"
+        return (kl_to_reference(replayed.new, replayed.reference, dt, spec.form) * kept).sum()
+
     def step(self, samples: int, steps: int) -> StepStats:
         """Update the weights with the accumulated gradient, the mean over ``samples`` x ``steps``.
 
         ``samples`` counts those of all ranks. With none there is no update.
         """
         started = time.perf_counter()
-        rate = self.spec.optimizer.learning_rate
         self._gate_armed = False
-        if samples == 0:
-            self.optimizer.zero_grad()
-            return StepStats(None, rate, time.perf_counter() - started)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        torch._foreach_mul_(gradients, self.world / (samples * steps))  # FSDP took the ranks' mean
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.parameters.values(), self.spec.optimizer.grad_norm
-        )
-        norm = float(full(norm))
-        if not np.isfinite(norm):
-            raise ContractError(
-                f"the gradient of update {self.updates + 1} is not finite (norm {norm}); lower "
-                "optimizer.learning_rate, or use model.dtype: float32"
+        norm = None
+        overflow = False
+        scale = self.loss_scale
+        if samples > 0:
+            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+            mean = self.world / (samples * steps * scale)  # FSDP took the mean over ranks
+            torch._foreach_mul_(gradients, mean)
+            norm = float(
+                full(
+                    torch.nn.utils.clip_grad_norm_(
+                        self.parameters.values(), self.spec.optimizer.grad_norm
+                    )
+                )
             )
-        self.optimizer.step()
+            overflow = self._rescale(norm)
+        if norm is not None and not overflow:
+            self.optimizer.step()
+            self.updates += 1
+            self._average()
         self.optimizer.zero_grad()
-        self.updates += 1
-        self._average()
-        return StepStats(norm, rate, time.perf_counter() - started)
+        return StepStats(
+            grad_norm=None if overflow else norm,
+            learning_rate=self.spec.optimizer.learning_rate,
+            seconds=time.perf_counter() - started,
+            overflow=overflow,
+            loss_scale=scale,
+        )
+
+    def _rescale(self, norm: float) -> bool:
+        """Whether float16 gradients overflowed, which halves the loss scale and costs an update.
+
+        The scale doubles after ``SCALE_HOLDS`` updates without. In other dtypes a gradient that is
+        not finite ends the run.
+        """
+        scales = self.policy.dtype == torch.float16
+        if np.isfinite(norm):
+            self.scale_held += scales
+            if self.scale_held == SCALE_HOLDS:
+                self.loss_scale, self.scale_held = self.loss_scale * 2, 0
+            return False
+        if scales and self.loss_scale > 1:
+            self.loss_scale, self.scale_held = self.loss_scale / 2, 0
+            return True
+        raise ContractError(
+            f"the gradient of update {self.updates + 1} is not finite (norm {norm}); lower "
+            "optimizer.learning_rate, or use model.dtype: float32"
+        )
 
     def _average(self) -> None:
         """EMA with decay ``min((1 + n) / (10 + n), d)`` after ``n`` updates."""
@@ -191,13 +227,17 @@ class Learner:
     def measure_floor(
         self, unit: WorkUnit, trajectory: Trajectory, conditions: Mapping[int, Condition]
     ) -> float:
-        """``max |log rho|`` of a fresh trajectory: what this hardware cannot reproduce."""
+        """``max |log rho|`` of a fresh trajectory: what this hardware cannot reproduce.
+
+        ``rho`` is the ratio that the objective clips.
+        """
         condition = batch_condition(conditions, unit.prompts, self.device)
+        advantage = torch.zeros(unit.batch, device=self.device)
+        floor = 0.0
         with torch.enable_grad():  # as in the update: kernels may differ
-            floor = max(
-                float((new.log_prob(x_next) - old).detach().abs().max())
-                for _, new, x_next, old in replay(self.policy, trajectory, unit.schedule, condition)
-            )
+            for replayed in replay(self.policy, trajectory, unit.schedule, condition):
+                term = surrogate(self.spec.objective, replayed, advantage, dt=-1.0)
+                floor = max(floor, float(term.log_ratio.detach().abs().max()))
         self.ratio_floor = floor * FLOOR_MARGIN
         return floor
 
@@ -254,6 +294,8 @@ class Learner:
             exp_avg=to_arrays(moments["exp_avg"]),
             exp_avg_sq=to_arrays(moments["exp_avg_sq"]),
             updates=self.updates,
+            loss_scale=self.loss_scale,
+            scale_held=self.scale_held,
         )
 
     def load_state(self, state: LearnerState) -> None:
@@ -261,6 +303,7 @@ class Learner:
         load_arrays(self.parameters, state.weights)
         load_arrays(self.ema, state.ema)
         self.updates = state.updates
+        self.loss_scale, self.scale_held = state.loss_scale, state.scale_held
         for name in state.exp_avg:
             parameter = self.parameters[name]
             self.optimizer.state[parameter] = {
@@ -268,6 +311,33 @@ class Learner:
                 "exp_avg": like(torch.tensor(state.exp_avg[name]), parameter.detach()),
                 "exp_avg_sq": like(torch.tensor(state.exp_avg_sq[name]), parameter.detach()),
             }
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """What an objective makes of one stochastic step of a micro-batch."""
+
+    loss: Tensor  # scalar, mean over the samples
+    log_ratio: Tensor  # [b], of the ratio that the objective works on
+    low: Tensor  # bool [b], without gradient because the ratio is too low
+    high: Tensor  # bool [b], because it is too high
+
+
+def surrogate(objective: Objective, step: Replayed, advantage: Tensor, dt: float) -> Surrogate:
+    """The policy loss of one step; ``advantage [b]``, ``dt`` the step's (negative) length."""
+    log_ratio, weight = step.log_ratio, 1.0
+    if objective.kind == "flow_dppo":
+        assert step.old is not None, "rollout workers keep means for Flow-DPPO"
+        divergence = step.new.kl(step.old).detach()
+        masked = diverged(log_ratio.detach(), advantage, divergence, objective.max_divergence)
+        loss = masked_loss(log_ratio, advantage, masked)
+        return Surrogate(loss, log_ratio, masked & (advantage < 0), masked & (advantage > 0))
+    if objective.kind == "grpo_guard":
+        assert step.old is not None, "rollout workers keep means for GRPO-Guard"
+        log_ratio, weight = guard_log_ratio(step.new, step.old, step.x_next), 1 / abs(dt)
+    bounds = (objective.clip_low, objective.clip_high)
+    loss = clipped_loss(log_ratio, advantage, *bounds) * weight
+    return Surrogate(loss, log_ratio, *clipped(log_ratio.detach(), advantage, *bounds))
 
 
 _UNKNOWN_CAUSE = (

@@ -6,6 +6,7 @@ go to their own rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from flowgrpo_ray.prompts import IterationPlan
-from flowgrpo_ray.spec import FlowGrpo, TrainingSpec
+from flowgrpo_ray.spec import AdvantagesSpec, TrainingSpec
 from flowgrpo_ray.types import Float32, MicrobatchStats, StepStats, WeightsTicket, WorkUnit
 
 
@@ -38,25 +39,34 @@ class Signal:
 
 
 def signals(
-    units: Sequence[WorkUnit], scores: Sequence[Scores], objective: FlowGrpo
+    units: Sequence[WorkUnit],
+    scores: Sequence[Scores],
+    spec: AdvantagesSpec,
+    weights: Mapping[str, float],
 ) -> dict[int, Signal]:
     """Advantages over ``units``, which hold whole groups, by unit index.
 
-    A group with a part that failed is dropped whole; a NaN score leaves its sample out; a group
-    without spread has no gradient.
+    ``weights`` are those of the rewards. A group with a part that failed is dropped whole; a NaN
+    score leaves its sample out; a group without spread has no gradient.
     """
     import torch
 
-    from flowgrpo_ray.objective import group_advantages, has_gradient
+    from flowgrpo_ray.objective import has_gradient, reward_wise_advantages
 
-    rewards = np.concatenate([score.total for score in scores])
     group = np.concatenate([unit.prompts for unit in units])
+    total = np.concatenate([score.total for score in scores])
     for unit, score in zip(units, scores, strict=True):
         if score.failure:
-            rewards[np.isin(group, unit.prompts)] = np.nan
-    r, g = torch.from_numpy(rewards), torch.from_numpy(group)
+            total[np.isin(group, unit.prompts)] = np.nan
+    rewards, weighting = total[None], [1.0]
+    if spec.per_reward:
+        trained = [name for name, weight in weights.items() if weight]
+        weighting = [weights[name] for name in trained]
+        each = [np.concatenate([score.rewards[name] for score in scores]) for name in trained]
+        rewards = np.where(np.isnan(total), np.nan, np.stack(each))
+    r, w, g = torch.from_numpy(rewards), torch.tensor(weighting), torch.from_numpy(group)
     keep = has_gradient(r, g).numpy()
-    advantages = group_advantages(r, g, objective.std, objective.advantage_clamp).numpy()
+    advantages = reward_wise_advantages(r, w, g, spec.std, spec.clamp).numpy()
     ends = np.cumsum([unit.batch for unit in units])[:-1]
     parts = zip(units, np.split(advantages * keep, ends), np.split(keep, ends), strict=True)
     return {unit.index: Signal(advantage, kept) for unit, advantage, kept in parts}
@@ -71,38 +81,45 @@ def mean_and_std(values: Sequence[float] | Float32) -> dict[str, float]:
     return {"mean": float(valid.mean()), "std": float(valid.std())}
 
 
+@dataclass(frozen=True)
+class UnitResult:
+    """One work unit of an iteration, sampled, scored and compared with its group."""
+
+    unit: WorkUnit
+    scores: Scores
+    signal: Signal
+
+
 def train_row(
     spec: TrainingSpec,
     plan: IterationPlan,
     ticket: WeightsTicket,
-    scores: Sequence[Scores],
+    results: Sequence[UnitResult],
     updates: Sequence[tuple[Sequence[MicrobatchStats], StepStats]],
 ) -> dict[str, Any]:
-    """The metrics row of one iteration; ``scores`` in plan order, ``updates`` in theirs."""
+    """The metrics row of one iteration; ``results`` in plan order, ``updates`` in theirs."""
     window = plan.schedule.stochastic_steps
     stats = [s for of_update, _ in updates for s in of_update]
+    steps = [step for _, step in updates]
     first = [s.log_ratio_max for s in updates[0][0]]
-    terms = max(1, sum(s.terms for s in stats))
-    mean = sum(s.log_ratio_sum for s in stats) / terms
-    square = sum(s.log_ratio_square_sum for s in stats) / terms
+    terms = max(1, sum(s.samples for s in stats) * len(window))
     policy_loss = sum(s.policy_loss_sum for s in stats) / terms
     kl = sum(s.kl_sum for s in stats) / terms
-    objective = spec.objective
-    return {
+    objective, groups = spec.objective, count_groups(results)
+    row = {
         "kind": "train",
         "iteration": plan.iteration,
-        "images": spec.sampling.images,
-        "reward": mean_and_std(np.concatenate([s.total for s in scores])),
+        "images": sum(result.unit.batch for result in results),
+        "reward": mean_and_std(np.concatenate([r.scores.total for r in results])),
         "rewards": {
-            name: mean_and_std(np.concatenate([s.rewards[name] for s in scores]))
+            name: mean_and_std(np.concatenate([r.scores.rewards[name] for r in results]))
             for name in spec.rewards
         },
-        "groups": count_groups(plan.units, scores),
+        "groups": groups | {"refilled": groups["total"] - spec.sampling.groups},
         "log_ratio": {
             "gate": max(first) if first else None,
             "max_abs": max((s.log_ratio_max for s in stats), default=None),
-            "mean": mean,
-            "std": max(0.0, square - mean**2) ** 0.5,
+            **log_ratio_moments(window, stats),
         },
         "clip_fraction": {
             "low": sum(s.clipped_low for s in stats) / terms,
@@ -111,24 +128,47 @@ def train_row(
         "policy_loss": policy_loss,
         "kl": kl if objective.kl else None,
         "loss": policy_loss + (objective.kl.beta * kl if objective.kl else 0.0),
-        "grad_norm": [step.grad_norm for _, step in updates],
-        "updates": sum(step.grad_norm is not None for _, step in updates),
-        "learning_rate": updates[-1][1].learning_rate,
+        "grad_norm": [step.grad_norm for step in steps],
+        "updates": sum(step.grad_norm is not None for step in steps),
+        "learning_rate": steps[-1].learning_rate,
         "window": [window.start, window.stop],
         "weights": {"version": ticket.version, "digest": ticket.digest},
     }
+    if spec.model.dtype == "float16":
+        overflows = sum(step.overflow for step in steps)
+        row["loss_scale"] = {"last": steps[-1].loss_scale, "overflows": overflows}
+    return row
 
 
-def count_groups(units: Sequence[WorkUnit], scores: Sequence[Scores]) -> dict[str, int]:
-    """Groups in all, those whose rewards are all equal, and those dropped for failed scores."""
-    by_group: dict[int, list[float]] = {}
+def log_ratio_moments(window: range, stats: Sequence[MicrobatchStats]) -> dict[str, Any]:
+    """Mean and spread of the log-ratio over samples: of all steps, and of each."""
+    samples = max(1, sum(s.samples for s in stats))
+    zero = np.zeros(len(window))
+    mean = sum((s.log_ratio_sum for s in stats), zero) / samples
+    square = sum((s.log_ratio_square_sum for s in stats), zero) / samples
+    std = np.sqrt(np.maximum(0, square - mean**2))
+    return {
+        "mean": float(mean.mean()),
+        "std": float(np.sqrt(max(0.0, square.mean() - mean.mean() ** 2))),
+        "per_step": {"step": list(window), "mean": mean.tolist(), "std": std.tolist()},
+    }
+
+
+def count_groups(results: Sequence[UnitResult]) -> dict[str, int]:
+    """Groups in all, those without spread, and those dropped for want of two valid scores."""
+    valid: dict[int, int] = {}
+    kept: set[int] = set()
     failed: set[int] = set()
-    for unit, score in zip(units, scores, strict=True):
-        for prompt, total in zip(unit.prompts, score.total.tolist(), strict=True):
-            by_group.setdefault(prompt, []).append(total)
-        if score.failure:
+    for result in results:
+        unit = result.unit
+        for prompt, total, keep in zip(
+            unit.prompts, result.scores.total.tolist(), result.signal.keep.tolist(), strict=True
+        ):
+            valid[prompt] = valid.get(prompt, 0) + (not math.isnan(total))
+            if keep:
+                kept.add(prompt)
+        if result.scores.failure:
             failed.update(unit.prompts)
-    valid = {g: [r for r in rs if r == r] for g, rs in by_group.items() if g not in failed}  # noqa: PLR0124
-    dropped = failed | {g for g, rs in valid.items() if len(rs) < 2}
-    flat = [g for g, rs in valid.items() if g not in dropped and min(rs) == max(rs)]
-    return {"total": len(by_group), "no_spread": len(flat), "dropped": len(dropped)}
+    dropped = {group for group, count in valid.items() if group in failed or count < 2}
+    flat = valid.keys() - kept - dropped
+    return {"total": len(valid), "no_spread": len(flat), "dropped": len(dropped)}

@@ -30,6 +30,29 @@ def group_advantages(
     sample out: it enters no mean and no deviation, and its advantage is 0. In a group whose
     rewards are all equal every advantage is exactly 0.
     """
+    return _normalised(rewards, group, std).clamp(-clamp, clamp).to(rewards.dtype)
+
+
+def reward_wise_advantages(
+    rewards: Tensor,
+    weights: Tensor,
+    group: Tensor,
+    std: Literal["group", "global"] = "group",
+    clamp: float = 5.0,
+) -> Tensor:
+    """``A = sum_k w_k (r_k - mean_group) / (std_k + 1e-4)``, clamped: ``[R, B] -> [B]``.
+
+    Each of the ``R`` rewards is normalised alone before they are weighted, so that none drowns
+    another by its scale (GDPO, arXiv 2601.05242, without its second normalisation over the batch).
+    A sample that one reward could not score is left out of all.
+    """
+    rewards = torch.where(rewards.isnan().any(0), torch.nan, rewards)
+    each = torch.stack([_normalised(reward, group, std) for reward in rewards])
+    return (weights.double() @ each).clamp(-clamp, clamp).to(rewards.dtype)
+
+
+def _normalised(rewards: Tensor, group: Tensor, std: str) -> Tensor:
+    """Centred in its group and divided by the spread; float64."""
     if std not in ("group", "global"):
         raise ValueError(f"std must be 'group' or 'global', not {std!r}")
     valid = ~rewards.isnan()
@@ -44,7 +67,7 @@ def group_advantages(
         spread[of_group] = members.std(correction=0)
     if std == "global" and bool(valid.any()):
         spread[:] = r[valid].std(correction=0)
-    return (centred / (spread + ADVANTAGE_EPS)).clamp(-clamp, clamp).to(rewards.dtype)
+    return centred / (spread + ADVANTAGE_EPS)
 
 
 def _groups(group: Tensor) -> list[int]:
@@ -52,13 +75,17 @@ def _groups(group: Tensor) -> list[int]:
 
 
 def has_gradient(rewards: Tensor, group: Tensor) -> Tensor:
-    """Which samples enter the update, ``bool [B]``: a valid reward in a group with spread."""
-    valid = ~rewards.isnan()
+    """Which samples enter the update, ``bool [B]``: a valid reward in a group with spread.
+
+    With several rewards, ``[R, B]``, all must be valid, and one must have spread.
+    """
+    rewards = rewards.reshape(-1, len(group))
+    valid = ~rewards.isnan().any(0)
     keep = torch.zeros_like(valid)
     for g in _groups(group[valid]):
         of_group = valid & (group == g)
-        members = rewards[of_group]
-        keep |= of_group & (members.max() > members.min())
+        members = rewards[:, of_group]
+        keep |= of_group & (members.amax(1) > members.amin(1)).any()
     return keep
 
 
@@ -93,6 +120,22 @@ def guard_log_ratio(new: Gaussian, old: Gaussian, x_next: Tensor) -> Tensor:
     """
     noise = (x_next - old.mean) / old.std
     return mean_over_latent(noise * (new.mean - old.mean))
+
+
+def diverged(
+    log_ratio: Tensor, advantage: Tensor, divergence: Tensor, max_divergence: float
+) -> Tensor:
+    """Flow-DPPO's mask (arXiv 2606.11025, eq. 18), ``bool [B]``: the samples to leave out.
+
+    Those whose step has diverged from the sampling policy, ``divergence [B] >= max_divergence``,
+    and that would be pushed further away: up with a ratio above 1, or down with one below.
+    """
+    return (divergence >= max_divergence) & (advantage * log_ratio > 0)
+
+
+def masked_loss(log_ratio: Tensor, advantage: Tensor, masked: Tensor) -> Tensor:
+    """``mean -A rho`` over samples, 0 for those of ``masked [B]``: scalar; no clipping."""
+    return -(advantage * log_ratio.exp()).masked_fill(masked, 0).mean()
 
 
 def kl_to_reference(

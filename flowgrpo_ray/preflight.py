@@ -10,10 +10,11 @@ from pathlib import Path
 from flowgrpo_ray.errors import ModelError
 from flowgrpo_ray.prompts import Prompt, load_prompt_sets
 from flowgrpo_ray.rewards import check_options
-from flowgrpo_ray.spec import AllSteps, ModelSpec, TrainingSpec
+from flowgrpo_ray.spec import ModelSpec, TrainingSpec
 
+ADAPTERS = ("sd3",)  # the families of flowgrpo_ray.policies, which would load torch
 FLOAT32_BYTES = 4
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def check_run(spec: TrainingSpec) -> tuple[list[Prompt], list[Prompt]]:
@@ -25,7 +26,13 @@ def check_run(spec: TrainingSpec) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def check_model(model: ModelSpec) -> None:
-    """``ModelError`` for a local folder that is no diffusers pipeline; hub ids pass."""
+    """``ModelError`` for a family without adapter, or a local folder that is no diffusers pipeline;
+    hub ids pass."""
+    if model.family not in ADAPTERS:
+        raise ModelError(
+            f"model.family = {model.family!r}: this version has no adapter for it yet; it can "
+            f"train {', '.join(ADAPTERS)}"
+        )
     if model.folder is None:
         return
     if not model.folder.is_dir():
@@ -60,8 +67,7 @@ def estimate(spec: TrainingSpec, gpus: float, held_out: int) -> Estimate:
     """Count the work of an iteration, and the memory that weights and optimizer take."""
     sampling = spec.sampling
     passes = 2 if sampling.guidance > 1 else 1
-    window = sampling.window
-    trained = sampling.steps - 1 if isinstance(window, AllSteps) else window.length
+    trained = sampling.trained_steps * spec.objective.epochs
     parameters = network_parameters(spec.model)
     rollout = learner = None
     if parameters is not None:
@@ -77,8 +83,10 @@ def estimate(spec: TrainingSpec, gpus: float, held_out: int) -> Estimate:
         micro_batches=sampling.units,
         rollout_forwards=sampling.images * sampling.steps * passes,
         trained_forwards=sampling.images * trained * passes,
-        reference_forwards=sampling.images * trained * passes if spec.objective.kl else 0,
-        updates=spec.objective.updates,
+        reference_forwards=sampling.images * sampling.trained_steps * passes
+        if spec.objective.kl
+        else 0,
+        updates=spec.objective.updates * spec.objective.epochs,
         evaluation_forwards=held_out * spec.evaluation.steps * passes,
         gpus=gpus,
         network_parameters=parameters,

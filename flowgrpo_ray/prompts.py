@@ -9,14 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from flowgrpo_ray.errors import PromptError
 from flowgrpo_ray.rewards import prompt_check
-from flowgrpo_ray.spec import AllSteps, RandomWindow, SamplingSpec, TrainingSpec, builtin_path
+from flowgrpo_ray.spec import (
+    AllSteps,
+    ProgressiveWindow,
+    RandomWindow,
+    SamplingSpec,
+    TrainingSpec,
+    builtin_path,
+)
 from flowgrpo_ray.types import Schedule, WorkUnit
 
 
@@ -28,14 +35,15 @@ class Prompt:
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
+# The fewest consecutive work units that hold whole groups: advantages need all of it.
+Block = tuple[WorkUnit, ...]
+
+
 @dataclass(frozen=True)
 class Update:
-    """The work units whose gradients make one optimizer update, in order of accumulation.
+    """The work units whose gradients make one optimizer update, in order of accumulation."""
 
-    A block is the fewest consecutive units that hold whole groups: advantages need all of it.
-    """
-
-    blocks: tuple[tuple[WorkUnit, ...], ...]
+    blocks: tuple[Block, ...]
 
     @property
     def units(self) -> Iterator[WorkUnit]:
@@ -51,7 +59,7 @@ class IterationPlan:
     updates: tuple[Update, ...]
 
     @property
-    def blocks(self) -> list[tuple[WorkUnit, ...]]:
+    def blocks(self) -> list[Block]:
         return [block for update in self.updates for block in update.blocks]
 
     @property
@@ -132,39 +140,79 @@ def plan_iteration(
     sampling = spec.sampling
     draw = random.Random(f"{spec.seed}/plan/{iteration}")
     chosen = draw.sample(range(prompts), sampling.groups)
-    schedule = Schedule(sampling.kernel, sigmas, draw_eta(sampling, draw))
+    eta = draw_eta(sampling, iteration, draw)
+    schedule = Schedule(sampling.kernel, sigmas, eta, sampling.likelihood)
+    blocks = _blocks(spec, iteration, schedule, chosen, first_index=0)
+    updates = _chunks(blocks, len(blocks) // spec.objective.updates)
+    return IterationPlan(iteration, schedule, tuple(Update(tuple(u)) for u in updates))
+
+
+def plan_refill(
+    spec: TrainingSpec, plan: IterationPlan, prompts: int, used: Collection[int], groups: int
+) -> list[Block]:
+    """Blocks of other prompts in place of ``groups`` groups without spread.
+
+    Whole blocks, so possibly some groups more, or fewer where the training set of ``prompts``
+    prompts runs out. ``used`` are the prompts of the iteration so far, in any order.
+    """
+    per_block = spec.sampling.groups_per_block
+    unused = sorted(set(range(prompts)) - set(used))
+    blocks = min(-(-groups // per_block), len(unused) // per_block)
+    draw = random.Random(f"{spec.seed}/refill/{plan.iteration}/{len(used)}")
+    chosen = draw.sample(unused, blocks * per_block)
+    first_index = len(used) // per_block * spec.sampling.units_per_block
+    return _blocks(spec, plan.iteration, plan.schedule, chosen, first_index)
+
+
+def _blocks(
+    spec: TrainingSpec, iteration: int, schedule: Schedule, chosen: Sequence[int], first_index: int
+) -> list[Block]:
+    """The work units of one group per chosen prompt, a tuple per block."""
+    sampling = spec.sampling
     pairs = [(prompt, sample) for prompt in chosen for sample in range(sampling.group_size)]
     units = [
         WorkUnit(
             seed=spec.seed,
             stream="train",
             iteration=iteration,
-            index=index,
+            index=first_index + index,
             prompts=tuple(prompt for prompt, _ in batch),
             samples=tuple(sample for _, sample in batch),
             schedule=schedule,
         )
         for index, batch in enumerate(_chunks(pairs, sampling.micro_batch))
     ]
-    blocks = list(_chunks(units, sampling.units_per_block))
-    updates = _chunks(blocks, len(blocks) // spec.objective.updates)
-    return IterationPlan(iteration, schedule, tuple(Update(tuple(map(tuple, u))) for u in updates))
+    return [tuple(block) for block in _chunks(units, sampling.units_per_block)]
 
 
-def draw_eta(sampling: SamplingSpec, draw: random.Random) -> tuple[float, ...]:
+def draw_eta(sampling: SamplingSpec, iteration: int, draw: random.Random) -> tuple[float, ...]:
     """The iteration's noise levels: ``eta`` inside the window, 0 elsewhere."""
     match sampling.window:
         case AllSteps():
-            window = range(sampling.steps - 1)
+            start = 0
         case RandomWindow(length=length, within=(first, end)):
             start = draw.randint(first, end - length)
-            window = range(start, start + length)
+        case ProgressiveWindow() as moving:
+            start = progressive_start(moving, sampling.steps, iteration)
+    window = range(start, start + sampling.trained_steps)
     return tuple(sampling.eta if step in window else 0.0 for step in range(sampling.steps))
+
+
+def progressive_start(window: ProgressiveWindow, steps: int, iteration: int) -> int:
+    """Where MixGRPO's window begins in iteration ``iteration`` (from 1; 0 is as 1).
+
+    Its last position ends right before the last step, whatever the stride: it never shrinks.
+    """
+    last_start = steps - 1 - window.length
+    positions = 1 + -(-(last_start - window.start) // window.stride)
+    position = max(0, iteration - 1) // window.iterations
+    position = position % positions if window.roll_back else min(position, positions - 1)
+    return min(window.start + position * window.stride, last_start)
 
 
 def plan_evaluation(spec: TrainingSpec, prompts: int, sigmas: tuple[float, ...]) -> list[WorkUnit]:
     """One image per held-out prompt from fixed noise, by ODE steps; always the same."""
-    schedule = Schedule(spec.sampling.kernel, sigmas, (0.0,) * (len(sigmas) - 1))
+    schedule = Schedule(spec.sampling.kernel, sigmas, eta=(0.0,) * (len(sigmas) - 1))
     return [
         WorkUnit(
             seed=0,  # not the run's: runs with other seeds are evaluated on the same noise

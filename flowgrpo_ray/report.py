@@ -9,10 +9,13 @@ import html
 import io
 import json
 from importlib import resources
+from itertools import groupby
 from pathlib import Path
 
+from flowgrpo_ray.checkpoint import checkpoint_iteration, newest_checkpoint
 from flowgrpo_ray.errors import RunFolderError
 from flowgrpo_ray.tracking import METRICS, SAMPLES, SUMMARY, TIMINGS, Row, read_rows, write_atomic
+from flowgrpo_ray.watch import Reading, describe, readings_of
 
 REPORT = "report.html"
 LARGEST_TILE = 256  # pixels; larger evaluation samples are embedded at this size
@@ -63,6 +66,7 @@ def report_data(folder: str | Path) -> Row:
         "finished": summary is not None,
         "headline": _headline(summary or {}, train, evals, wall),
         "rewards": _reward_names(summary or {}, train, evals),
+        "watch": _watch(folder, train),
         "train": train,
         "evals": evals,
         "timings": timings,
@@ -128,6 +132,37 @@ def _headline(summary: Row, train: list[Row], evals: list[Row], wall: list) -> R
         "gate": max((abs(gate) for gate in gates), default=None),
         "gates": len(gates),
     }
+
+
+def _watch(folder: Path, train: list[Row]) -> list[Row]:
+    """Each watched reward's last reading, and every stretch of iterations in which it diverged."""
+    readings: dict[str, list[tuple[int, Reading]]] = {}
+    for row in train:
+        for name, reading in readings_of(row).items():
+            readings.setdefault(name, []).append((row["iteration"], reading))
+    return [_watched(folder, name, of_reward) for name, of_reward in readings.items()]
+
+
+def _watched(folder: Path, name: str, readings: list[tuple[int, Reading]]) -> Row:
+    _, last = readings[-1]
+    spans: list[Row] = []
+    for diverging, group in groupby(readings, key=lambda entry: entry[1].diverging):
+        if not diverging:
+            continue
+        stretch = list(group)
+        lowest = min((reading for _, reading in stretch), key=lambda reading: reading.now)
+        spans.append(
+            {
+                "from": stretch[0][0],
+                "to": stretch[-1][0],
+                "best": [lowest.best_from, lowest.best_iteration],
+                "says": describe(name, lowest, None),
+            }
+        )
+    if last.diverging:
+        kept = newest_checkpoint(folder / "checkpoints", last.best_iteration)
+        spans[-1]["says"] = describe(name, last, checkpoint_iteration(kept) if kept else None)
+    return {"name": name, **last.as_json(), "spans": spans}
 
 
 def _has_gate(row: Row) -> bool:

@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowgrpo_ray.flow import KERNELS, Gaussian
-from flowgrpo_ray.types import Condition, Provenance, Schedule, Trajectory, WeightsTicket, WorkUnit
+from flowgrpo_ray.flow import KERNELS, LIKELIHOODS, Gaussian
+from flowgrpo_ray.types import (
+    Condition,
+    Float32,
+    Provenance,
+    Schedule,
+    Trajectory,
+    WeightsTicket,
+    WorkUnit,
+)
 
 if TYPE_CHECKING:
     from flowgrpo_ray.policies.base import Policy
@@ -66,13 +75,16 @@ def rollout(
     conditions: Mapping[int, Condition],
     size: tuple[int, int],
     weights: WeightsTicket,
+    *,
+    keep_means: bool = False,
 ) -> tuple[Trajectory, Tensor]:
     """Sample the unit's micro-batch: its trajectory and the final latents ``[b, *D]``.
 
     ``conditions`` maps each prompt index of the unit to its encodings; ``size`` is (height, width)
-    in pixels; ``weights`` names what the policy's parameters are. If the policy was tuned with a
-    reference, the untrained model's mean of each stochastic step is kept too: it depends on the
-    latents alone, so the learner need not hold a second network.
+    in pixels; ``weights`` names what the policy's parameters are. ``keep_means`` keeps the mean of
+    each stochastic step, for objectives that compare distributions. If the policy was tuned with a
+    reference, the untrained model's means are kept too: they depend on the latents alone, so the
+    learner need not hold a second network.
     """
     shape = policy.latent_shape(size)
     schedule, window = unit.schedule, unit.schedule.stochastic_steps
@@ -80,7 +92,9 @@ def rollout(
     x = draw_noise(unit, INITIAL, shape).to(policy.device)
     latents = [x] if window.start == 0 else []
     log_probs: list[Tensor] = []
+    means: list[Tensor] = []
     references: list[Tensor] = []
+    log_prob = LIKELIHOODS[schedule.likelihood]
     for step in range(schedule.steps):
         gaussian = transition(policy, x, step, schedule, condition)
         if step in window:
@@ -88,7 +102,9 @@ def rollout(
                 with policy.reference():
                     references.append(transition(policy, x, step, schedule, condition).mean)
             x = gaussian.sample(draw_noise(unit, step, shape).to(policy.device))
-            log_probs.append(gaussian.log_prob(x))
+            log_probs.append(log_prob(gaussian, x))
+            if keep_means:
+                means.append(gaussian.mean)
         else:
             x = gaussian.mean
         if window and window.start <= step + 1 <= window.stop:
@@ -96,12 +112,8 @@ def rollout(
     if not window:
         latents = [x]
     trajectory = Trajectory(
-        latents=torch.stack(latents, 1).cpu().numpy(),
-        log_probs=(
-            torch.stack(log_probs, 1).cpu().numpy()
-            if log_probs
-            else np.zeros((unit.batch, 0), np.float32)
-        ),
+        latents=_stacked(latents),
+        log_probs=_stacked(log_probs) if window else np.zeros((unit.batch, 0), np.float32),
         provenance=Provenance(
             weights_version=weights.version,
             weights_digest=weights.digest,
@@ -109,21 +121,54 @@ def rollout(
             dtype=policy.dtype_name,
             schedule=schedule,
         ),
-        reference_means=torch.stack(references, 1).cpu().numpy() if references else None,
+        means=_stacked(means) if means else None,
+        reference_means=_stacked(references) if references else None,
     )
     return trajectory, x
 
 
+def _stacked(steps: list[Tensor]) -> Float32:
+    return torch.stack(steps, 1).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One stochastic step of a stored micro-batch, as the current weights see it."""
+
+    step: int
+    new: Gaussian
+    x_next: Tensor  # [b, *D]
+    log_ratio: Tensor  # [b], log rho: of the step's log-probability, new against sampled
+    old: Gaussian | None  # where the trajectory kept the sampling policy's means
+    reference: Gaussian | None  # where it kept the untrained model's
+
+
 def replay(
     policy: Policy, trajectory: Trajectory, schedule: Schedule, condition: dict[str, Tensor]
-) -> Iterator[tuple[int, Gaussian, Tensor, Tensor]]:
-    """For each stochastic step of a stored trajectory, what the current weights make of it.
+) -> Iterator[Replayed]:
+    """Each stochastic step of a stored trajectory, under the current weights.
 
-    Yields ``(step, distribution, x_next [b, *D], log_prob_old [b])``. ``schedule`` is
-    the learner's own, not the trajectory's: if they differ, the ratio shows it.
+    ``schedule`` is the learner's own, not the trajectory's: if they differ, the ratio shows it.
     """
-    latents = torch.from_numpy(trajectory.latents.copy()).to(policy.device)
-    old = torch.from_numpy(trajectory.log_probs.copy()).to(policy.device)
+    latents = _loaded(trajectory.latents, policy)
+    log_probs = _loaded(trajectory.log_probs, policy)
+    means, references = trajectory.means, trajectory.reference_means
     for k, step in enumerate(schedule.stochastic_steps):
         x, x_next = latents[:, k], latents[:, k + 1]
-        yield step, transition(policy, x, step, schedule, condition), x_next, old[:, k]
+        new = transition(policy, x, step, schedule, condition)
+        log_prob = LIKELIHOODS[schedule.likelihood](new, x_next)
+        yield Replayed(
+            step=step,
+            new=new,
+            x_next=x_next,
+            log_ratio=log_prob - log_probs[:, k],
+            # All policies take the same step, so they share its std.
+            old=None if means is None else replace(new, mean=_loaded(means[:, k], policy)),
+            reference=(
+                None if references is None else replace(new, mean=_loaded(references[:, k], policy))
+            ),
+        )
+
+
+def _loaded(array: Float32, policy: Policy) -> Tensor:
+    return torch.tensor(array, device=policy.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,11 +36,14 @@ class Strict(BaseModel):
 class ModelSpec(Strict):
     """The base model."""
 
-    family: Literal["sd3"] = Field(description="which adapter drives it")
+    family: Literal["sd3", "flux", "qwen_image", "bagel"] = Field(
+        description="which adapter drives it; this version has that of sd3"
+    )
     path: str = Field(min_length=1, description="hub id, local folder, or builtin:tiny-sd3")
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="bfloat16", description="of every forward"
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="bfloat16",
+        description="of every forward; latents, log-probabilities and masters are float32",
     )
     max_sequence_length: int = Field(default=256, ge=1, description="T5 tokens per prompt")
 
@@ -96,7 +100,22 @@ class RandomWindow(Strict):
     within: tuple[int, int] = Field(description="[first, end): the window stays inside these steps")
 
 
-Window = Annotated[AllSteps | RandomWindow, Field(discriminator="kind")]
+class ProgressiveWindow(Strict):
+    """A window that moves from the noisy steps to the clean ones as training goes on (MixGRPO)."""
+
+    kind: Literal["progressive"]
+    length: int = Field(ge=1, description="stochastic steps, at every position")
+    start: int = Field(default=0, ge=0, description="first step of the first position")
+    stride: int = Field(
+        default=1, ge=1, description="steps it moves by; below length, positions overlap"
+    )
+    iterations: int = Field(ge=1, description="spent at each position")
+    roll_back: bool = Field(
+        default=False, description="after the last position begin again; else stay there"
+    )
+
+
+Window = Annotated[AllSteps | RandomWindow | ProgressiveWindow, Field(discriminator="kind")]
 
 
 class SamplingSpec(Strict):
@@ -106,6 +125,10 @@ class SamplingSpec(Strict):
     steps: int = Field(ge=2, description="denoising steps in training (Denoising Reduction)")
     guidance: float = Field(default=1.0, ge=1, description="classifier-free guidance; 1 is off")
     kernel: Literal["flow_sde", "cps", "dance_sde"] = "flow_sde"
+    likelihood: Literal["gaussian", "squared_error"] = Field(
+        default="gaussian",
+        description="squared_error is the log-probability that published cps clip ranges mean",
+    )
     eta: float = Field(gt=0, description="noise level of the stochastic steps")
     window: Window
     group_size: int = Field(ge=2, description="images per prompt; advantages compare them")
@@ -116,33 +139,33 @@ class SamplingSpec(Strict):
     def _window_fits(self) -> SamplingSpec:
         if self.kernel == "cps" and self.eta > 1:
             raise ValueError(f"eta = {self.eta}: the cps kernel takes at most 1")
-        if isinstance(self.window, RandomWindow):
-            first, end = self.window.within
-            if not 0 <= first < end <= self.steps - 1:
+        last, window = self.steps - 1, self.window  # the last step is never stochastic
+        if isinstance(window, RandomWindow):
+            first, end = window.within
+            if not 0 <= first < end <= last:
                 raise ValueError(
                     f"window.within = [{first}, {end}] is outside the steps: with steps = "
-                    f"{self.steps} it must lie in [0, {self.steps - 1}] (the last step is never "
-                    "stochastic)"
+                    f"{self.steps} it must lie in [0, {last}] (the last step is never stochastic)"
                 )
-            if self.window.length > end - first:
+            if window.length > end - first:
                 raise ValueError(
-                    f"window.length = {self.window.length} does not fit "
-                    f"window.within = [{first}, {end}]"
+                    f"window.length = {window.length} does not fit window.within = [{first}, {end}]"
                 )
+        if isinstance(window, ProgressiveWindow) and window.start + window.length > last:
+            raise ValueError(
+                f"window.start = {window.start} and window.length = {window.length} reach step "
+                f"{window.start + window.length}: with steps = {self.steps} a window must end by "
+                f"{last} (the last step is never stochastic)"
+            )
         return self
 
     @model_validator(mode="after")
     def _batches_fit(self) -> SamplingSpec:
-        g, mb = self.group_size, self.micro_batch
-        if g % mb and mb % g:
+        if self.images % self._images_per_block:
             raise ValueError(
-                f"group_size = {g} is not divisible by micro_batch = {mb} (nor the reverse): a "
-                "micro-batch holds a whole fraction of a group, or several whole groups"
-            )
-        if (g * self.groups) % mb:
-            raise ValueError(
-                f"group_size x groups = {g} x {self.groups} = {g * self.groups} images are not "
-                f"divisible by micro_batch = {mb}"
+                f"group_size x groups = {self.group_size} x {self.groups} = {self.images} images "
+                f"are not divisible by {self._images_per_block}, the fewest that are whole groups "
+                f"of {self.group_size} and whole micro-batches of {self.micro_batch}"
             )
         return self
 
@@ -159,7 +182,20 @@ class SamplingSpec(Strict):
     @property
     def units_per_block(self) -> int:
         """A block is the fewest micro-batches that hold whole groups."""
-        return max(1, self.group_size // self.micro_batch)
+        return self._images_per_block // self.micro_batch
+
+    @property
+    def groups_per_block(self) -> int:
+        return self._images_per_block // self.group_size
+
+    @property
+    def _images_per_block(self) -> int:
+        return math.lcm(self.group_size, self.micro_batch)
+
+    @property
+    def trained_steps(self) -> int:
+        """Stochastic steps of an iteration, wherever its window lies."""
+        return self.steps - 1 if isinstance(self.window, AllSteps) else self.window.length
 
 
 class RewardSpec(Strict):
@@ -189,18 +225,69 @@ class KlSpec(Strict):
     )
 
 
-class FlowGrpo(Strict):
+class ObjectiveSpec(Strict):
+    """What all objectives share."""
+
+    updates: int = Field(default=2, ge=1, description="optimizer updates per pass over the samples")
+    epochs: int = Field(default=1, ge=1, description="passes over an iteration's samples")
+    kl: KlSpec | None = None
+
+
+class FlowGrpo(ObjectiveSpec):
     """Clipped policy gradient on group advantages (Flow-GRPO)."""
 
-    kind: Literal["flow_grpo"] = "flow_grpo"
+    kind: Literal["flow_grpo"]
     clip_low: float = Field(default=1e-4, gt=0, lt=1)
     clip_high: float = Field(default=1e-4, gt=0)
-    std: Literal["group", "global"] = Field(
-        default="group", description="what advantages are divided by"
+
+
+class GrpoGuard(ObjectiveSpec):
+    """Flow-GRPO with a ratio of zero-mean logarithm and one weight for all steps (GRPO-Guard)."""
+
+    kind: Literal["grpo_guard"]
+    clip_low: float = Field(default=2e-6, gt=0, lt=1)
+    clip_high: float = Field(default=2e-6, gt=0)
+
+
+class FlowDppo(ObjectiveSpec):
+    """Masks by exact divergence from the sampling policy instead of clipping (Flow-DPPO)."""
+
+    kind: Literal["flow_dppo"]
+    max_divergence: float = Field(
+        default=1e-5, gt=0, description="KL per latent dimension up to which every sample counts"
     )
-    advantage_clamp: float = Field(default=5.0, gt=0)
-    updates: int = Field(default=2, ge=1, description="optimizer updates per iteration")
-    kl: KlSpec | None = None
+
+
+Objective = Annotated[FlowGrpo | GrpoGuard | FlowDppo, Field(discriminator="kind")]
+
+
+class AdvantagesSpec(Strict):
+    """How the rewards of a group become advantages."""
+
+    std: Literal["group", "global"] = Field(
+        default="group", description="divide by that of the group, or of the whole iteration"
+    )
+    per_reward: bool = Field(
+        default=False, description="normalise each reward, then weight and sum (several rewards)"
+    )
+    clamp: float = Field(default=5.0, gt=0)
+    refill: int = Field(
+        default=0, ge=0, description="tries to replace groups without spread by other prompts"
+    )
+
+
+class WatchSpec(Strict):
+    """Over-optimization: a watched reward (weight 0) falls while the trained total rises."""
+
+    window: int = Field(default=10, ge=1, description="iterations that are averaged")
+    fall: float = Field(
+        default=1.0,
+        gt=0,
+        description="from its best window, in standard deviations of that reward over images",
+    )
+    action: Literal["report", "stop"] = Field(
+        default="report", description="stop ends the run; the checkpoint from before is kept"
+    )
 
 
 class OptimizerSpec(Strict):
@@ -289,9 +376,11 @@ class TrainingSpec(Strict):
     prompts: PromptsSpec
     sampling: SamplingSpec
     rewards: dict[RewardName, RewardSpec] = Field(min_length=1)
-    objective: FlowGrpo = FlowGrpo()
+    advantages: AdvantagesSpec = AdvantagesSpec()
+    objective: Objective = FlowGrpo(kind="flow_grpo")
     optimizer: OptimizerSpec
     ema: EmaSpec | None = EmaSpec()
+    watch: WatchSpec = WatchSpec()
     evaluation: EvaluationSpec
     checkpoint: CheckpointSpec = CheckpointSpec()
     cluster: ClusterSpec = ClusterSpec()
@@ -306,6 +395,16 @@ class TrainingSpec(Strict):
                 raise ValueError(f"rewards.{name}: {error}") from error
         if not any(reward.weight for reward in self.rewards.values()):
             raise ValueError(f"rewards: every weight is 0 ({', '.join(self.rewards)}); train one")
+        return self
+
+    @model_validator(mode="after")
+    def _guard_fits(self) -> TrainingSpec:
+        for key in ("kernel", "likelihood"):
+            value, needed = getattr(self.sampling, key), {"kernel": "flow_sde"}.get(key, "gaussian")
+            if self.objective.kind == "grpo_guard" and value != needed:
+                raise ValueError(
+                    f"objective.kind = grpo_guard needs sampling.{key} = {needed}, not {value}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -337,13 +436,14 @@ class TrainingSpec(Strict):
     def identity(self) -> str:
         """Digest of what determines the numbers: a run folder is resumed only under the same one.
 
-        Left out: how long to train, where it runs, how often it is saved and where it is tracked.
+        Left out: how long to train, where it runs, how often it is saved, what is watched and where
+        it is tracked.
         """
         return _digest(self.essence())
 
     def essence(self) -> dict[str, Any]:
         """The part of the spec that ``identity`` is of."""
-        free = {"name", "iterations", "cluster", "checkpoint", "tracking"}
+        free = {"name", "iterations", "cluster", "checkpoint", "tracking", "watch"}
         kept = self.model_dump(mode="json", exclude=free)
         for reward in kept["rewards"].values():
             for place in ("replicas", "cpus", "gpus"):

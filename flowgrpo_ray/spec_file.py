@@ -132,16 +132,27 @@ def _explain(problem: Any) -> str:
     location = _without_tags(problem["loc"])
     key = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
-        known = _keys_at(problem["loc"][:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
+        *parents, last = problem["loc"]
+        of_kind = f" for kind {parents[-1]}" if _ends_in_tag(parents) else ""
+        return f"{key}: unknown key{of_kind}; {_hint(last, _keys_at(parents), 'known keys')}"
     if problem["type"] == "missing":
         return f"{key}: this key is required"
+    if problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        kinds = [kind for o in _options(_annotation(problem["loc"])) for kind in _kinds(o)]
+        if problem["type"] == "union_tag_not_found":
+            return f"{key}.kind: this key is required; kinds: {', '.join(kinds)}"
+        kind = problem["input"]["kind"]
+        return f"{key}.kind: unknown kind {kind!r}; {_hint(kind, kinds, 'kinds')}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message
     return f"{key}: {message}, not {problem['input']!r}"
+
+
+def _hint(word: Any, known: Sequence[str], all_of_them: str) -> str:
+    """The known word that is near, or else all of them."""
+    near = difflib.get_close_matches(str(word), known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"{all_of_them}: {', '.join(known)}"
 
 
 def _without_tags(location: Sequence[str | int]) -> list[str | int]:
@@ -172,11 +183,21 @@ def _kinds(option: Any) -> tuple[Any, ...]:
     return typing.get_args(fields["kind"].annotation) if "kind" in fields else ()
 
 
+def _annotation(location: Sequence[str | int]) -> Any:
+    """What the spec's model wants at a pydantic error location."""
+    wanted: Any = TrainingSpec
+    for part in location:
+        wanted = _descend(wanted, part)
+    return wanted
+
+
+def _ends_in_tag(location: Sequence[str | int]) -> bool:
+    return bool(location) and _is_tag(_annotation(location[:-1]), location[-1])
+
+
 def _keys_at(location: Sequence[str | int]) -> list[str]:
     """The keys of the spec's model at a pydantic error location."""
-    model: Any = TrainingSpec
-    for part in location:
-        model = _descend(model, part)
+    model = _annotation(location)
     models = [model, *_options(model)]
     return [key for m in models for key in getattr(m, "model_fields", {})]
 

@@ -69,6 +69,11 @@ class RunRecorder:
         if self._tensorboard:
             self._tensorboard.forget_from(iteration + 1)
 
+    def metrics(self) -> list[Row]:
+        """The rows of `metrics.jsonl` so far."""
+        path = self.folder / METRICS
+        return read_rows(path) if path.exists() else []
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replace summary.json as a whole: a reader sees the old one or the new one."""
         text = json.dumps(_plain(summary), indent=2, allow_nan=False)
@@ -129,7 +134,7 @@ class StartClock:
 def scalars(row: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
     """Flatten a row to `train/reward/mean`-like names; a list of numbers becomes its mean."""
     for key, value in row.items():
-        if key in ("kind", "iteration", "window", "digest"):
+        if key in ("kind", "iteration", "window", "digest", "per_step"):
             continue
         name = f"{prefix}/{key}"
         if isinstance(value, Mapping):

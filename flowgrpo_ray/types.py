@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
 Images = NDArray[np.uint8]  # [b, H, W, 3], RGB
 Condition = Mapping[str, NDArray[Any]]  # one PROMPT's encodings; opaque outside its policy
 
@@ -25,12 +26,13 @@ class Schedule:
 
     ``sigma`` (``T + 1`` float32 values, 1 to 0) comes from the policy's own shift; ``eta`` (``T``
     values) is the kernel's noise level of each step, and 0 makes it an ODE step. The stochastic
-    steps are contiguous.
+    steps are contiguous. ``likelihood`` says what counts as the log-probability of a step.
     """
 
     kernel: str
     sigma: tuple[float, ...]
     eta: tuple[float, ...]
+    likelihood: str = "gaussian"
 
     def __post_init__(self) -> None:
         if len(self.sigma) != len(self.eta) + 1:
@@ -101,6 +103,7 @@ class Trajectory:
     latents: Float32  # [b, K + 1, *D]
     log_probs: Float32  # [b, K]
     provenance: Provenance
+    means: Float32 | None = None  # [b, K, *D], of the sampling policy; for Guard and Flow-DPPO
     reference_means: Float32 | None = None  # [b, K, *D], of the untrained model; for KL
 
 
@@ -114,13 +117,16 @@ class WeightsTicket:
 
 @dataclass(frozen=True)
 class MicrobatchStats:
-    """Sums over the samples and stochastic steps of one micro-batch, ready to be added up."""
+    """Sums over the samples of one micro-batch that have a gradient, ready to be added up.
 
-    terms: int  # samples with gradient x steps
-    log_ratio_sum: float
-    log_ratio_square_sum: float
-    log_ratio_max: float  # of the absolute value
-    clipped_low: int
+    The ``log_ratio`` arrays hold one value per stochastic step, ``[K]``.
+    """
+
+    samples: int
+    log_ratio_sum: Float64
+    log_ratio_square_sum: Float64
+    log_ratio_max: float  # of the absolute value, over all steps
+    clipped_low: int  # or masked, where the objective masks
     clipped_high: int
     policy_loss_sum: float
     kl_sum: float
@@ -129,11 +135,17 @@ class MicrobatchStats:
 
 @dataclass(frozen=True)
 class StepStats:
-    """One optimizer update; ``grad_norm`` is ``None`` where no sample had a gradient."""
+    """One optimizer update; ``grad_norm`` is ``None`` where there was none.
+
+    There is none without a sample that has a gradient, and (``overflow``) where float16 gradients
+    ran out of range. ``loss_scale`` is what float16 losses were multiplied by.
+    """
 
     grad_norm: float | None
     learning_rate: float
     seconds: float
+    overflow: bool = False
+    loss_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -145,3 +157,5 @@ class LearnerState:
     exp_avg: dict[str, Float32]
     exp_avg_sq: dict[str, Float32]
     updates: int
+    loss_scale: float = 1.0  # and since how many updates it held, for float16
+    scale_held: int = 0

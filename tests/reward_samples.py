@@ -42,6 +42,13 @@ class Probe:
             raise ValueError("the probe wants a prompt")
 
 
+class Darkness:
+    """One minus what a probe that is asked for nothing gives."""
+
+    def __call__(self, images, prompts, metadata):
+        return (1 - images.mean(axis=(1, 2, 3)) / 255).astype(np.float32)
+
+
 class BadConstructor:
     def __init__(self, size: int = 1):
         raise ValueError(f"size={size} is not served here")

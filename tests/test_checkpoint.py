@@ -5,18 +5,30 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flowgrpo_ray import weights
-from flowgrpo_ray.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
+from flowgrpo_ray.checkpoint import (
+    Progress,
+    checkpoint_iteration,
+    list_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from flowgrpo_ray.errors import CheckpointError, ContractError
 from flowgrpo_ray.learner import LearnerState
 from flowgrpo_ray.run_folder import RunFolder
+from flowgrpo_ray.spec_file import load_spec
+from flowgrpo_ray.watch import Watch
 from flowgrpo_ray.weights import digest, load_arrays, to_arrays
 
 PARTS = ("weights", "ema", "exp_avg", "exp_avg_sq")
@@ -30,7 +42,7 @@ def state(seed: int) -> LearnerState:
         part: {"a.weight": random.normal(size=(3, 4)).astype(np.float32), "b": odd * (seed + 1)}
         for part in PARTS
     }
-    return LearnerState(**parts, updates=2 * seed)
+    return LearnerState(**parts, updates=2 * seed, loss_scale=2.0**-seed, scale_held=seed)
 
 
 def progress(iteration: int) -> Progress:
@@ -54,7 +66,8 @@ def assert_is(path: Path, iteration: int) -> None:
     """The checkpoint at ``path`` is that of ``iteration``, every bit of it."""
     found, where = load_checkpoint(path)
     assert where == progress(iteration)
-    assert found.updates == state(iteration).updates
+    for number in ("updates", "loss_scale", "scale_held"):
+        assert getattr(found, number) == getattr(state(iteration), number)
     for part in PARTS:
         arrays, exact = getattr(found, part), getattr(state(iteration), part)
         assert arrays.keys() == exact.keys()
@@ -92,6 +105,70 @@ def test_only_the_newest_are_kept(tmp_path: Path):
     names = [path.name for path in list_checkpoints(tmp_path)]
     assert names == ["iteration-000010", "iteration-000100"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+# --- protection
+
+
+def test_a_protected_checkpoint_is_kept_beside_the_newest(tmp_path: Path):
+    """Of each protected iteration the newest checkpoint up to it; released when it moves on."""
+    for iteration in (10, 20, 30, 40, 50):
+        save_checkpoint(tmp_path, state(1), progress(iteration), 2, protect={25, 5})
+    assert kept(tmp_path) == [20, 40, 50]  # there is none up to 5
+    save_checkpoint(tmp_path, state(1), progress(60), 2, protect=[49, 20])
+    assert kept(tmp_path) == [20, 40, 50, 60]
+    save_checkpoint(tmp_path, state(1), progress(70), 2, protect=[60])
+    assert kept(tmp_path) == [60, 70]
+    save_checkpoint(tmp_path, state(1), progress(80), 2)
+    assert kept(tmp_path) == [70, 80]
+
+
+def kept(folder: Path) -> list[int]:
+    return [checkpoint_iteration(path) for path in list_checkpoints(folder)]
+
+
+def test_the_newest_checkpoint_up_to_an_iteration(tmp_path: Path):
+    for iteration in (9, 10, 100):
+        save(tmp_path, iteration, keep=3)
+    (tmp_path / "iteration-000010-copy").mkdir()
+    found = [newest_checkpoint(tmp_path, i) for i in (8, 9, 99, 100, 10**7)]
+    assert [path and checkpoint_iteration(path) for path in found] == [None, 9, 10, 100, 100]
+    assert newest_checkpoint(tmp_path / "absent", 5) is None
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    colours=st.lists(st.one_of(st.just(float("nan")), st.floats(0, 1)), min_size=4, max_size=24),
+    window=st.integers(1, 4),
+    every=st.integers(1, 5),
+    keep=st.integers(1, 2),
+    stops=st.sets(st.integers(1, 24), max_size=2),
+)
+def test_the_checkpoint_before_over_optimization_is_always_there(
+    colours: list[float], window: int, every: int, keep: int, stops: set[int]
+):
+    """After every iteration of a run, whatever the best window does and wherever it was stopped:
+    the newest checkpoint that was ever saved up to the best iteration is still on the disk."""
+    rewards = "rewards={ocr: {}, sign_colour: {weight: 0}}"
+    spec = load_spec("tiny-ocr", [f"watch.window={window}", rewards])
+    watch, saved = Watch(spec), []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for iteration, colour in enumerate(colours, start=1):
+            means = {"ocr": iteration / 100, "sign_colour": colour}
+            of_rewards = {name: {"mean": mean, "std": 0.1} for name, mean in means.items()}
+            total = of_rewards["ocr"]
+            row = {"kind": "train", "iteration": iteration, "reward": total, "rewards": of_rewards}
+            watch.see(row)
+            if iteration % every == 0 or iteration in stops:
+                small = LearnerState({}, {}, {}, {}, 0)
+                save_checkpoint(folder, small, progress(iteration), keep, watch.protected)
+                saved.append(iteration)
+            for best in watch.protected:
+                right = max((i for i in saved if i <= best), default=None)
+                found = newest_checkpoint(folder, best)
+                assert (found and checkpoint_iteration(found)) == right
+            assert len(kept(folder)) <= keep + len(watch.protected)
 
 
 # --- crashes

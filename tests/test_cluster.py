@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import random
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,12 +15,13 @@ import numpy as np
 import pytest
 
 from flowgrpo_ray.errors import ClusterError, ContractError, RewardError
-from flowgrpo_ray.prompts import load_prompt_sets, plan_iteration
+from flowgrpo_ray.metrics import Scores, Signal, count_groups, signals
+from flowgrpo_ray.prompts import Prompt, load_prompt_sets, plan_iteration, plan_refill
 from flowgrpo_ray.run_folder import RunFolder
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.spec_file import load_spec
 from flowgrpo_ray.tracking import RunRecorder, StartClock, read_rows
-from flowgrpo_ray.types import WeightsTicket
+from flowgrpo_ray.types import WeightsTicket, WorkUnit
 
 T = TypeVar("T")
 SMALL = (
@@ -39,7 +43,7 @@ class SilentDisplay:
 
     def stage(self, stage: str) -> None: ...
     def iteration(self, row: dict[str, Any], seconds: float) -> None: ...
-    def evaluation(self, iteration: int, rewards: dict[str, float]) -> None: ...
+    def evaluation(self, iteration: int, rewards: dict[str, float | None]) -> None: ...
     def note(self, message: str) -> None:
         self.notes.append(message)
 
@@ -62,26 +66,134 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 @pytest.fixture(scope="module")
-def trainer(
-    ray_cluster: None, loop: asyncio.AbstractEventLoop, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Any]:
-    """A trainer whose actors are up: two rollout workers, one learner rank."""
-    spec = load_spec("tiny-ocr", SMALL)
-    trainer = make_trainer(spec, tmp_path_factory.mktemp("runs"))
-    loop.run_until_complete(trainer.start())
-    yield trainer
-    import ray
+def cluster(ray_cluster: None) -> Iterator[None]:
+    """Ray, with the reward deployments of whoever started them first."""
+    yield
     from ray import serve
-    from ray.util.placement_group import remove_placement_group
 
     serve.shutdown()  # other tests share this cluster, and start Serve with HTTP
-    for actor in [*trainer.rollouts.workers, *trainer.learners.ranks]:
+
+
+@contextmanager
+def started(loop: asyncio.AbstractEventLoop, spec: TrainingSpec, root: Path) -> Iterator[Any]:
+    """A trainer whose actors are up. One at a time: their names are those of the run."""
+    import ray
+    from ray.util.placement_group import remove_placement_group
+
+    trainer = make_trainer(spec, root)
+    run(loop, trainer.start())
+    actors = [*trainer.rollouts.workers, *trainer.learners.ranks]
+    yield trainer
+    for actor in actors:
         ray.kill(actor)
     remove_placement_group(trainer.group)
+    while ray.util.list_named_actors():
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def trainer(
+    cluster: None, loop: asyncio.AbstractEventLoop, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """Two rollout workers, one learner rank."""
+    with started(loop, load_spec("tiny-ocr", SMALL), tmp_path_factory.mktemp("runs")) as trainer:
+        yield trainer
 
 
 def run(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
-    return loop.run_until_complete(asyncio.wait_for(work, 120))
+    return loop.run_until_complete(asyncio.wait_for(work, 240))
+
+
+# --- small runs; before the tests that share a trainer, whose actors have the same names
+
+
+class Brightness:
+    """In place of the rewards' client. The first group of every iteration is flat."""
+
+    def __init__(self, trainer: Any) -> None:
+        plans = [plan_iteration(trainer.spec, i, 256, trainer.sigmas) for i in range(1, 9)]
+        firsts = [plan.units[0].prompts[0] for plan in plans]
+        self.flat = {trainer.prompts["train"][prompt].text for prompt in firsts}
+
+    async def score(self, images: Any, prompts: list[str], _: Any) -> dict[str, Any]:
+        bright = (await images).mean(axis=(1, 2, 3)) / 255
+        scores = np.where([prompt in self.flat for prompt in prompts], 0, bright)
+        return dict.fromkeys(("ocr", "sign_colour"), scores.astype(np.float32))
+
+
+def train_small(
+    loop: asyncio.AbstractEventLoop, root: Path, iterations: int, *overrides: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The metrics rows of a run over two rollout workers; then those of its iterations from the
+    second on, done again over one of them."""
+    root.mkdir()
+    with started(loop, load_spec("tiny-ocr", [*SMALL, *overrides]), root) as trainer:
+
+        async def train() -> None:
+            trainer.rewards = Brightness(trainer)
+            await trainer.measure_floor()
+            await trainer.iterate(1)
+            after_first = await trainer.learners.state()
+            for iteration in range(2, iterations + 1):
+                await trainer.iterate(iteration)
+            await trainer.learners.load_state(after_first)
+            pool = trainer.rollouts
+            pool.workers, pool._free = pool.workers[:1], asyncio.Queue()
+            pool._free.put_nowait(pool.workers[0])
+            for iteration in range(2, iterations + 1):
+                await trainer.iterate(iteration)
+
+        run(loop, train())
+        rows = read_rows(trainer.folder.path / "metrics.jsonl")
+    for row in rows:
+        row.pop("watch", None)  # looks back over the iterations before
+    return rows[:iterations], rows[iterations:]
+
+
+def test_guard_with_refills_over_learner_ranks_whose_rows_are_not_full(
+    cluster: None, loop: asyncio.AbstractEventLoop, tmp_path: Path
+) -> None:
+    """Two micro-batches in an update and one that replaces a flat group, over two ranks."""
+    guard = (
+        "objective={kind: grpo_guard, updates: 2}",
+        "advantages={refill: 1}",
+        "sampling.steps=6",
+        "sampling.window={kind: progressive, length: 2, stride: 2, iterations: 1}",
+    )
+    two_ranks = "cluster.learner={count: 2, cpus: 0.5}"
+    rows, again = train_small(loop, tmp_path / "two", 3, *guard, two_ranks)
+    assert [row["groups"]["refilled"] for row in rows] == [1, 1, 1]
+    assert [row["groups"]["no_spread"] for row in rows] == [1, 1, 1]
+    assert [row["images"] for row in rows] == [20, 20, 20]
+    assert [row["log_ratio"]["gate"] for row in rows] == [0.0] * 3
+    assert [row["window"] for row in rows] == [[0, 2], [2, 4], [3, 5]]
+    assert len({row["weights"]["digest"] for row in rows}) == 3, "weights move"
+    assert rows[1:] == again
+    ((alone,), _) = train_small(loop, tmp_path / "one", 1, *guard)
+    for sums in ("grad_norm", "policy_loss"):
+        assert alone[sums] == pytest.approx(rows[0][sums], rel=1e-4)
+
+
+def test_flow_dppo_in_epochs_over_micro_batches_that_straddle_groups(
+    cluster: None, loop: asyncio.AbstractEventLoop, tmp_path: Path
+) -> None:
+    """Two blocks of 3 groups in 2 micro-batches, trained on twice."""
+    dppo = (
+        "objective={kind: flow_dppo, updates: 2, epochs: 2, kl: {beta: 0.1}}",
+        "sampling.micro_batch=6",
+        "sampling.groups=6",
+    )
+    rows, again = train_small(loop, tmp_path / "two", 3, *dppo)
+    assert [row["images"] for row in rows] == [24] * 3
+    assert [row["groups"]["no_spread"] for row in rows] == [1] * 3
+    assert [row["log_ratio"]["gate"] for row in rows] == [0.0] * 3
+    assert [row["updates"] for row in rows] == [4] * 3
+    assert min(row["log_ratio"]["max_abs"] for row in rows) > 0, "the later updates are off-policy"
+    assert len({row["weights"]["digest"] for row in rows}) == 3, "weights move"
+    assert rows[1:] == again
+
+
+# --- contracts
 
 
 def test_the_driver_loads_no_diffusers() -> None:
@@ -141,7 +253,7 @@ def test_a_worker_with_old_weights_refuses_to_sample(
         await trainer.publish(3)
         newer, _ = await trainer.learners.publish(4)
         unit = plan_iteration(trainer.spec, 4, 256, trainer.sigmas).units[0]
-        await trainer._sample(unit, newer)
+        await trainer.sample(unit, newer)
 
     with pytest.raises(ContractError, match="was to be sampled with weights"):
         run(loop, sample_with_old())
@@ -192,3 +304,261 @@ def test_a_deployed_reward_is_used_only_if_it_is_the_one_the_spec_means(
         RewardError, match=r"(?s)reward-ocr is deployed.*'detect': False.*spec asks"
     ):
         run(loop, check_same(RewardServiceArgs(name="ocr", options={"detect": True})))
+
+
+# --- the stream of one iteration, without Ray: sampling and scoring are stand-ins
+
+STREAM = "sampling={size: [32, 48], steps: 4, eta: 0.8, window: {kind: all}, group_size: 2, "
+
+
+def stream_spec(groups: int = 4, micro_batch: int = 2, **advantages: int | str) -> TrainingSpec:
+    """Groups of 2, two updates; a micro-batch of 2 is a block."""
+    return load_spec(
+        "tiny-ocr",
+        [
+            STREAM + f"groups: {groups}, micro_batch: {micro_batch}}}",
+            f"advantages={json.dumps(advantages)}",
+            "rewards={sign_colour: {}}",
+            "objective={kind: flow_grpo, updates: 2}",
+        ],
+    )
+
+
+class StandIn:
+    """A trainer whose units take as long as ``delay`` says.
+
+    A sample is worth its place in its group, times its prompt; of a prompt in ``flat`` nothing.
+    """
+
+    def __init__(
+        self,
+        spec: TrainingSpec,
+        *,
+        flat: Callable[[int], bool] = lambda prompt: False,
+        delay: Callable[[int], Awaitable[object]] = lambda index: asyncio.sleep(0),
+        unscored: Container[int] = (),
+        prompts: int = 40,
+    ) -> None:
+        self.spec, self.flat, self.delay, self.unscored = spec, flat, delay, unscored
+        self.prompts = {"train": [Prompt(str(i)) for i in range(prompts)]}
+        self.plan = plan_iteration(spec, 1, prompts, (1.0, 0.75, 0.5, 0.25, 0.0))
+        self.sampled: list[int] = []  # indices of units, in order of their end
+        self.scored: list[int] = []
+
+    async def sample(self, unit: WorkUnit, ticket: WeightsTicket) -> Any:
+        from flowgrpo_ray.cluster.rollout import Sampled
+
+        await self.delay(unit.index)
+        self.sampled.append(unit.index)
+        return Sampled(trajectory=unit, images=unit.index, seconds=1.0)  # type: ignore[arg-type]
+
+    async def score(self, unit: WorkUnit, images: Any) -> Scores:
+        await self.delay(unit.index)
+        assert images == unit.index
+        if unit.index in self.unscored:
+            raise RewardError("the reward is gone")
+        self.scored.append(unit.index)
+        pairs = zip(unit.prompts, unit.samples, strict=True)
+        values = [0 if self.flat(p) else (p + 1) * sample for p, sample in pairs]
+        total = np.array(values, np.float32)
+        return Scores({"sign_colour": total}, total)
+
+    def stream(self) -> Any:
+        from flowgrpo_ray.cluster.stream import Stream
+
+        return Stream(self, self.plan, WeightsTicket(1, "00"))  # type: ignore[arg-type]
+
+    def run(self, epochs: int = 1) -> tuple[Any, list[list[tuple[WorkUnit, Any, Signal]]]]:
+        """The finished stream, and what each update of each epoch was given."""
+
+        async def consume() -> Any:
+            stream = self.stream()
+            numbers = [*range(len(self.plan.updates))] * epochs
+            given = [[part async for part in stream.update(number)] for number in numbers]
+            return stream, given
+
+        return asyncio.run(asyncio.wait_for(consume(), 20))
+
+
+def order(given: list[list[tuple[WorkUnit, Any, Signal]]]) -> list[list[int]]:
+    """The indices of the units of each update."""
+    return [[unit.index for unit, _, _ in update] for update in given]
+
+
+def prompts_of(stream: Any) -> list[int]:
+    return [prompt for result in stream.results for prompt in result.unit.distinct_prompts]
+
+
+def random_delays(seed: int) -> Callable[[int], Awaitable[object]]:
+    draw = random.Random(seed)
+    return lambda index: asyncio.sleep(draw.random() / 100)
+
+
+STDS = pytest.mark.parametrize("std", ["group", "global"])
+
+
+@STDS
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 4])
+def test_accumulation_is_in_plan_order_whatever_the_order_of_arrival(
+    std: str, micro_batch: int
+) -> None:
+    """Each unit comes with its own sample and with the advantages of its own scope."""
+    spec = stream_spec(groups=12, micro_batch=micro_batch, std=std)
+    arrivals = set()
+    for seed in range(4):
+        trainer = StandIn(spec, delay=random_delays(seed))
+        plan = trainer.plan
+        stream, given = trainer.run()
+        arrivals.add(tuple(trainer.scored))
+        assert order(given) == [[unit.index for unit in update.units] for update in plan.updates]
+        assert [r.unit for r in stream.results] == plan.units
+        assert stream.seconds["sample"] == len(plan.units)
+        scopes = [plan.units] if std == "global" else plan.blocks
+        expected: dict[int, Signal] = {}
+        for scope in scopes:
+            scores = [asyncio.run(trainer.score(unit, unit.index)) for unit in scope]
+            expected |= signals(scope, scores, spec.advantages, spec.weights)
+        for unit, sampled, signal in (part for update in given for part in update):
+            assert sampled.trajectory is unit
+            assert signal.advantages.tolist() == expected[unit.index].advantages.tolist()
+            assert np.abs(signal.advantages).min() > 0
+    assert len(arrivals) > 1, "they arrived in other orders than planned"
+
+
+def test_an_update_does_not_wait_for_the_next_ones_units() -> None:
+    """With ``std: group``: the second update's units never end here."""
+
+    async def first_update() -> list[int]:
+        gate = asyncio.Event()
+        trainer = StandIn(stream_spec(), delay=lambda i: gate.wait() if i > 1 else asyncio.sleep(0))
+        stream = trainer.stream()
+        indices = [unit.index async for unit, _, _ in stream.update(0)]
+        stream.cancel()
+        left = await asyncio.gather(*stream._units.values(), return_exceptions=True)
+        assert [type(end) for end in left[2:]] == [asyncio.CancelledError] * 2
+        return indices
+
+    assert asyncio.run(asyncio.wait_for(first_update(), 20)) == [0, 1]
+
+
+@STDS
+def test_flat_groups_are_replaced_at_the_end_of_their_update(std: str) -> None:
+    """One group of the second update and its first replacement have no spread."""
+    spec = stream_spec(std=std, refill=5)
+    plain = StandIn(spec)
+    third = plain.plan.units[2].prompts[0]
+    used = {prompt for unit in plain.plan.units for prompt in unit.prompts}
+    ((replacement,),) = plan_refill(spec, plain.plan, 40, used, 1)
+    flat = {third, replacement.prompts[0]}
+    trainer = StandIn(spec, flat=flat.__contains__, delay=random_delays(1))
+    stream, given = trainer.run()
+    assert order(given) == [[0, 1], [2, 3, 4, 5]]
+    assert [r.unit.index for r in stream.results] == [0, 1, 2, 3, 4, 5]
+    assert sorted(trainer.sampled) == [0, 1, 2, 3, 4, 5]
+    assert len(set(prompts_of(stream))) == 6
+    kept = [bool(result.signal.keep.any()) for result in stream.results]
+    assert kept == [True, True, False, True, False, True]
+    assert count_groups(stream.results) == {"total": 6, "no_spread": 2, "dropped": 0}
+
+
+@STDS
+def test_tries_are_bounded_and_prompts_never_come_twice(std: str) -> None:
+    """Every group is flat: two are replaced twice, in either update."""
+    trainer = StandIn(stream_spec(std=std, refill=2), flat=lambda p: True, delay=random_delays(2))
+    stream, given = trainer.run()
+    assert order(given) == [[0, 1, 4, 5, 6, 7], [2, 3, 8, 9, 10, 11]]
+    assert [result.unit.index for result in stream.results] == list(range(12))
+    assert len(set(prompts_of(stream))) == 12
+    assert not any(signal.keep.any() for update in given for _, _, signal in update)
+
+
+@STDS
+def test_no_prompts_left_to_refill_with(std: str) -> None:
+    """Two are left of six: the first update takes both, the second goes without."""
+    trainer = StandIn(stream_spec(std=std, refill=3), flat=lambda p: True, prompts=6)
+    stream, given = trainer.run()
+    assert order(given) == [[0, 1, 4, 5], [2, 3]]
+    assert sorted(prompts_of(stream)) == list(range(6))
+
+
+@STDS
+def test_nothing_is_refilled_where_nothing_is_flat(std: str) -> None:
+    """Nor where refill is off."""
+    for spec, flat in ((stream_spec(std=std, refill=9), 0), (stream_spec(std=std), 1)):
+        trainer = StandIn(spec, flat=lambda p, flat=flat: bool(flat))
+        assert order(trainer.run()[1]) == [[0, 1], [2, 3]]
+        assert sorted(trainer.sampled) == [0, 1, 2, 3]
+
+
+def test_a_refill_is_of_whole_blocks() -> None:
+    """Micro-batches of 3 straddle groups of 2: one flat group brings 3 new ones, in 2 units."""
+    spec = stream_spec(groups=6, micro_batch=3, refill=1)
+    flat = StandIn(spec).plan.units[0].prompts[0]
+    stream, given = StandIn(spec, flat=lambda p: p == flat).run()
+    assert order(given) == [[0, 1, 4, 5], [2, 3]]
+    assert count_groups(stream.results) == {"total": 9, "no_spread": 1, "dropped": 0}
+    pairs = [p for r in stream.results for p in zip(r.unit.prompts, r.unit.samples, strict=True)]
+    assert sorted(pairs) == [(p, s) for p in sorted(set(prompts_of(stream))) for s in (0, 1)]
+
+
+def test_with_std_global_advantages_are_over_all_and_the_refills() -> None:
+    """No unit is given before the last refill is scored."""
+    spec = stream_spec(std="global", refill=1)
+    flat = {StandIn(spec).plan.units[i].prompts[0] for i in (0, 3)}
+    trainer = StandIn(spec, flat=flat.__contains__)
+
+    async def scored_at_the_first() -> int:
+        stream = trainer.stream()
+        async for _ in stream.update(0):
+            break
+        return len(trainer.scored)
+
+    assert asyncio.run(scored_at_the_first()) == 6
+    stream, given = trainer.run()
+    assert order(given) == [[0, 1, 4], [2, 3, 5]]
+    totals = np.concatenate([result.scores.total for result in stream.results])
+    spread = totals.astype(float).std() + 1e-4
+    for result in stream.results:
+        centred = result.scores.total - result.scores.total.mean()
+        assert result.signal.advantages.tolist() == pytest.approx((centred / spread).tolist())
+
+
+@STDS
+def test_a_second_epoch_gives_the_same_units_and_samples_nothing(std: str) -> None:
+    """Refills included."""
+    spec = stream_spec(std=std, refill=1)
+    flat = StandIn(spec).plan.units[0].prompts[0]
+    trainer = StandIn(spec, flat=lambda p: p == flat, delay=random_delays(3))
+    _, given = trainer.run(epochs=3)
+    assert order(given) == [[0, 1, 4], [2, 3]] * 3
+    assert sorted(trainer.sampled) == sorted(trainer.scored) == [0, 1, 2, 3, 4]
+    first, *others = [given[i : i + 2] for i in (0, 2, 4)]
+    for other in others:
+        for update, again in zip(first, other, strict=True):
+            for part, same in zip(update, again, strict=True):
+                assert all(a is b for a, b in zip(part, same, strict=True))
+
+
+@STDS
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_a_unit_that_cannot_be_scored_takes_its_group_out(std: str, micro_batch: int) -> None:
+    """It is a failure and not a group without spread: it is told, and not refilled."""
+    spec = stream_spec(micro_batch=micro_batch, std=std, refill=2)
+    stream, given = StandIn(spec, unscored={1}).run()
+    failed = stream.results[1].unit.prompts[0]
+    assert [i for update in order(given) for i in update] == list(range(8 // micro_batch))
+    for result in stream.results:
+        assert result.signal.keep.tolist() == [p != failed for p in result.unit.prompts]
+        assert (result.scores.failure == "the reward is gone") == (result.unit.index == 1)
+    assert np.isnan(stream.results[1].scores.rewards["sign_colour"]).all()
+    assert count_groups(stream.results) == {"total": 4, "no_spread": 0, "dropped": 1}
+
+
+def test_an_error_of_a_worker_ends_the_stream() -> None:
+    async def breaks(index: int) -> None:
+        if index == 2:
+            raise ContractError("not these weights")
+
+    trainer = StandIn(stream_spec(), delay=breaks)
+    with pytest.raises(ContractError, match="not these weights"):
+        trainer.run()

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,12 +22,13 @@ from flowgrpo_ray import cli
 from flowgrpo_ray.checkpoint import Progress
 from flowgrpo_ray.cluster.run import _summary
 from flowgrpo_ray.errors import PromptError, SpecError
-from flowgrpo_ray.metrics import Scores, train_row
+from flowgrpo_ray.metrics import Scores, Signal, UnitResult, train_row
 from flowgrpo_ray.preflight import check_run
 from flowgrpo_ray.prompts import plan_iteration
 from flowgrpo_ray.rewards import build
 from flowgrpo_ray.spec_file import RECIPES, load_spec
-from flowgrpo_ray.types import WeightsTicket
+from flowgrpo_ray.types import MicrobatchStats, StepStats, WeightsTicket
+from flowgrpo_ray.watch import Reading
 
 ROOT = Path(cli.__file__).parent.parent
 PAGES = sorted(
@@ -306,16 +306,18 @@ def flat(row: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def test_every_field_of_a_metrics_row_is_documented():
-    spec = load_spec("tiny-ocr")
+    spec = load_spec("tiny-ocr", ["model.dtype=float16"])
     plan = plan_iteration(spec, 1, 256, (1.0,) * (spec.sampling.steps + 1))
-    scores = [
-        Scores(dict.fromkeys(spec.rewards, ones), ones)
-        for ones in (np.ones(unit.batch, np.float32) for unit in plan.units)
+    results = [
+        UnitResult(unit, Scores(dict.fromkeys(spec.rewards, ones), ones), Signal(ones, ones > 0))
+        for unit, ones in ((unit, np.ones(unit.batch, np.float32)) for unit in plan.units)
     ]
-    sums = "terms log_ratio_sum log_ratio_square_sum log_ratio_max clipped_low clipped_high"
-    stats: Any = SimpleNamespace(**dict.fromkeys([*sums.split(), "policy_loss_sum", "kl_sum"], 0))
-    step: Any = SimpleNamespace(grad_norm=1.0, learning_rate=1e-4)
-    row = train_row(spec, plan, WeightsTicket(1, "00"), scores, [([stats], step)])
+    per_step = np.zeros(len(plan.schedule.stochastic_steps))
+    stats = MicrobatchStats(1, per_step, per_step, 0, 0, 0, 0, 0, 0)
+    step = StepStats(grad_norm=1.0, learning_rate=1e-4, seconds=1)
+    row = train_row(spec, plan, WeightsTicket(1, "00"), results, [([stats], step)])
+    reading = Reading(1, 1, 1, 1, 1, 1, 1, diverging=False)
+    row["watch"] = {"NAME": reading.as_json()}
     fields = set(flat(row)) - {"kind"}
     assert fields <= documented("runs.md", "metrics.jsonl")
     extra = documented("runs.md", "metrics.jsonl") - fields
@@ -323,7 +325,7 @@ def test_every_field_of_a_metrics_row_is_documented():
 
 
 def test_every_field_of_the_summary_is_documented():
-    summary = _summary(load_spec("tiny-ocr"), Progress(1, 1, 1.0, 0, "", ""))
+    summary = _summary(load_spec("tiny-ocr"), Progress(1, 1, 1.0, 0, "", ""), floor=0)
     assert summary.keys() == documented("runs.md", "summary.json")
 
 

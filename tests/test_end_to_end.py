@@ -189,6 +189,47 @@ def test_two_learner_ranks_with_lora_and_a_second_ctrl_c(tmp_path: Path) -> None
     assert "interrupted" in command.finish(status=130)
 
 
+def test_the_watch_ends_a_run_that_over_optimizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watched reward is one minus the trained one: what raises one lowers the other."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for the replicas
+    opposed = {
+        "rewards": "{bright: {reward: 'reward_samples:Probe'}, "
+        "dark: {reward: 'reward_samples:Darkness', weight: 0}}",
+        "checkpoint": "{every: 1, keep: 1}",
+    }
+    stop = opposed | {"watch": "{window: 1, fall: 0.01, action: stop}"}
+    stopped = Command(tmp_path, **stop)
+    output = " ".join(stopped.finish().split())
+    assert "stopped by the watch: dark fell from" in output
+    done = stopped.trained()
+    assert 1 < done < ITERATIONS
+    trained = [r for r in read_rows(stopped.run / "metrics.jsonl") if r["kind"] == "train"]
+    assert [row["watch"]["dark"]["diverging"] for row in trained] == [False] * (done - 1) + [True]
+    best = trained[-1]["watch"]["dark"]["best_iteration"]
+    kept = [int(p.name[-6:]) for p in list_checkpoints(stopped.run / "checkpoints")]
+    assert kept == [best, done], "the one from before the divergence, and the newest"
+    assert f"--iteration {best}" in output
+    assert "over-optimization" in (stopped.run / "report.html").read_text()
+
+    report = opposed | {"watch": "{window: 1, fall: 0.01, action: report}"}
+    Command(tmp_path, resume=True, **report).finish()
+    assert stopped.trained() == ITERATIONS
+
+
+def test_a_validation_run_gives_a_verdict(tmp_path: Path) -> None:
+    command = Command(tmp_path, "--validate", "3")
+    output = command.finish()
+    folder = tmp_path / "runs" / "small-validate"
+    verdict = json.loads((folder / "validation.json").read_text())
+    assert verdict["ok"]
+    assert verdict["iterations"] == 3
+    assert "small-validate, 3 iterations" in " ".join(output.split())
+    trained = [r for r in read_rows(folder / "metrics.jsonl") if r["kind"] == "train"]
+    assert [row["kl"] for row in trained] == [None] * 3, "beta is 0"
+
+
 def test_a_model_that_cannot_be_loaded_is_one_message(tmp_path: Path) -> None:
     """The error is raised in an actor, maybe on another machine, and reads as if it were local."""
     model = tmp_path / "model"

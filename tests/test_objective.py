@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -12,15 +14,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from flowgrpo_ray.flow import Gaussian, flow_sde
+from flowgrpo_ray.flow import LIKELIHOODS, Gaussian, flow_sde
+from flowgrpo_ray.learner import surrogate
 from flowgrpo_ray.objective import (
     clipped,
     clipped_loss,
+    diverged,
     group_advantages,
     guard_log_ratio,
     has_gradient,
     kl_to_reference,
+    reward_wise_advantages,
 )
+from flowgrpo_ray.sampling import Replayed
+from flowgrpo_ray.spec import FlowDppo, FlowGrpo, GrpoGuard, Objective
 
 NAN = float("nan")
 
@@ -37,47 +44,78 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def advantages_by_numpy(
-    rewards: np.ndarray, group: np.ndarray, std: str, clamp: float
+    rewards: np.ndarray, weights: Sequence[float], group: np.ndarray, std: str, clamp: float
 ) -> np.ndarray:
-    """The definition, sample by sample."""
-    valid = ~np.isnan(rewards)
-    result = np.zeros(len(rewards))
+    """The definition, sample by sample and reward by reward; ``rewards [R, B]``."""
+    valid = np.asarray(~np.isnan(rewards).any(0))
+    result = np.zeros(len(group))
     for i in np.flatnonzero(valid):
-        members = rewards[valid & (group == group[i])]
-        if np.ptp(members) == 0:
-            continue
-        spread = np.std(members if std == "group" else rewards[valid])
-        result[i] = np.clip((rewards[i] - np.mean(members)) / (spread + 1e-4), -clamp, clamp)
-    return result
+        for reward, weight in zip(rewards, weights, strict=True):
+            members = reward[valid & (group == group[i])]
+            if np.ptp(members) > 0:
+                spread = np.std(members if std == "group" else reward[valid])
+                result[i] += weight * (reward[i] - np.mean(members)) / (spread + 1e-4)
+    return np.clip(result, -clamp, clamp)
+
+
+def has_gradient_by_numpy(rewards: np.ndarray, group: np.ndarray) -> list[bool]:
+    valid = np.asarray(~np.isnan(rewards).any(0))
+    return [
+        bool(valid[i] and np.ptp(rewards[:, valid & (group == k)], axis=1).any())
+        for i, k in enumerate(group)
+    ]
 
 
 # Groups come in any order, of any size, flat ones among them (few distinct rewards), with NaN.
-rows = st.lists(
-    st.tuples(
-        st.integers(-2, 2),
-        st.one_of(st.sampled_from([0.0, 1 / 3, NAN]), st.floats(-10, 10, allow_nan=False)),
-    ),
-    min_size=1,
-    max_size=40,
-)
+score = st.one_of(st.sampled_from([0.0, 1 / 3, NAN]), st.floats(-10, 10, allow_nan=False))
+rows = st.lists(st.tuples(st.integers(-2, 2), score, score), min_size=1, max_size=40)
 
 
 @settings(max_examples=150, deadline=None)
 @given(rows=rows, std=st.sampled_from(["group", "global"]), clamp=st.sampled_from([0.7, 5.0]))
 def test_advantages_are_numpys(rows, std, clamp):
-    group, rewards = (np.array(column) for column in zip(*rows, strict=True))
-    r, g = torch.from_numpy(rewards), torch.from_numpy(group)
-    found = group_advantages(r, g, std, clamp)
-    exact = advantages_by_numpy(rewards, group, std, clamp)
-    np.testing.assert_allclose(found.numpy(), exact, rtol=1e-9, atol=1e-9)
-    np.testing.assert_array_equal(
-        has_gradient(r, g).numpy(),
-        [
-            not math.isnan(rewards[i])
-            and np.nanmax(rewards[group == k]) > np.nanmin(rewards[group == k])
-            for i, k in enumerate(group)
-        ],
+    group, *columns = (np.array(column) for column in zip(*rows, strict=True))
+    rewards, weights = np.stack(columns), (0.3, 2.0)
+    r, w, g = torch.from_numpy(rewards), f64(*weights), torch.from_numpy(group)
+
+    def agree(found: Tensor, exact: np.ndarray) -> None:
+        np.testing.assert_allclose(found.numpy(), exact, rtol=1e-9, atol=1e-9)
+
+    one, exact = group_advantages(r[0], g, std, clamp), (rewards[:1], (1.0,), group, std, clamp)
+    agree(one, advantages_by_numpy(*exact))
+    assert torch.equal(reward_wise_advantages(r[:1], f64(1), g, std, clamp), one)
+    agree(
+        reward_wise_advantages(r, w, g, std, clamp),
+        advantages_by_numpy(rewards, weights, group, std, clamp),
     )
+    assert has_gradient(r[0], g).tolist() == has_gradient_by_numpy(rewards[:1], group)
+    assert has_gradient(r, g).tolist() == has_gradient_by_numpy(rewards, group)
+
+
+@pytest.mark.parametrize("std", ["group", "global"])
+def test_no_reward_drowns_another_by_its_scale(std):
+    """One reward in thousandths: to within ``ADVANTAGE_EPS`` of a spread of 1 nothing changes.
+
+    Normalised after they are summed, it would be heard no more.
+    """
+    rewards, group, weights = randn(2, 64), torch.arange(64) % 8, f64(0.7, -1.5)
+    scaled = rewards * f64(1, 1000)[:, None]
+    before = reward_wise_advantages(rewards, weights, group, std)
+    after = reward_wise_advantages(scaled, weights, group, std)
+    assert 0 < (after - before).abs().max() < 1e-3
+    summed = group_advantages(weights @ scaled, group, std)
+    assert (summed - before).abs().max() > 0.5
+
+
+def test_a_nan_in_one_reward_leaves_its_sample_out_of_all():
+    group = torch.tensor([0, 0, 0, 1, 1])
+    rewards = torch.stack([f64(1, 9, 3, 1, 2), f64(5, NAN, 6, NAN, 7)])
+    found = reward_wise_advantages(rewards, f64(1, 1), group)
+    alone = reward_wise_advantages(rewards[:, [0, 2]], f64(1, 1), group[[0, 2]])
+    assert found[[0, 2]].tolist() == alone.tolist()
+    assert alone.tolist() == pytest.approx([-1 / 1.0001 - 0.5 / 0.5001, 1 / 1.0001 + 0.5 / 0.5001])
+    assert found[[1, 3, 4]].tolist() == [0, 0, 0]
+    assert has_gradient(rewards, group).tolist() == [True, False, True, False, False]
 
 
 def test_advantages_by_hand():
@@ -208,17 +246,154 @@ def test_a_clip_range_of_2e_6_is_decided_sharply_in_float32():
     assert above.tolist() == [False, True, False, False]
 
 
+# --- Flow-DPPO's mask
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("log_ratio", [-1e-7, 1e-7])
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+def test_what_is_left_out_has_diverged_and_would_go_further(far, log_ratio, advantage):
+    """Up with a ratio above 1, down with one below; a step back counts however far it has gone."""
+    divergence = torch.tensor([1e-5 * (1.001 if far else 0.999)])
+    away = (advantage > 0) == (log_ratio > 0)
+    found = diverged(torch.tensor([log_ratio]), torch.tensor([advantage]), divergence, 1e-5)
+    assert found.tolist() == [far and away]
+
+
+def test_the_mask_on_its_edges():
+    """Nothing is left out at a ratio of exactly 1; a divergence of the threshold is too much."""
+    advantage, divergence = torch.tensor([-2.0, 0.0, 2.0]), torch.full((3,), 1e9)
+    assert not diverged(torch.zeros(3), advantage, divergence, 1e-5).any()
+    on = torch.full((3,), 0.25)
+    assert diverged(torch.ones(3), advantage, on, 0.25).tolist() == [False, False, True]
+
+
+# --- the objectives as a whole, against their formulas in numpy
+
+STD, DT = 0.45, -0.15
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of ``B`` samples in float64, ``[B, D]``."""
+
+    new: np.ndarray
+    old: np.ndarray
+    reference: np.ndarray
+    x_next: np.ndarray
+    advantage: np.ndarray
+
+    def log_ratio(self, kind: str, likelihood: str) -> np.ndarray:
+        """As printed: the difference of two log-probabilities; with RatioNorm for Guard."""
+        scale = 1.0 if likelihood == "squared_error" else 2 * STD**2
+        change = (self.x_next - self.old) ** 2 - (self.x_next - self.new) ** 2
+        found = change.mean(1) / scale
+        return (found + self.divergence()) * STD if kind == "grpo_guard" else found
+
+    def divergence(self) -> np.ndarray:
+        """KL to the policy that sampled."""
+        return ((self.new - self.old) ** 2).mean(1) / (2 * STD**2)
+
+    def loss(self, objective: Objective, likelihood: str) -> float:
+        log_ratio, a = self.log_ratio(objective.kind, likelihood), self.advantage
+        rho = np.exp(log_ratio)
+        if objective.kind == "flow_dppo":
+            corrective = np.sign(rho - 1) != np.sign(a)
+            keep = (self.divergence() < objective.max_divergence) | corrective
+            each = -a * rho * keep
+        else:
+            bounded = np.clip(rho, 1 - objective.clip_low, 1 + objective.clip_high)
+            each = np.maximum(-a * rho, -a * bounded)
+            each = each / (abs(DT) if objective.kind == "grpo_guard" else 1)
+        kl = 0.0
+        if objective.kl is not None:
+            kl = objective.kl.beta * ((self.new - self.reference) ** 2).mean(1) / (2 * STD**2)
+            kl *= abs(DT) if objective.kl.form == "time_weighted" else 1
+        return float(np.mean(each + kl))
+
+    def slopes(self, objective: Objective, likelihood: str) -> np.ndarray:
+        """Of the loss by the network's means, by central differences."""
+        found, h = np.zeros_like(self.new), 1e-6
+        for at in np.ndindex(*self.new.shape):
+            up, down = self.new.copy(), self.new.copy()
+            up[at] += h
+            down[at] -= h
+            pair = [replace(self, new=new).loss(objective, likelihood) for new in (up, down)]
+            found[at] = (pair[0] - pair[1]) / (2 * h)
+        return found
+
+
+def draw_step(upwards: bool, advantage: float) -> Step:
+    """Sample 0 has a ratio above or below 1, and ``advantage``; the others are as they come."""
+    rng = np.random.default_rng(3)
+    old, noise, shift, off = rng.normal(size=(4, 3, 8))
+    new = old + 0.02 * shift
+    new[0] = old[0] + (0.1 if upwards else -0.1) * noise[0] + 0.02 * shift[0]
+    return Step(new, old, old + 0.1 * off, old + STD * noise, np.array([advantage, 0.8, -1.3]))
+
+
+def bounded_near(step: Step, kind: str, likelihood: str, factor: float, kl: object) -> Objective:
+    """The objective whose bound lies at ``factor`` times where sample 0 is, on the same side."""
+    if kind == "flow_dppo":
+        bound = float(step.divergence()[0]) * factor
+        return FlowDppo.model_validate({"kind": kind, "max_divergence": bound, "kl": kl})
+    at = float(step.log_ratio(kind, likelihood)[0])
+    low, high = (10 * at, at) if at > 0 else (-at, -10 * at)
+    bounds = {"clip_low": -math.expm1(-low * factor), "clip_high": math.expm1(high * factor)}
+    cls = FlowGrpo if kind == "flow_grpo" else GrpoGuard
+    return cls.model_validate({"kind": kind, **bounds, "kl": kl})
+
+
+@pytest.mark.parametrize("form", [None, "time_weighted", "gaussian"])
+@pytest.mark.parametrize("factor", [0.5, 0.999, 1.001, 2])
+@pytest.mark.parametrize(("upwards", "advantage"), [(u, a) for u in (0, 1) for a in (-0.7, 1.1)])
+@pytest.mark.parametrize(
+    ("kind", "likelihood"),
+    [
+        ("flow_grpo", "gaussian"),
+        ("flow_grpo", "squared_error"),
+        ("grpo_guard", "gaussian"),
+        ("flow_dppo", "gaussian"),
+    ],
+)
+def test_every_objective_is_its_formula(kind, likelihood, upwards, advantage, factor, form):
+    """Loss and gradient, well inside its bound, well outside and just beside it on both sides."""
+    step = draw_step(bool(upwards), advantage)
+    kl = None if form is None else {"beta": 0.3, "form": form}
+    objective = bounded_near(step, kind, likelihood, factor, kl)
+    mean = torch.from_numpy(step.new).requires_grad_()
+    new, x_next = Gaussian(mean, STD), torch.from_numpy(step.x_next)
+    old, reference = (Gaussian(torch.from_numpy(m), STD) for m in (step.old, step.reference))
+    log_prob = LIKELIHOODS[likelihood]
+    log_ratio = log_prob(new, x_next) - log_prob(old, x_next)
+    replayed = Replayed(2, new, x_next, log_ratio, old, reference)
+    found = surrogate(objective, replayed, torch.from_numpy(step.advantage), DT)
+
+    loss = found.loss
+    if objective.kl is not None:
+        kl_of_step = kl_to_reference(new, reference, DT, objective.kl.form)
+        loss = loss + objective.kl.beta * kl_of_step.mean()
+    loss.backward()
+    assert mean.grad is not None
+    assert loss.item() == pytest.approx(step.loss(objective, likelihood), rel=1e-12)
+    slopes = step.slopes(objective, likelihood)
+    np.testing.assert_allclose(mean.grad.numpy(), slopes, rtol=1e-6, atol=1e-9)
+    exact = step.log_ratio(kind, likelihood)
+    np.testing.assert_allclose(found.log_ratio.detach().numpy(), exact, rtol=1e-10, atol=1e-12)
+
+    away = bool(upwards) == (advantage > 0)
+    outside = away and factor < 1
+    assert (bool(found.high[0]), bool(found.low[0])) == (
+        outside and advantage > 0,
+        outside and advantage < 0,
+    )
+    if form is None:
+        assert (slopes[0] == 0).all() == outside
+        free = (slopes == 0).all(1)
+        assert (found.low | found.high).tolist() == free.tolist()
+
+
 # --- Guard, ratios, KL
-
-
-def test_guard_is_its_definition():
-    std = 0.4
-    new, old = Gaussian(randn(3, 2, 4), std), Gaussian(randn(3, 2, 4, seed=1), std)
-    x_next = old.sample(randn(3, 2, 4, seed=2))
-    mse = ((new.mean - old.mean) ** 2).mean(dim=(1, 2))
-    exact = (new.log_prob(x_next) - old.log_prob(x_next) + mse / (2 * std**2)) * std
-    found = guard_log_ratio(new, old, x_next)
-    torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-13)
 
 
 def test_guard_has_zero_mean_over_the_noise():

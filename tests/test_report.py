@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from flowgrpo_ray.errors import RunFolderError
 from flowgrpo_ray.report import LARGEST_TILE, render_page, report_data, spread, write_report
 from flowgrpo_ray.tracking import RunRecorder, read_rows, save_samples
+from flowgrpo_ray.watch import Reading
 
 HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>"
 COLOURS = {"red": (196, 52, 44), "green": (46, 140, 84), "blue": (44, 92, 180), "black": (40,) * 3}
@@ -261,6 +264,111 @@ def test_damaged_side_files_are_left_out_and_named(tmp_path: Path):
     assert "iteration-000001.json does not hold a JSON object" in notes
     assert "iteration-000002.json was left out: scores, tile, columns is missing" in notes
     assert "iteration-000003.json was left out: iteration-000003.png is missing" in notes
+
+
+# --- the over-optimization watch
+
+
+def watched_run(folder: Path, diverging: str, checkpoints: tuple[int, ...] = ()) -> Path:
+    """A character per iteration: "." for no reading yet, "-" for a plain one, "d" diverging."""
+    recorder = RunRecorder(folder, tensorboard=False)
+    rng = np.random.default_rng(0)
+    for iteration, mark in enumerate(diverging, start=1):
+        row = train_row(iteration, 0.5, rng)
+        if mark != ".":
+            reading = Reading(
+                best=0.969,
+                now=0.95 - iteration / 100,
+                best_from=2,
+                best_iteration=3,
+                best_std=0.02,
+                trained_best=0.71,
+                trained_now=0.95,
+                diverging=mark == "d",
+            )
+            row["watch"] = {"sign_colour": reading.as_json()}
+        recorder.log(row)
+    for iteration in checkpoints:
+        (folder / "checkpoints" / f"iteration-{iteration:06d}").mkdir(parents=True)
+    return folder
+
+
+def test_divergence_at_the_end_is_told_with_the_checkpoint_that_is_kept(tmp_path: Path):
+    folder = watched_run(tmp_path, "..-ddd", checkpoints=(1, 2, 5))
+    (watched,) = report_data(folder)["watch"]
+    assert watched["name"] == "sign_colour"
+    assert watched["diverging"]
+    assert (watched["best_from"], watched["best_iteration"]) == (2, 3)
+    (span,) = watched["spans"]
+    assert (span["from"], span["to"], span["best"]) == (4, 6, [2, 3])
+    assert span["says"] == (
+        "sign_colour fell from 0.969 (iterations 2-3) to 0.89 while the trained reward rose from "
+        "0.71 to 0.95: over-optimization; the checkpoint of iteration 2 is kept"
+    )
+
+
+def test_divergence_that_passed_is_told_with_its_lowest_point(tmp_path: Path):
+    (watched,) = report_data(watched_run(tmp_path, "--d--dd-", checkpoints=(1,)))["watch"]
+    assert not watched["diverging"]
+    assert [(span["from"], span["to"]) for span in watched["spans"]] == [(3, 3), (6, 7)]
+    assert "to 0.88 while" in watched["spans"][1]["says"]
+    assert "checkpoint" not in watched["spans"][1]["says"]
+
+
+def test_without_a_watched_reward_or_divergence_there_is_nothing_to_tell(tmp_path: Path, run: Path):
+    assert report_data(run)["watch"] == []
+    (watched,) = report_data(watched_run(tmp_path, "..----"))["watch"]
+    assert watched["spans"] == []
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+@pytest.mark.parametrize(
+    ("marks", "seen", "unseen"),
+    [
+        ("..-ddd", ["Over-optimization since iteration 4", 'class="diverging-from"'], []),
+        ("..-dd-", ["Over-optimization in iterations 4–5, no longer at the end"], []),
+        ("..----", ['class="best-bar"'], ["Over-optimization", 'class="diverging"']),
+        ("......", ["sign_colour"], ["best window", "best-bar", 'class="alert']),
+    ],
+)
+def test_the_page_draws_the_watch(tmp_path: Path, marks: str, seen: list[str], unseen: list[str]):
+    """In a browser: the notice, and the marks on the curve."""
+    page = drawn(write_report(watched_run(tmp_path, marks)))
+    for text in seen:
+        assert text in page, text
+    for text in unseen:
+        assert text not in page, text
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+def test_the_page_draws_steps_and_refills_where_rows_have_them(tmp_path: Path):
+    recorder = RunRecorder(tmp_path, tensorboard=False)
+    rng = np.random.default_rng(0)
+    for iteration in (1, 2, 3):
+        row = train_row(iteration, 0.5, rng)
+        steps = [0, 1] if iteration < 3 else [1, 2]
+        row["log_ratio"]["per_step"] = {"step": steps, "mean": [1e-4, 0.0], "std": [3e-3, 4e-3]}
+        row["groups"]["refilled"] = iteration - 1
+        recorder.log(row)
+    page = drawn(write_report(tmp_path))
+    assert "Spread of log ρ by step" in page
+    table = page[page.index("log ρ by stochastic step") :]
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", table)[:8]
+    # step 1: spreads 4, 4 and 3 in thousandths around means of 0, 0 and 0.1: 3.7 in all
+    assert cells == ["0", "2", "1.0e−4", "0.0030", "1", "3", "3.3e−5", "0.0037"]
+    assert "refilled<b>2</b>" in page
+    older = drawn(write_report(make_run(tmp_path / "older", iterations=2, prompts=4)))
+    assert "by stochastic step" not in older
+    assert "refilled<b>" not in older
+
+
+def drawn(page: Path) -> str:
+    """The document as a browser has it after the page's code ran, without that code and data."""
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    run = subprocess.run(
+        [*command, page.as_uri()], capture_output=True, text=True, check=True, timeout=120
+    )
+    return re.sub(r"<(script|style)\b.*?</\1>", "", run.stdout, flags=re.S)
 
 
 def test_large_samples_are_scaled_down_and_said_so(tmp_path: Path):

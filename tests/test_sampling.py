@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -11,6 +12,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_runs import (
     SIZE,
     TUNINGS,
@@ -20,13 +23,18 @@ from tiny_runs import (
     perturb,
     sampler,
     schedule,
+    sigmas,
     small_spec,
     unit,
 )
 
+from flowgrpo_ray.flow import KERNELS, LIKELIHOODS
+from flowgrpo_ray.learner import surrogate
 from flowgrpo_ray.policies import Policy
-from flowgrpo_ray.sampling import INITIAL, batch_condition, draw_noise, replay, rollout
-from flowgrpo_ray.types import WorkUnit
+from flowgrpo_ray.prompts import draw_eta
+from flowgrpo_ray.sampling import INITIAL, batch_condition, draw_noise, replay, rollout, transition
+from flowgrpo_ray.spec import FlowDppo, FlowGrpo, GrpoGuard
+from flowgrpo_ray.types import Schedule, WorkUnit
 
 SHAPE = (4, 8, 12)  # of one image's latents
 
@@ -38,9 +46,13 @@ def _one_thread() -> Iterator[None]:
 
 
 @cache
-def policy(tuning: str = "full", dtype: str = "float32", guidance: float = 1.0) -> Policy:
+def policy(
+    tuning: str = "full", dtype: str = "float32", guidance: float = 1.0, *overrides: str
+) -> Policy:
     """A policy whose weights are no longer the base model's."""
-    spec = small_spec(TUNINGS[tuning], f"model.dtype={dtype}", f"sampling.guidance={guidance}")
+    spec = small_spec(
+        TUNINGS[tuning], f"model.dtype={dtype}", f"sampling.guidance={guidance}", *overrides
+    )
     made = sampler(spec)
     perturb(made)
     return made
@@ -97,6 +109,47 @@ def test_noise_is_standard_normal_float32():
     assert abs(noise.std() - 1) < 5 / math.sqrt(2 * noise.numel())
 
 
+# --- schedules
+
+
+class Still:
+    """A policy whose velocity is known."""
+
+    def velocity(self, x: torch.Tensor, sigma: float, condition: object) -> torch.Tensor:
+        return sigma - 2 * x
+
+
+@given(
+    inner=st.lists(st.floats(0.01, 0.99), min_size=1, max_size=8, unique=True),
+    window=st.tuples(st.integers(0, 7), st.integers(0, 8)),
+    kernel=st.sampled_from(sorted(KERNELS)),
+    eta=st.floats(0.01, 1),
+)
+def test_a_step_has_noise_inside_the_window_and_is_eulers_outside(inner, window, kernel, eta):
+    """Euler's bit for bit, whatever the kernel; and a noisy last step cannot be asked for."""
+    levels = (1.0, *sorted(inner, reverse=True), 0.0)
+    steps, of = len(levels) - 1, range(*window)
+    etas = tuple(eta if i in of else 0.0 for i in range(steps))
+    if etas[-1]:
+        with pytest.raises(ValueError, match="last step"):
+            Schedule(kernel, levels, etas)
+        return
+    x = torch.linspace(-3, 3, 24).reshape(2, 12)
+    for i, (s, s_next) in enumerate(itertools.pairwise(levels)):
+        found = transition(Still(), x, i, Schedule(kernel, levels, etas), {})  # type: ignore[arg-type]
+        if etas[i]:
+            assert found.std > 0
+            assert found.mean.isfinite().all()
+        else:
+            assert found.std == 0
+            assert torch.equal(found.mean, x + (s_next - s) * (s - 2 * x))
+
+
+def test_stochastic_steps_are_contiguous():
+    with pytest.raises(ValueError, match="contiguous"):
+        Schedule("cps", (1.0, 0.8, 0.5, 0.2, 0.0), (0.5, 0.0, 0.5, 0.0))
+
+
 # --- trajectories
 
 
@@ -151,54 +204,116 @@ def test_a_trajectory_says_under_what_it_was_sampled():
     assert (found.batch, found.dtype, found.schedule) == (4, "bfloat16", of.schedule)
 
 
-STEP_STD = {  # maths.md, the table of kernels
-    "flow_sde": lambda s, s1, eta: eta * math.sqrt(s / (1 - s)) * math.sqrt(s - s1),
+def flow_sde_std(s: float, s1: float, eta: float) -> float:
+    return eta * math.sqrt(s / (1 - (s1 if s == 1 else s))) * math.sqrt(s - s1)
+
+
+STEP_STD = {
+    "flow_sde": flow_sde_std,
     "cps": lambda s, s1, eta: s1 * math.sin(eta * math.pi / 2),
     "dance_sde": lambda s, s1, eta: eta * math.sqrt(s - s1),
 }
 
 
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("kernel", STEP_STD)
-def test_a_log_probability_is_that_of_the_noise_that_was_drawn(kernel: str):
-    """``-mean(eps^2)/2 - log std - log sqrt(2 pi)`` in float64, from the noise alone.
+def test_a_log_probability_is_that_of_the_noise_that_was_drawn(kernel: str, likelihood: str):
+    """``-mean(eps^2)/2 - log std - log sqrt(2 pi)``, or ``-std^2 mean(eps^2)``, in float64.
 
     The stored one is taken from the latents in float32: the difference is the rounding of
     ``x' - mean``, about 2e-6 when measured.
     """
-    of = unit(schedule(range(1, 4), kernel=kernel))
+    of = unit(schedule(range(4), kernel=kernel, likelihood=likelihood))
     trajectory, _ = rollout(policy(), of, conditions(), SIZE, UNTRAINED)
     for k, step in enumerate(of.schedule.stochastic_steps):
         std = STEP_STD[kernel](*of.schedule.sigma[step : step + 2], of.schedule.eta[step])
-        noise = draw_noise(of, step, SHAPE).double().flatten(1).numpy()
-        exact = -(noise**2).mean(1) / 2 - math.log(std * math.sqrt(2 * math.pi))
+        square = (draw_noise(of, step, SHAPE).double().flatten(1).numpy() ** 2).mean(1)
+        exact = -square / 2 - math.log(std * math.sqrt(2 * math.pi))
+        if likelihood == "squared_error":
+            exact = -(std**2) * square
         assert np.abs(trajectory.log_probs[:, k] - exact).max() < 1e-5
 
 
-@pytest.mark.parametrize("kernel", STEP_STD)
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tuning", TUNINGS)
-def test_replay_gives_a_ratio_of_exactly_one(tuning, dtype, guidance, kernel):
-    """With gradients on, as in the update, and the latents and log-probabilities as stored."""
-    of = unit(schedule(range(4), kernel=kernel))
-    made, given = policy(tuning, dtype, guidance), conditions(guidance)
-    trajectory, _ = rollout(made, of, given, SIZE, UNTRAINED)
-    condition = batch_condition(given, of.prompts, made.device)
-    seen = []
-    for step, new, x_next, old in replay(made, trajectory, of.schedule, condition):
-        log_ratio = new.log_prob(x_next) - old
-        assert log_ratio.requires_grad
-        assert torch.equal(log_ratio, torch.zeros(4))
-        assert new.mean.dtype == x_next.dtype == torch.float32
-        seen.append(step)
-    assert seen == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("change", ["weights", "latents", "log_probs", "schedule"])
-def test_replay_of_anything_else_gives_another_ratio(change: str):
-    """So the test above can fail: each input of the ratio moves it."""
+def test_means_are_those_of_the_sampling_and_of_the_untrained_policy():
+    """Bit for bit, of each stochastic step at the latents that it started from; kept if asked."""
+    overrides = ("objective.kl={beta: 0.1, form: gaussian}",)
+    sampled, untrained = policy("lora", "float32", 1.0, *overrides), sampler(small_spec())
     of = unit(schedule(range(1, 3)))
-    trajectory, _ = rollout(policy(), of, conditions(), SIZE, UNTRAINED)
+    condition = batch_condition(conditions(), of.prompts, sampled.device)
+    trajectory, _ = rollout(sampled, of, conditions(), SIZE, UNTRAINED, keep_means=True)
+    current = sampler(small_spec())
+    perturb(current, seed=1)
+    with torch.no_grad():
+        steps = list(replay(current, trajectory, of.schedule, condition))
+        for k, step in enumerate(steps):
+            x = torch.from_numpy(trajectory.latents[:, k])
+            made = [
+                transition(by, x, k + 1, of.schedule, condition)
+                for by in (current, sampled, untrained)
+            ]
+            given = (step.new, step.old, step.reference)
+            for found, exact in zip(given, made, strict=True):
+                assert found is not None
+                assert torch.equal(found.mean, exact.mean)
+                assert found.std == exact.std
+            assert (step.step, len(steps)) == (k + 1, 2)
+            now = made[0].log_prob(torch.from_numpy(trajectory.latents[:, k + 1]))
+            assert torch.equal(step.log_ratio, now - torch.from_numpy(trajectory.log_probs[:, k]))
+            assert (step.log_ratio != 0).all()
+            assert torch.equal(step.x_next, torch.from_numpy(trajectory.latents[:, k + 1]))
+            assert len({float(one.mean.sum()) for one in made}) == 3
+    plain, _ = rollout(policy(), of, conditions(), SIZE, UNTRAINED)
+    assert plain.means is None
+    assert plain.reference_means is None
+
+
+WINDOWS = (
+    "{kind: all}",
+    "{kind: random, length: 2, within: [0, 4]}",
+    "{kind: progressive, length: 2, stride: 2, iterations: 1}",
+)
+
+
+@cache
+def etas(window: str) -> tuple[float, ...]:
+    """Of the second iteration."""
+    return draw_eta(small_spec(f"sampling.window={window}").sampling, 2, random.Random(0))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("tuning", "guidance"), [("full", 1.0), ("lora", 3.0)])
+def test_replay_gives_every_objective_a_ratio_of_exactly_one(tuning, guidance, dtype, kernel):
+    """With gradients on, as in the update, and latents, log-probabilities and means as stored."""
+    made, encoded = policy(tuning, dtype, guidance), conditions(guidance)
+    objectives = (
+        FlowGrpo(kind="flow_grpo"),
+        GrpoGuard(kind="grpo_guard"),
+        FlowDppo(kind="flow_dppo"),
+    )
+    advantage = torch.tensor([1.0, -1.0, 2.0, 0.0])
+    assert len({etas(window) for window in WINDOWS}) == 3
+    for window, likelihood in itertools.product(WINDOWS, LIKELIHOODS):
+        of = unit(Schedule(kernel, sigmas(5), etas(window), likelihood))
+        trajectory, _ = rollout(made, of, encoded, SIZE, UNTRAINED, keep_means=True)
+        condition = batch_condition(encoded, of.prompts, made.device)
+        seen = []
+        for step in replay(made, trajectory, of.schedule, condition):
+            for objective in objectives:
+                found = surrogate(objective, step, advantage, dt=-0.1)
+                assert found.log_ratio.requires_grad
+                assert torch.equal(found.log_ratio, torch.zeros(4))
+                assert not (found.low | found.high).any()
+            assert step.new.mean.dtype == step.x_next.dtype == torch.float32
+            seen.append(step.step)
+        assert seen == list(of.schedule.stochastic_steps)
+
+
+@pytest.mark.parametrize("change", ["weights", "latents", "log_probs", "means", "schedule"])
+def test_replay_of_anything_else_gives_another_ratio(change: str):
+    """So the test above can fail: each input of a ratio moves it. Guard's is made of means."""
+    of = unit(schedule(range(1, 3)))
+    trajectory, _ = rollout(policy(), of, conditions(), SIZE, UNTRAINED, keep_means=True)
     other, replayed, levels = policy(), trajectory, of.schedule
     if change == "weights":
         other = sampler(small_spec())
@@ -209,8 +324,8 @@ def test_replay_of_anything_else_gives_another_ratio(change: str):
         replayed = replace(trajectory, **{change: np.nextafter(arrays, np.float32(9))})
     condition = batch_condition(conditions(), of.prompts, other.device)
     with torch.no_grad():
-        ratios = [
-            new.log_prob(x_next) - old
-            for _, new, x_next, old in replay(other, replayed, levels, condition)
-        ]
-    assert torch.stack(ratios).abs().max() > 0
+        steps = list(replay(other, replayed, levels, condition))
+    for objective in (FlowGrpo(kind="flow_grpo"), GrpoGuard(kind="grpo_guard")):
+        ratios = [surrogate(objective, s, torch.zeros(4), -0.1).log_ratio for s in steps]
+        blind = change == ("means" if objective.kind == "flow_grpo" else "log_probs")
+        assert bool(torch.stack(ratios).abs().max() > 0) == (not blind)

@@ -22,10 +22,10 @@ from flowgrpo_ray.errors import (
     RunFolderError,
     SpecError,
 )
-from flowgrpo_ray.preflight import check_run
+from flowgrpo_ray.preflight import check_run, estimate
 from flowgrpo_ray.run_folder import RunFolder
-from flowgrpo_ray.spec import TrainingSpec
-from flowgrpo_ray.spec_file import RECIPES, dump_spec, load_spec, recipe_names
+from flowgrpo_ray.spec import FlowDppo, FlowGrpo, GrpoGuard, TrainingSpec
+from flowgrpo_ray.spec_file import RECIPES, dump_spec, load_spec, recipe_names, validate
 
 SAMPLING = (
     "sampling={size: [32, 48], steps: 10, eta: 0.8, group_size: 12, groups: 8, micro_batch: 24, "
@@ -70,8 +70,33 @@ BAD = {
         ["rewards.all.wieght: unknown key"],
     ),
     "nothing near": (["ema.zzz=1"], ["ema.zzz: unknown key", "decay, every"]),
-    "unknown kind": (["tuning.kind=lorra"], ["tuning", "'lorra'", "'full', 'lora'"]),
-    "no kind": (["tuning={rank: 3}"], ["tuning", "kind", "{'rank': 3}"]),
+    "unknown kind": (["tuning.kind=lorra"], ["tuning.kind: ", "'lorra'", "'lora'?"]),
+    "no kind": (["tuning={rank: 3}"], ["tuning.kind: this key is required", "full, lora"]),
+    "no kind of an objective": (
+        ["objective={updates: 2}"],
+        ["objective.kind: this key is required", "flow_grpo, grpo_guard, flow_dppo"],
+    ),
+    "no kind of a window": (
+        ["sampling.window={length: 2}"],
+        ["sampling.window.kind: this key is required", "all, random, progressive"],
+    ),
+    "a kind like no other": (
+        ["objective.kind=ppo"],
+        ["objective.kind: unknown kind 'ppo'", "kinds: flow_grpo, grpo_guard, flow_dppo"],
+    ),
+    "unknown key of an objective": (
+        ["objective={kind: flow_dppo, max_divergance: 1e-5}"],
+        ["objective.max_divergance: unknown key for kind flow_dppo", "'max_divergence'"],
+    ),
+    "key of another kind": (
+        ["objective={kind: flow_dppo, clip_low: 1e-5}"],
+        ["objective.clip_low: unknown key for kind flow_dppo", "max_divergence"],
+    ),
+    "unknown key of the advantages": (
+        ["advantages.per_rewards=true"],
+        ["advantages.per_rewards: unknown key", "'per_reward'"],
+    ),
+    "an objective that is none": (["objective=flow_grpo"], ["objective: ", "not 'flow_grpo'"]),
     "text for a number": (["seed=many"], ["seed: ", "integer", "'many'"]),
     "a fraction for a count": (["iterations=1.5"], ["iterations: ", "integer", "1.5"]),
     "a number for text": (["name=7"], ["name: ", "string", "7"]),
@@ -98,17 +123,33 @@ BAD = {
         ["sampling.window={kind: random, length: 3, within: [2, 4]}"],
         ["window.length = 3", "window.within = [2, 4]"],
     ),
-    "group in unequal parts": (
-        ["sampling.micro_batch=8"],
-        ["group_size = 12", "not divisible", "micro_batch = 8"],
+    "progressive window that starts too late": (
+        ["sampling.window={kind: progressive, start: 7, length: 3, iterations: 5}"],
+        ["window.start = 7 and window.length = 3 reach step 10", "steps = 10", "end by 9"],
     ),
-    "micro-batch of unequal groups": (
-        ["sampling.micro_batch=30"],
-        ["group_size = 12", "micro_batch = 30"],
+    "progressive window that is too long": (
+        ["sampling.window={kind: progressive, length: 10, iterations: 5}"],
+        ["window.start = 0 and window.length = 10 reach step 10", "steps = 10", "end by 9"],
+    ),
+    "progressive window that never moves": (
+        ["sampling.window={kind: progressive, length: 2, stride: 0, iterations: 5}"],
+        ["sampling.window.stride: ", "1, not 0"],
+    ),
+    "guard on another kernel": (
+        ["objective.kind=grpo_guard", "sampling.kernel=dance_sde"],
+        ["objective.kind = grpo_guard needs sampling.kernel = flow_sde, not dance_sde"],
+    ),
+    "guard on another likelihood": (
+        ["objective.kind=grpo_guard", "sampling.likelihood=squared_error"],
+        ["objective.kind = grpo_guard needs sampling.likelihood = gaussian, not squared_error"],
+    ),
+    "micro-batches that straddle groups and do not come out": (
+        ["sampling.micro_batch=9"],
+        ["12 x 8 = 96 images", "not divisible by 36", "groups of 12", "micro-batches of 9"],
     ),
     "images left over": (
         ["sampling.micro_batch=60"],
-        ["12 x 8 = 96 images", "micro_batch = 60"],
+        ["12 x 8 = 96 images", "not divisible by 60", "groups of 12", "micro-batches of 60"],
     ),
     "updates do not divide": (
         ["objective.updates=3"],
@@ -150,6 +191,46 @@ def test_a_mistake_is_one_line_that_names_key_and_value(case: str):
     text = problem(*overrides)
     for fragment in fragments:
         assert fragment in text
+
+
+def test_micro_batches_may_straddle_groups():
+    """9 divides no group of 24, as in the authors' recipe: 72 images are whole either way."""
+    found = spec(
+        "sampling={micro_batch: 9, group_size: 24, groups: 48, size: [32, 48], steps: 10, "
+        "eta: 0.8, window: {kind: all}}"
+    ).sampling
+    assert (found.images, found.units) == (1152, 128)
+    assert (found.units_per_block, found.groups_per_block) == (8, 3)
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "units", "groups"),
+    [(1, 12, 1), (4, 3, 1), (12, 1, 1), (8, 3, 2), (24, 1, 2), (16, 3, 4), (96, 1, 8)],
+)
+def test_a_block_is_the_fewest_images_that_are_whole_either_way(
+    micro_batch: int, units: int, groups: int
+):
+    """In groups of 12."""
+    found = spec(f"sampling.micro_batch={micro_batch}", "objective.updates=1").sampling
+    assert (found.units_per_block, found.groups_per_block) == (units, groups)
+
+
+def test_a_progressive_window_may_touch_the_last_stochastic_step():
+    found = spec("sampling.window={kind: progressive, start: 6, length: 3, iterations: 5}")
+    assert found.sampling.trained_steps == 3
+
+
+def test_objectives_have_their_own_defaults():
+    """An objective that is left out is Flow-GRPO."""
+    guard = GrpoGuard(kind="grpo_guard", clip_low=2e-6, clip_high=2e-6, updates=2, epochs=1)
+    assert spec("objective={kind: grpo_guard}").objective == guard
+    dppo = FlowDppo(kind="flow_dppo", max_divergence=1e-5, updates=2, epochs=1)
+    assert spec("objective={kind: flow_dppo}").objective == dppo
+    data = spec().model_dump(mode="json")
+    del data["objective"]
+    assert validate(data, "-").objective == FlowGrpo(
+        kind="flow_grpo", clip_low=1e-4, clip_high=1e-4
+    )
 
 
 def test_several_mistakes_are_told_at_once():
@@ -294,6 +375,26 @@ def test_model_folder_that_is_none(tmp_path: Path):
     check_run(spec("model.path=owner/name"))  # a hub id: this machine cannot know
 
 
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "bagel"])
+def test_a_family_without_adapter_is_refused_before_anything_starts(family: str):
+    with pytest.raises(ModelError, match=rf"model\.family = '{family}'.*no adapter.*train sd3"):
+        check_run(spec(f"model.family={family}", "model.path=owner/name"))
+
+
+def test_epochs_and_windows_count_in_the_estimate():
+    """96 images; 2 updates and 3 trained steps an epoch; the reference is asked while sampling."""
+    found = estimate(
+        spec(
+            "objective={kind: flow_dppo, epochs: 4, kl: {beta: 0.1}}",
+            "sampling.window={kind: progressive, length: 3, iterations: 5}",
+        ),
+        gpus=0,
+        held_out=0,
+    )
+    assert (found.updates, found.trained_forwards) == (8, 96 * 3 * 4)
+    assert (found.rollout_forwards, found.reference_forwards) == (96 * 10, 96 * 3)
+
+
 def test_more_gpus_than_this_machine_has():
     session.check_local_gpus(spec())
     greedy = spec(
@@ -381,10 +482,16 @@ def test_a_folder_in_use_is_refused_until_its_process_ends(tmp_path: Path):
     [
         [],
         ["tuning={kind: lora, targets: [a.b, c]}", "sampling.window={kind: all}", "ema=null"],
+        [
+            "sampling.window={kind: progressive, length: 3, iterations: 9, roll_back: true}",
+            "objective={kind: flow_dppo, epochs: 2}",
+            "advantages={std: global, per_reward: true, refill: 2}",
+            "watch={fall: 1, action: stop}",
+        ],
         ["objective.kl=null", "model.path=/a b/ü", "optimizer.learning_rate=1.234567890123e-7"],
         ["name='1e5'", "prompts.train='1e-4'", "model.path='2026-11-22'", "tracking.wandb='no'"],
     ],
-    ids=["recipe", "unions", "values", "text like numbers"],
+    ids=["recipe", "unions", "other kinds", "values", "text like numbers"],
 )
 def test_resolved_spec_reads_back_equal(tmp_path: Path, overrides: list[str]):
     """A run folder keeps the resolved spec: if it read back otherwise, no run could resume."""
@@ -402,6 +509,7 @@ FREE = [
     "cluster.rollout.count=7",
     "checkpoint.every=3",
     "tracking.tensorboard=false",
+    "watch={window: 3, fall: 0.5, action: stop}",
     "rewards.ocr.replicas=4",
 ]
 BOUND = [
@@ -409,10 +517,19 @@ BOUND = [
     "model.dtype=bfloat16",
     "sampling.eta=0.7",
     "sampling.micro_batch=12",
+    "sampling.likelihood=squared_error",
+    "sampling.window={kind: progressive, length: 2, iterations: 3}",
+    "sampling.window={kind: progressive, length: 2, iterations: 3, roll_back: true}",
     "rewards.ocr.weight=0.5",
     "rewards.ocr.options.batch=3",
     "optimizer.learning_rate=3e-4",
     "objective.clip_high=0.5",
+    "objective.kind=grpo_guard",
+    "objective.epochs=2",
+    "advantages.std=global",
+    "advantages.per_reward=true",
+    "advantages.clamp=3",
+    "advantages.refill=1",
     "prompts.train=other.txt",
     "ema=null",
     "evaluation.steps=3",

@@ -10,7 +10,7 @@ import pickle
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ SMALL = (
     "sampling={size: [32, 48], steps: 5, eta: 0.8, window: {kind: all}, group_size: 4, groups: 4, "
     "micro_batch: 4}",
     "rewards={sign_colour: {weight: 1}}",
-    "objective={clip_low: 1e-3, clip_high: 1e-3, updates: 1}",
+    "objective={kind: flow_grpo, clip_low: 1e-3, clip_high: 1e-3, updates: 1}",
     "optimizer={learning_rate: 1e-3, grad_norm: 1.0}",
     "ema={decay: 0.9, every: 1}",
     "evaluation={every: 1, steps: 4, prompts: 4, micro_batch: 4}",
@@ -87,10 +87,16 @@ def sigmas(steps: int) -> tuple[float, ...]:
     return load_policy(small_spec(), CPU, frozenset()).sigmas(steps, SIZE)
 
 
-def schedule(window: range, steps: int = 5, kernel: str = "flow_sde", eta: float = 0.8) -> Schedule:
+def schedule(
+    window: range,
+    steps: int = 5,
+    kernel: str = "flow_sde",
+    eta: float = 0.8,
+    likelihood: str = "gaussian",
+) -> Schedule:
     """A schedule whose steps in ``window`` are stochastic."""
     levels = tuple(eta if step in window else 0.0 for step in range(steps))
-    return Schedule(kernel, sigmas(steps), levels)
+    return Schedule(kernel, sigmas(steps), levels, likelihood)
 
 
 def unit(
@@ -160,10 +166,16 @@ class Batch:
 
 
 def draw_batch(
-    policy: Policy, of: WorkUnit, ticket: WeightsTicket = UNTRAINED, masked: Sequence[int] = ()
+    policy: Policy,
+    of: WorkUnit,
+    ticket: WeightsTicket = UNTRAINED,
+    masked: Sequence[int] = (),
+    *,
+    keep_means: bool = False,
 ) -> Batch:
     """Sample ``of`` and invent advantages for it; samples ``masked`` stay out of the update."""
-    trajectory, _ = rollout(policy, of, conditions(policy.guidance), SIZE, ticket)
+    given = conditions(policy.guidance)
+    trajectory, _ = rollout(policy, of, given, SIZE, ticket, keep_means=keep_means)
     keep = np.array([i not in masked for i in range(of.batch)])
     advantages = np.random.default_rng(of.index).normal(size=of.batch).astype(np.float32)
     return Batch(of, trajectory, np.where(keep, advantages, 0).astype(np.float32), keep)
@@ -173,8 +185,14 @@ def draw_batches(spec: TrainingSpec, count: int = 4) -> list[Batch]:
     """Micro-batches under the untrained weights: other samples in each, one of them masked."""
     policy = sampler(spec)
     pairs = [((0, 0, 1, 1), (2 * i, 2 * i + 1) * 2) for i in range(count)]
-    units = [unit(schedule(range(1, 3)), *pair, index=i) for i, pair in enumerate(pairs)]
-    return [draw_batch(policy, u, masked=[i] if i == 1 else ()) for i, u in enumerate(units)]
+    of = schedule(range(1, 3), likelihood=spec.sampling.likelihood)
+    unequal = np.array(of.sigma, np.float32) ** 1.5  # the tiny model's own steps are all equal
+    of = replace(of, sigma=tuple(unequal.tolist()))
+    means = spec.objective.kind != "flow_grpo"
+    return [
+        draw_batch(policy, unit(of, *pair, index=i), masked=[i] if i == 1 else (), keep_means=means)
+        for i, pair in enumerate(pairs)
+    ]
 
 
 def kept(batches: Sequence[Batch]) -> int:

@@ -11,32 +11,41 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 from ray import ObjectRef
 
-from flowgrpo_ray.checkpoint import Progress, save_checkpoint
+from flowgrpo_ray.checkpoint import (
+    Progress,
+    checkpoint_iteration,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from flowgrpo_ray.cluster import reward_service
 from flowgrpo_ray.cluster.actors import all_or_none, place
 from flowgrpo_ray.cluster.learner_group import Contribution, LearnerGroup
 from flowgrpo_ray.cluster.reward_service import RewardClient, RewardServiceArgs
 from flowgrpo_ray.cluster.rollout import RolloutPool, Sampled
+from flowgrpo_ray.cluster.stream import Stream
 from flowgrpo_ray.errors import ContractError, RewardError
-from flowgrpo_ray.metrics import Scores, Signal, mean_and_std, signals, train_row
-from flowgrpo_ray.prompts import (
-    IterationPlan,
-    Prompt,
-    plan_evaluation,
-    plan_iteration,
-    prompts_digest,
-)
+from flowgrpo_ray.metrics import Scores, Signal, mean_and_std, train_row
+from flowgrpo_ray.prompts import Prompt, plan_evaluation, plan_iteration, prompts_digest
 from flowgrpo_ray.rewards import weighted_total
 from flowgrpo_ray.run_folder import RunFolder
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.tracking import RunRecorder, StartClock, save_samples
 from flowgrpo_ray.types import LearnerState, WeightsTicket, WorkUnit
+from flowgrpo_ray.watch import Watch, describe
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Why the over-optimization watch ended a run, and the iteration of the checkpoint kept."""
+
+    says: str
+    before: int | None
 
 
 class Display(Protocol):
@@ -44,7 +53,7 @@ class Display(Protocol):
 
     def stage(self, stage: str) -> None: ...
     def iteration(self, row: dict[str, Any], seconds: float) -> None: ...
-    def evaluation(self, iteration: int, rewards: dict[str, float]) -> None: ...
+    def evaluation(self, iteration: int, rewards: dict[str, float | None]) -> None: ...
     def note(self, message: str) -> None: ...
 
 
@@ -66,6 +75,9 @@ class Trainer:
         self.prompts = {"train": prompts, "eval": held_out}
         self.conditions: dict[str, list[ObjectRef]] = {}
         self.stopping = False
+        self.watch = Watch(spec)
+        self.diverged: Divergence | None = None  # why the watch ended the run
+        self.ratio_floor: float | None = None
         self.own_rewards: list[str] = []
         self._earlier_seconds = 0.0  # of the attempts that this one continues
         self.progress = Progress(
@@ -95,11 +107,13 @@ class Trainer:
         while self.progress.iteration < self.spec.iterations and not self.stopping:
             await self.iterate(self.progress.iteration + 1)
             done = self.progress.iteration
-            last = done == self.spec.iterations
+            last = done == self.spec.iterations or self.diverged is not None
             if not self.stopping and (last or done % self.spec.evaluation.every == 0):
                 await self.evaluate()
             if last or self.stopping or done % self.spec.checkpoint.every == 0:
                 await self.save()
+            if self.diverged:
+                break
         return self.progress
 
     def stop(self) -> None:
@@ -158,11 +172,13 @@ class Trainer:
         ticket = await self.publish(0)
         units = plan_iteration(self.spec, 0, len(self.prompts["train"]), self.sigmas).units
         probe = [
-            self._contribution(unit, await self._sample(unit, ticket))
+            self._contribution(unit, await self.sample(unit, ticket))
             for unit in units[: self.spec.cluster.learner.count]
         ]
-        floor = await self.learners.measure_floor(probe)
-        clip = min(self.spec.objective.clip_low, self.spec.objective.clip_high)
+        self.ratio_floor = floor = await self.learners.measure_floor(probe)
+        objective = self.spec.objective
+        clips = objective.kind != "flow_dppo"
+        clip = min(objective.clip_low, objective.clip_high) if clips else float("inf")
         if floor >= clip:
             raise ContractError(
                 f"max |log rho| of a fresh trajectory is {floor:.3g} on this hardware, not below "
@@ -183,27 +199,51 @@ class Trainer:
         published = time.perf_counter() - began
         self.display.stage("sampling, scoring, training")
         stream = Stream(self, plan, ticket)
+        updates = []
         try:
-            updates = []
-            for update in plan.updates:
-                samples = 0
-                for unit in update.units:
-                    sampled, signal = await stream.ready(unit)
-                    samples += int(signal.keep.sum())
-                    self.learners.accumulate(self._contribution(unit, sampled, signal))
-                steps = len(plan.schedule.stochastic_steps)
-                updates.append(await self.learners.step(samples, steps))
+            for _ in range(self.spec.objective.epochs):
+                for number in range(len(plan.updates)):
+                    samples = 0
+                    async for unit, sampled, signal in stream.update(number):
+                        samples += int(signal.keep.sum())
+                        self.learners.accumulate(self._contribution(unit, sampled, signal))
+                    steps = len(plan.schedule.stochastic_steps)
+                    updates.append(await self.learners.step(samples, steps))
         finally:
             stream.cancel()
         seconds = time.perf_counter() - began
-        row = train_row(self.spec, plan, ticket, stream.scores, updates)
+        row = train_row(self.spec, plan, ticket, stream.results, updates)
+        self._look_for_divergence(row)
         self.recorder.log(row)
         busy = {"publish": published, **stream.seconds}
         busy["train"] = sum(s.seconds for stats, _ in updates for s in stats)
         busy["step"] = sum(step.seconds for _, step in updates)
-        self._record_time("train", iteration, seconds, stages=busy)
-        self._advance(iteration, row, stream.scores)
+        self._record_time(
+            "train",
+            iteration,
+            seconds,
+            images_per_second=row["images"] / seconds,
+            stages=busy,
+        )
+        self._advance(iteration, row, [result.scores for result in stream.results])
         self.display.iteration(row, seconds)
+
+    def _look_for_divergence(self, row: dict[str, Any]) -> None:
+        """Add the watch's readings to ``row``; say when one diverges, and stop if the spec does."""
+        known = {name for name, reading in self.watch.readings.items() if reading.diverging}
+        readings = self.watch.see(row)
+        if readings:
+            row["watch"] = {name: reading.as_json() for name, reading in readings.items()}
+        for name, reading in readings.items():
+            if not reading.diverging:
+                continue
+            kept = newest_checkpoint(self.folder.checkpoints, reading.best_iteration)
+            before = checkpoint_iteration(kept) if kept else None
+            message = describe(name, reading, before)
+            if name not in known:
+                self.display.note(message)
+            if self.spec.watch.action == "stop":
+                self.diverged = Divergence(message, before)
 
     def _advance(self, iteration: int, row: dict[str, Any], scores: Sequence[Scores]) -> None:
         failed = self.progress.failed_groups + row["groups"]["dropped"]
@@ -235,10 +275,12 @@ class Trainer:
         of_stream = self.conditions[unit.stream]
         return [of_stream[prompt] for prompt in unit.distinct_prompts]
 
-    async def _sample(self, unit: WorkUnit, ticket: WeightsTicket) -> Sampled:
+    async def sample(self, unit: WorkUnit, ticket: WeightsTicket) -> Sampled:
+        """Have a free worker sample ``unit``."""
         return await self.rollouts.sample(unit, ticket, self._conditions(unit))
 
-    async def _score(self, unit: WorkUnit, images: ObjectRef) -> Scores:
+    async def score(self, unit: WorkUnit, images: ObjectRef) -> Scores:
+        """Every reward's scores of a unit's images; ``RewardError`` if one gives up."""
         prompts = [self.prompts[unit.stream][prompt] for prompt in unit.prompts]
         rewards = await self.rewards.score(
             images, [p.text for p in prompts], [p.metadata for p in prompts]
@@ -248,8 +290,8 @@ class Trainer:
     async def _sample_and_score(
         self, unit: WorkUnit, ticket: WeightsTicket
     ) -> tuple[Sampled, Scores]:
-        sampled = await self._sample(unit, ticket)
-        return sampled, await self._score(unit, sampled.images)
+        sampled = await self.sample(unit, ticket)
+        return sampled, await self.score(unit, sampled.images)
 
     # --- around the iterations
 
@@ -270,7 +312,10 @@ class Trainer:
         summary = {name: mean_and_std(values) for name, values in rewards.items()}
         row = {"kind": "eval", "iteration": iteration, "rewards": summary, "prompts": len(held_out)}
         self.recorder.log(row | {"weights": "ema" if self.spec.ema else "last"})
-        means = {name: round(values["mean"], 6) for name, values in summary.items()}
+        means = {
+            name: None if np.isnan(values["mean"]) else round(values["mean"], 6)
+            for name, values in summary.items()
+        }
         if iteration == 0:
             self.progress = replace(self.progress, eval_before=means)
         self.progress = replace(self.progress, eval_last=means)
@@ -295,64 +340,14 @@ class Trainer:
         seconds = self._earlier_seconds + self.clock.elapsed()
         self.progress = replace(self.progress, seconds=seconds)
         state = await self.learners.state()
-        keep = self.spec.checkpoint.keep
         await asyncio.to_thread(
-            save_checkpoint, self.folder.checkpoints, state, self.progress, keep
+            save_checkpoint,
+            self.folder.checkpoints,
+            state,
+            self.progress,
+            self.spec.checkpoint.keep,
+            self.watch.protected,
         )
 
     def _record_time(self, kind: str, iteration: int, seconds: float, **more: Any) -> None:
-        if kind == "train":
-            more["images_per_second"] = self.spec.sampling.images / seconds
         self.recorder.log_timing({"kind": kind, "iteration": iteration, "seconds": seconds, **more})
-
-
-class Stream:
-    """The units of one iteration on their way from sampling over scoring to advantages.
-
-    A scope is the set of units that advantages are taken over: whole groups, or with
-    ``std: global`` the whole iteration, which is the one barrier that the maths needs.
-    """
-
-    def __init__(self, trainer: Trainer, plan: IterationPlan, ticket: WeightsTicket) -> None:
-        self._trainer, self._ticket = trainer, ticket
-        self.seconds = {"sample": 0.0, "score": 0.0}
-        self._units = {unit.index: asyncio.ensure_future(self._unit(unit)) for unit in plan.units}
-        scopes = [plan.units] if trainer.spec.objective.std == "global" else plan.blocks
-        self._signals: dict[int, asyncio.Future[dict[int, Signal]]] = {}
-        for scope in scopes:
-            task = asyncio.ensure_future(self._signal(scope))
-            self._signals |= {unit.index: task for unit in scope}
-
-    async def _unit(self, unit: WorkUnit) -> tuple[Sampled, Scores]:
-        sampled = await self._trainer._sample(unit, self._ticket)
-        self.seconds["sample"] += sampled.seconds
-        began = time.perf_counter()
-        try:
-            scores = await self._trainer._score(unit, sampled.images)
-        except RewardError as error:
-            unscored = np.full(unit.batch, np.nan, np.float32)
-            rewards = dict.fromkeys(self._trainer.spec.rewards, unscored)
-            scores = Scores(rewards, unscored, failure=str(error))
-        self.seconds["score"] += time.perf_counter() - began
-        return sampled, scores
-
-    async def _signal(self, scope: Sequence[WorkUnit]) -> dict[int, Signal]:
-        scores = [(await self._units[unit.index])[1] for unit in scope]
-        return signals(scope, scores, self._trainer.spec.objective)
-
-    async def ready(self, unit: WorkUnit) -> tuple[Sampled, Signal]:
-        """The unit, sampled, scored and compared with its group."""
-        of_scope = await self._signals[unit.index]
-        return (await self._units[unit.index])[0], of_scope[unit.index]
-
-    @property
-    def scores(self) -> list[Scores]:
-        """Of all units, in plan order; when all are ready."""
-        return [self._units[index].result()[1] for index in sorted(self._units)]
-
-    def cancel(self) -> None:
-        """Drop what still runs; nothing does after an iteration that went well."""
-        for task in [*self._units.values(), *self._signals.values()]:
-            task.cancel()
-            if task.done() and not task.cancelled():
-                task.exception()  # seen: asyncio need not complain that nobody looked

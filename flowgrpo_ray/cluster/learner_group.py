@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -152,7 +152,14 @@ class LearnerGroup:
         ]
 
     async def step(self, samples: int, steps: int) -> tuple[list[MicrobatchStats], StepStats]:
-        """Finish the queued micro-batches and update; their statistics in plan order."""
+        """Finish the queued micro-batches and update; their statistics in plan order.
+
+        Ranks compute in step, so a row that is not full is filled with idle copies.
+        """
+        while self._row:
+            last = self._row[-1]
+            none = np.zeros_like(last.keep)
+            self.accumulate(replace(last, advantages=none.astype(np.float32), keep=none))
         running, self._running = self._running, []
         updates = [rank.step.remote(samples, steps) for rank in self.ranks]
         stats = await asyncio.gather(*running)

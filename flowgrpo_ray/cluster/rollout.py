@@ -81,7 +81,14 @@ class RolloutWorker:
             )
         started = time.perf_counter()
         by_prompt = dict(zip(unit.distinct_prompts, conditions, strict=True))
-        trajectory, x = rollout(self.policy, unit, by_prompt, self.spec.sampling.size, ticket)
+        trajectory, x = rollout(
+            self.policy,
+            unit,
+            by_prompt,
+            self.spec.sampling.size,
+            ticket,
+            keep_means=self.spec.objective.kind != "flow_grpo",
+        )
         images = self.policy.decode(x)
         return trajectory, images, time.perf_counter() - started
 

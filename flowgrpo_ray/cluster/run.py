@@ -22,16 +22,18 @@ from flowgrpo_ray.types import LearnerState
 
 if TYPE_CHECKING:
     from flowgrpo_ray.checkpoint import Progress
-    from flowgrpo_ray.cluster.driver import Display, Trainer
+    from flowgrpo_ray.cluster.driver import Display, Divergence, Trainer
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its folder, ``summary.json``'s content, and whether it was stopped early."""
+    """How a run ended: its folder, ``summary.json``'s content, whether it was stopped early, and
+    what the over-optimization watch said if that stopped it."""
 
     folder: Path
     summary: dict[str, Any]
     stopped: bool
+    diverged: Divergence | None = None
 
 
 def train(
@@ -65,6 +67,7 @@ def train(
             from flowgrpo_ray.cluster.driver import Trainer
 
             trainer = Trainer(spec, prompts, held_out, folder, recorder, display, clock)
+            trainer.watch.replay(recorder.metrics())
             try:
                 progress = asyncio.run(_until_stopped(trainer, saved))
             except RayActorError as error:
@@ -76,10 +79,10 @@ def train(
                 if joined():  # a private cluster ends whole, and sooner
                     reward_service.remove(trainer.own_rewards)
         stopped = progress.iteration < spec.iterations
-        summary = _summary(spec, progress)
+        summary = _summary(spec, progress, trainer.ratio_floor)
         recorder.write_summary(summary)
         write_report(folder.path)
-        return Outcome(folder.path, summary, stopped)
+        return Outcome(folder.path, summary, stopped, trainer.diverged)
     finally:
         folder.release()
 
@@ -123,7 +126,7 @@ async def _until_stopped(trainer: Trainer, saved: tuple[LearnerState, Progress] 
         raise KeyboardInterrupt from None
 
 
-def _summary(spec: TrainingSpec, progress: Progress) -> dict[str, Any]:
+def _summary(spec: TrainingSpec, progress: Progress, floor: float | None) -> dict[str, Any]:
     return {
         "name": spec.name,
         "eval_before": progress.eval_before,
@@ -132,6 +135,7 @@ def _summary(spec: TrainingSpec, progress: Progress) -> dict[str, Any]:
         "iterations": progress.iteration,
         "images": progress.images,
         "failed_groups": progress.failed_groups,
+        "ratio_floor": floor,
         "seed": spec.seed,
         "spec_digest": spec.digest(),
     }

@@ -1,0 +1,150 @@
+"""The units of one iteration on their way from sampling over scoring to advantages."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from ray import ObjectRef
+
+from flowgrpo_ray.cluster.rollout import Sampled
+from flowgrpo_ray.errors import RewardError
+from flowgrpo_ray.metrics import Scores, Signal, UnitResult, count_groups, signals
+from flowgrpo_ray.prompts import Block, IterationPlan, Prompt, plan_refill
+from flowgrpo_ray.spec import TrainingSpec
+from flowgrpo_ray.types import WeightsTicket, WorkUnit
+
+
+class Source(Protocol):
+    """What samples and scores a unit: the trainer."""
+
+    @property
+    def spec(self) -> TrainingSpec: ...
+    @property
+    def prompts(self) -> Mapping[str, Sequence[Prompt]]: ...
+    async def sample(self, unit: WorkUnit, ticket: WeightsTicket) -> Sampled: ...
+    async def score(self, unit: WorkUnit, images: ObjectRef) -> Scores: ...
+
+
+class Stream:
+    """Units sample and score all at once, and come out in the order of the plan.
+
+    A scope is the set of units that advantages are taken over: whole groups, or with
+    ``std: global`` the whole iteration, which is the one barrier that the maths needs. Groups
+    without spread are replaced at the end of their update where the spec asks for it (``refill``).
+    """
+
+    def __init__(self, source: Source, plan: IterationPlan, ticket: WeightsTicket) -> None:
+        self._source, self._plan, self._ticket = source, plan, ticket
+        self._advantages = source.spec.advantages
+        self.seconds = {"sample": 0.0, "score": 0.0}
+        self._planned: list[WorkUnit] = []
+        self._units: dict[int, asyncio.Future[tuple[Sampled, Scores]]] = {}
+        self._signals: dict[int, asyncio.Future[dict[int, Signal]]] = {}
+        self._complete: list[list[Block]] = []  # of each update that is, refills included
+        self._start(plan.blocks)
+
+    async def update(self, number: int) -> AsyncIterator[tuple[WorkUnit, Sampled, Signal]]:
+        """The units of update ``number`` as they become ready, in order of accumulation."""
+        if self._advantages.std == "global" and not self._complete:
+            updates = range(len(self._plan.updates))
+            self._complete = [[block async for block in self._grow(n)] for n in updates]
+            self._compare(self._planned)
+        if number < len(self._complete):
+            for block in self._complete[number]:
+                for unit in block:
+                    yield await self._ready(unit)
+            return
+        blocks: list[Block] = []
+        async for block in self._grow(number):
+            blocks.append(block)
+            for unit in block:
+                yield await self._ready(unit)
+        self._complete.append(blocks)
+
+    async def _grow(self, number: int) -> AsyncIterator[Block]:
+        """The blocks that the plan has for an update, then those that replace flat groups."""
+        blocks: Sequence[Block] = self._plan.updates[number].blocks
+        for tries_left in range(self._advantages.refill, -1, -1):
+            for block in blocks:
+                yield block
+            if tries_left == 0:
+                return
+            flat = sum([await self._without_spread(block) for block in blocks])
+            blocks = self._refill(flat)
+
+    async def _without_spread(self, block: Block) -> int:
+        scores = await self._scores(block)
+        return count_groups(self._results(block, self._compared(block, scores)))["no_spread"]
+
+    def _refill(self, groups: int) -> list[Block]:
+        spec, prompts = self._source.spec, len(self._source.prompts["train"])
+        used = {prompt for unit in self._planned for prompt in unit.prompts}
+        blocks = plan_refill(spec, self._plan, prompts, used, groups)
+        self._start(blocks)
+        return blocks
+
+    def _start(self, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            self._planned += block
+            for unit in block:
+                self._units[unit.index] = asyncio.ensure_future(self._unit(unit))
+            if self._advantages.std == "group":
+                self._compare(block)
+
+    async def _unit(self, unit: WorkUnit) -> tuple[Sampled, Scores]:
+        sampled = await self._source.sample(unit, self._ticket)
+        self.seconds["sample"] += sampled.seconds
+        began = time.perf_counter()
+        try:
+            scores = await self._source.score(unit, sampled.images)
+        except RewardError as error:
+            unscored = np.full(unit.batch, np.nan, np.float32)
+            rewards = dict.fromkeys(self._source.spec.rewards, unscored)
+            scores = Scores(rewards, unscored, failure=str(error))
+        self.seconds["score"] += time.perf_counter() - began
+        return sampled, scores
+
+    async def _scores(self, scope: Sequence[WorkUnit]) -> list[Scores]:
+        return [(await self._units[unit.index])[1] for unit in scope]
+
+    def _compare(self, scope: Sequence[WorkUnit]) -> None:
+        """Take advantages over ``scope`` when all of it is scored."""
+
+        async def compare() -> dict[int, Signal]:
+            return self._compared(scope, await self._scores(scope))
+
+        task = asyncio.ensure_future(compare())
+        self._signals |= {unit.index: task for unit in scope}
+
+    def _compared(self, scope: Sequence[WorkUnit], scores: Sequence[Scores]) -> dict[int, Signal]:
+        return signals(scope, scores, self._advantages, self._source.spec.weights)
+
+    async def _ready(self, unit: WorkUnit) -> tuple[WorkUnit, Sampled, Signal]:
+        """The unit, sampled, scored and compared with its group."""
+        of_scope = await self._signals[unit.index]
+        return unit, (await self._units[unit.index])[0], of_scope[unit.index]
+
+    @property
+    def results(self) -> list[UnitResult]:
+        """Of all units, in the order they were planned; when all are ready."""
+        of_units = {unit.index: self._signals[unit.index].result() for unit in self._planned}
+        return self._results(self._planned, {i: s[i] for i, s in of_units.items()})
+
+    def _results(
+        self, units: Sequence[WorkUnit], of_units: Mapping[int, Signal]
+    ) -> list[UnitResult]:
+        return [
+            UnitResult(unit, self._units[unit.index].result()[1], of_units[unit.index])
+            for unit in units
+        ]
+
+    def cancel(self) -> None:
+        """Drop what still runs; nothing does after an iteration that went well."""
+        for task in [*self._units.values(), *self._signals.values()]:
+            task.cancel()
+            if task.done() and not task.cancelled():
+                task.exception()  # seen: asyncio need not complain that nobody looked
