@@ -118,7 +118,7 @@ def train(
     console.print(f"{done} iterations, {images:,} images, {seconds:.0f} s from the command to here")
     console.print(f"report: {outcome.folder / 'report.html'}", soft_wrap=True)
     console.print(
-        f"next:   flowgrpo-ray sample {outcome.folder} 'blue sign \"407\"' 'pink sign \"358\"'"
+        f"next:   flowgrpo-ray sample {outcome.folder} 'blue sign \"246\"' 'pink sign \"582\"'"
         if resolved.model.path == "builtin:tiny-sd3"
         else f"next:   flowgrpo-ray export {outcome.folder} --out {resolved.name}-export",
         soft_wrap=True,
