@@ -17,7 +17,7 @@ class PromptError(FlowGrpoError):
 
 
 class ModelError(FlowGrpoError):
-    """A base model cannot be loaded from the place that the spec names."""
+    """A model, the base or one of a reward, cannot be loaded from the place that the spec names."""
 
 
 class RunFolderError(FlowGrpoError):

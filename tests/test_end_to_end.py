@@ -91,10 +91,13 @@ class Command:
         assert "Traceback" not in output, output
         return output
 
-    def left_behind(self) -> list[str]:
-        """Processes that inherited this run's environment, after a moment of grace."""
-        end = time.monotonic() + 15
-        while (found := list(_processes_with(self.mark))) and time.monotonic() < end:
+    def left_behind(self, besides: str = "none", grace: float = 15) -> list[str]:
+        """Processes that inherited this run's environment, but for those ``besides``, after some
+        seconds of grace."""
+        end = time.monotonic() + grace
+        while found := [p for p in _processes_with(self.mark) if besides not in p]:
+            if time.monotonic() > end:
+                break
             time.sleep(0.2)
         return found
 
@@ -154,7 +157,8 @@ def test_the_same_weights_however_a_run_is_interrupted(
     killed.wait_for(4)
     killed.process.send_signal(signal.SIGKILL)  # the driver alone, as the kernel's OOM killer does
     killed.process.wait()
-    assert not killed.left_behind()
+    # Ray's agents see at once that their raylet is gone, and take a minute to close connections.
+    assert not killed.left_behind(besides="Agent")
 
     asked_for_more = Command(tmp_path, resume=True, iterations="5")
     asked_for_more.finish()  # off the rhythm of evaluations and checkpoints, and then longer:
@@ -171,6 +175,7 @@ def test_the_same_weights_however_a_run_is_interrupted(
     expected = undisturbed[0].run
     assert final_digests(last.run) == final_digests(expected)
     assert (last.run / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
+    assert not killed.left_behind(grace=90)
 
 
 def test_two_learner_ranks_with_lora_and_a_second_ctrl_c(tmp_path: Path) -> None:
@@ -195,12 +200,12 @@ def test_the_watch_ends_a_run_that_over_optimizes(
     """The watched reward is one minus the trained one: what raises one lowers the other."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for the replicas
     opposed = {
+        "watch": "{window: 1, fall: 0.01, action: stop}",
         "rewards": "{bright: {reward: 'reward_samples:Probe'}, "
         "dark: {reward: 'reward_samples:Darkness', weight: 0}}",
         "checkpoint": "{every: 1, keep: 1}",
     }
-    stop = opposed | {"watch": "{window: 1, fall: 0.01, action: stop}"}
-    stopped = Command(tmp_path, **stop)
+    stopped = Command(tmp_path, **opposed)
     output = " ".join(stopped.finish().split())
     assert "stopped by the watch: dark fell from" in output
     done = stopped.trained()
@@ -212,10 +217,6 @@ def test_the_watch_ends_a_run_that_over_optimizes(
     assert kept == [best, done], "the one from before the divergence, and the newest"
     assert f"--iteration {best}" in output
     assert "over-optimization" in (stopped.run / "report.html").read_text()
-
-    report = opposed | {"watch": "{window: 1, fall: 0.01, action: report}"}
-    Command(tmp_path, resume=True, **report).finish()
-    assert stopped.trained() == ITERATIONS
 
 
 def test_a_validation_run_gives_a_verdict(tmp_path: Path) -> None:

@@ -293,3 +293,10 @@ def test_conformance_names_tests_and_keys_that_exist():
         *_, keys, _ = row.strip("|").split("|")
         for key in re.findall(r"`([a-z_.]+)[:`]", keys):
             assert f"`{key.rpartition('.')[2]}`" in reference, key
+
+
+def test_the_families_with_an_adapter_are_those_that_load() -> None:
+    """Preflight keeps a list of its own: that of ``policies`` would load torch."""
+    from flowgrpo_ray.policies import FAMILIES
+
+    assert set(ADAPTERS) == set(FAMILIES)
