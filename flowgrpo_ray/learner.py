@@ -171,13 +171,9 @@ class Learner:
             gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
             mean = self.world / (samples * steps * scale)  # FSDP took the mean over ranks
             torch._foreach_mul_(gradients, mean)
-            norm = float(
-                full(
-                    torch.nn.utils.clip_grad_norm_(
-                        self.parameters.values(), self.spec.optimizer.grad_norm
-                    )
-                )
-            )
+            limit = self.spec.optimizer.grad_norm
+            whole = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+            norm = float(full(whole))
             overflow = self._rescale(norm)
         if norm is not None and not overflow:
             self.optimizer.step()

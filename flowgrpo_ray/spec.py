@@ -399,9 +399,11 @@ class TrainingSpec(Strict):
 
     @model_validator(mode="after")
     def _guard_fits(self) -> TrainingSpec:
-        for key in ("kernel", "likelihood"):
-            value, needed = getattr(self.sampling, key), {"kernel": "flow_sde"}.get(key, "gaussian")
-            if self.objective.kind == "grpo_guard" and value != needed:
+        if self.objective.kind != "grpo_guard":
+            return self
+        for key, needed in (("kernel", "flow_sde"), ("likelihood", "gaussian")):
+            value = getattr(self.sampling, key)
+            if value != needed:
                 raise ValueError(
                     f"objective.kind = grpo_guard needs sampling.{key} = {needed}, not {value}"
                 )

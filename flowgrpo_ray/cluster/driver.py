@@ -212,7 +212,8 @@ class Trainer:
         finally:
             stream.cancel()
         seconds = time.perf_counter() - began
-        row = train_row(self.spec, plan, ticket, stream.results, updates)
+        results = stream.results
+        row = train_row(self.spec, plan, ticket, results, updates)
         self._look_for_divergence(row)
         self.recorder.log(row)
         busy = {"publish": published, **stream.seconds}
@@ -225,7 +226,7 @@ class Trainer:
             images_per_second=row["images"] / seconds,
             stages=busy,
         )
-        self._advance(iteration, row, [result.scores for result in stream.results])
+        self._advance(iteration, row, [result.scores for result in results])
         self.display.iteration(row, seconds)
 
     def _look_for_divergence(self, row: dict[str, Any]) -> None:
