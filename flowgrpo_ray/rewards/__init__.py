@@ -30,7 +30,9 @@ class Reward(Protocol):
     """Scores a batch of images. Not assumed to be thread-safe.
 
     A class may also have a static method `check_prompt(prompt, metadata)` that raises ValueError
-    for a prompt which it could never score; prompts are checked with it before a run starts.
+    for a prompt which it could never score; prompts are checked with it before a run starts. A
+    method `golden()` returns pictures whose ranking is known (`rewards.golden`): a deployment is
+    refused where it does not rank them so.
     """
 
     def __call__(

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowgrpo_ray.errors import ModelError
-from flowgrpo_ray.rewards.pickscore import ClipEncoder, Source, load, load_model, pick_device
+from flowgrpo_ray.rewards.clip import ClipEncoder
+from flowgrpo_ray.rewards.loading import Source, load, load_model, pick_device
 
 if TYPE_CHECKING:
     import torch

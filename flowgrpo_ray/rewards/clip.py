@@ -1,0 +1,94 @@
+"""A CLIP model of transformers as a reward uses it: unit vectors of images and of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flowgrpo_ray.errors import ModelError
+from flowgrpo_ray.rewards.loading import Source, load, load_model
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ClipEncoder:
+    """A CLIP model of transformers: unit vectors, float32, of images and of texts.
+
+    Images are prepared with Pillow, as for the published scores, whether or not torchvision is
+    installed: the two give scores that differ in the fourth digit.
+    """
+
+    def __init__(
+        self, model: Source, processor: Source, *, device: torch.device, dtype: str, batch: int
+    ) -> None:
+        import torch
+        from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+        # The logit scale is read before the weights are cast: a rounded logarithm is 1% off.
+        clip = load_model(CLIPModel, model)
+        self.scale = float(clip.logit_scale.exp())
+        self._model = clip.to(device=device, dtype=getattr(torch, dtype))
+        self._max_length = clip.config.text_config.max_position_embeddings
+        self._prepare = load(CLIPImageProcessorPil, processor)
+        self._tokenizer = load(CLIPTokenizer, processor)
+        _check_tokenizer(self._tokenizer, clip.config.text_config.vocab_size, processor, model)
+        self._device, self._dtype, self._batch = device, getattr(torch, dtype), batch
+
+    def images(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        """Unit vectors [n, d] of images, each uint8 [h, w, 3] of any size; NaN where undefined."""
+
+        def features(part: Sequence[np.ndarray]) -> Any:
+            # A strip of 3 rows would be taken for channels if the format were left to be guessed.
+            pixels = self._prepare(
+                images=list(part), input_data_format="channels_last", return_tensors="pt"
+            )["pixel_values"]
+            return self._model.get_image_features(
+                pixel_values=pixels.to(device=self._device, dtype=self._dtype)
+            )
+
+        return self._unit_vectors(features, images)
+
+    def texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Unit vectors [n, d] of texts, each cut to the length that the text model takes."""
+
+        def features(part: Sequence[str]) -> Any:
+            tokens = self._tokenizer(
+                list(part),
+                padding=True,
+                truncation=True,
+                max_length=self._max_length,
+                return_tensors="pt",
+            )
+            return self._model.get_text_features(**tokens.to(self._device))
+
+        return self._unit_vectors(features, texts)
+
+    def _unit_vectors(self, features: Any, inputs: Sequence[Any]) -> torch.Tensor:
+        import torch
+
+        with torch.inference_mode():
+            parts = [
+                features(inputs[i : i + self._batch]).pooler_output.float()
+                for i in range(0, len(inputs), self._batch)
+            ]
+            vectors = torch.cat(parts)
+            # Not normalize(): it would make a zero of a vector without direction, this a NaN.
+            return vectors / vectors.norm(dim=-1, keepdim=True)
+
+
+def _check_tokenizer(tokenizer: Any, vocabulary: int, source: Source, model: Source) -> None:
+    """To transformers absent tokenizer files are no error: it makes an empty tokenizer."""
+    option, place, _ = source
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ModelError(
+            f"{option} = {place!r}: no tokenizer files there, or no connection to the hub. Give a "
+            "folder or hub id that holds tokenizer.json, or vocab.json and merges.txt"
+        )
+    if len(tokenizer) > vocabulary:
+        raise ModelError(
+            f"{option} = {place!r}: its tokenizer knows {len(tokenizer)} tokens, the text model of "
+            f"{model[0]} = {model[1]!r} only {vocabulary}: they do not belong together"
+        )

@@ -1,0 +1,64 @@
+"""Golden images: a model that loads but scores nonsense is found before it scores a sample.
+
+A reward may have a method `golden()` that returns rankings of pictures: within each, every picture
+must score above the next, and each within its bounds. A deployment scores them when it starts, and
+again while it is idle: then they must score as they did.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from flowgrpo_ray.errors import RewardError
+
+
+@dataclass(frozen=True, eq=False)
+class Golden:
+    """A picture, uint8 [H, W, 3], whose score is known to lie within [low, high]."""
+
+    image: np.ndarray
+    prompt: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    low: float = -math.inf
+    high: float = math.inf
+
+
+Rankings = Sequence[Sequence[Golden]]
+"""Each a list of pictures by falling score."""
+
+
+def golden_of(reward: object) -> Rankings:
+    """The rankings that a reward brings; none if it has no method `golden`."""
+    own: Callable[[], Rankings] | None = getattr(reward, "golden", None)
+    return own() if own else []
+
+
+def noise_picture(size: tuple[int, int]) -> np.ndarray:
+    """A picture of nothing, uint8 [H, W, 3], the same at every call."""
+    return np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def score_golden(reward: Callable[..., np.ndarray], rankings: Rankings) -> np.ndarray:
+    """Scores, float32 [n], of all pictures in their order; each is scored alone."""
+    pictures = [picture for ranking in rankings for picture in ranking]
+    scores = [reward(p.image[None], [p.prompt], [p.metadata]) for p in pictures]
+    return np.concatenate([np.zeros(0, np.float32), *scores])
+
+
+def check_golden(rankings: Rankings, scores: np.ndarray) -> None:
+    """RewardError for a score out of its bounds, or not above the next one's of its ranking."""
+    values = iter(scores.tolist())
+    for ranking in rankings:
+        previous = math.inf
+        for place, (picture, score) in enumerate(zip(ranking, values, strict=False)):
+            what = f"golden image {place} of the prompt {picture.prompt!r} scores {score:.4g}"
+            if not picture.low <= score <= picture.high or not math.isfinite(score):
+                raise RewardError(f"{what}, not within [{picture.low:g}, {picture.high:g}]")
+            if not score < previous:
+                raise RewardError(f"{what}, not below the {previous:.4g} of the one before it")
+            previous = score
