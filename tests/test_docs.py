@@ -20,6 +20,7 @@ import yaml
 
 from flowgrpo_ray import cli
 from flowgrpo_ray.checkpoint import Progress
+from flowgrpo_ray.cli import commands
 from flowgrpo_ray.cluster.run import _summary
 from flowgrpo_ray.errors import PromptError, SpecError
 from flowgrpo_ray.metrics import Scores, Signal, UnitResult, train_row
@@ -30,7 +31,7 @@ from flowgrpo_ray.spec_file import RECIPES, load_spec
 from flowgrpo_ray.types import MicrobatchStats, StepStats, WeightsTicket
 from flowgrpo_ray.watch import Reading
 
-ROOT = Path(cli.__file__).parent.parent
+ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     page
     for pattern in ("*.md", "docs/**/*.md", "flowgrpo_ray/assets/*/README.md")
@@ -242,7 +243,7 @@ def test_outputs_are_what_the_commands_print(
     if program != "flowgrpo-ray" or arguments[0] not in ("plan", "recipes"):
         return
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(cli.console, "width", 80)
+    monkeypatch.setattr(commands.console, "width", 80)
     monkeypatch.setattr("sys.argv", [program, *arguments])
     with contextlib.suppress(SystemExit):
         cli.main()
@@ -333,7 +334,7 @@ def test_every_reward_and_option_of_a_served_reward_is_documented():
     from flowgrpo_ray.cluster.reward_service import RewardServiceArgs
     from flowgrpo_ray.rewards import BUILTIN
 
-    text = (ROOT / "docs" / "rewards.md").read_text("utf-8")
+    text = (ROOT / "docs" / "reward-catalogue.md").read_text("utf-8")
     assert all(f"**`{name}`**" in text for name in BUILTIN)
     shown = documented("rewards.md", "Serving rewards on their own")
     assert RewardServiceArgs.model_fields.keys() <= shown

@@ -30,7 +30,6 @@ LAYERS = [
     {"run_folder"},
     {"inference", "tiny_base"},
     {"cluster", "console"},
-    {"cli_rewards"},
     {"cli"},
     {"__main__"},
 ]
@@ -44,7 +43,7 @@ OWNERS = {
     "peft": {"policies"},
     "rapidocr": {"rewards"},
     "fastapi": {"cluster"},
-    "typer": {"cli", "cli_rewards"},
+    "typer": {"cli"},
     "safetensors": {"checkpoint", "policies", "rewards"},
     "pydantic": {"spec", "spec_file", "cluster"},
     "torch": {
@@ -135,7 +134,7 @@ HEAVY = {"torch", "ray", "diffusers", "transformers", "peft", "rapidocr", "matpl
         ("policies, learner, checkpoint, weights", {"torch"}),
         ("cluster.driver, cluster.run", {"ray", "fastapi"}),
         ("cli, spec_file, prompts, preflight, metrics, run_folder, report, rewards.ocr", set()),
-        ("watch, validation, console, calibration, cli_rewards", set()),
+        ("watch, validation, console, calibration", set()),
     ],
 )
 def test_what_an_import_loads(modules: str, allowed: set[str]):

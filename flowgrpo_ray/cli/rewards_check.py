@@ -1,4 +1,4 @@
-"""The commands about rewards: `flowgrpo-ray rewards check`."""
+"""`flowgrpo-ray rewards check`."""
 
 from __future__ import annotations
 
@@ -27,15 +27,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SIZE = (512, 512)
 
-rewards_app = typer.Typer(no_args_is_help=True)
 
-
-@rewards_app.callback(help="Check rewards.")
-def rewards() -> None:
-    """Keeps `check` a command of its own while it is the only one."""
-
-
-@rewards_app.command()
 def check(
     target: Annotated[
         str,

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flowgrpo_ray.cli_rewards import rewards_app
+from flowgrpo_ray.cli.rewards import rewards_app
 from flowgrpo_ray.errors import FlowGrpoError, SpecError
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.spec_file import RECIPES, load_spec, recipe_names
