@@ -36,5 +36,9 @@ class RewardError(FlowGrpoError):
     """A reward deployment could not score; carries the deployment's name and the cause."""
 
 
+class RewardEnvironmentError(FlowGrpoError):
+    """An environment of a reward is missing, broken or made for another base, or not built."""
+
+
 class ContractError(FlowGrpoError):
     """The run would no longer be on-policy: weights or importance ratios do not agree."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,14 @@ from flowgrpo_ray.types import Float32, MicrobatchStats, StepStats, WeightsTicke
 class Scores:
     """What one work unit was worth: per reward and in weighted total, ``[b]`` float32.
 
-    NaN means "could not be scored". ``failure`` says why where a reward deployment gave up.
+    NaN means "could not be scored". ``failure`` says why where a deployment whose reward enters
+    the total gave up; ``failures`` tells it by reward, those that are only watched included.
     """
 
     rewards: Mapping[str, Float32]
     total: Float32
     failure: str | None = None
+    failures: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ def mean_and_std(values: Sequence[float] | Float32) -> dict[str, float]:
     return {"mean": float(valid.mean()), "std": float(valid.std())}
 
 
+def unscored(rewards: Sequence[Mapping[str, Float32]]) -> dict[str, int]:
+    """Images that have no score, by reward."""
+    return {name: sum(int(np.isnan(of[name]).sum()) for of in rewards) for name in rewards[0]}
+
+
 @dataclass(frozen=True)
 class UnitResult:
     """One work unit of an iteration, sampled, scored and compared with its group."""
@@ -115,6 +122,7 @@ def train_row(
             name: mean_and_std(np.concatenate([r.scores.rewards[name] for r in results]))
             for name in spec.rewards
         },
+        "unscored": unscored([r.scores.rewards for r in results]),
         "groups": groups | {"refilled": groups["total"] - spec.sampling.groups},
         "log_ratio": {
             "gate": max(first) if first else None,

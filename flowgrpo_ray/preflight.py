@@ -7,6 +7,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from flowgrpo_ray.environments import python_of
 from flowgrpo_ray.errors import ModelError
 from flowgrpo_ray.prompts import Prompt, load_prompt_sets
 from flowgrpo_ray.rewards import check_options
@@ -23,6 +24,13 @@ def check_run(spec: TrainingSpec) -> tuple[list[Prompt], list[Prompt]]:
         check_options(reward.reward or name, reward.options)
     check_model(spec.model)
     return load_prompt_sets(spec)
+
+
+def check_environments(spec: TrainingSpec) -> None:
+    """``RewardEnvironmentError`` for a reward's environment that is not sound on this machine."""
+    for reward in spec.rewards.values():
+        if reward.environment is not None:
+            python_of(reward.environment)
 
 
 def check_model(model: ModelSpec) -> None:

@@ -207,9 +207,17 @@ class RewardSpec(Strict):
         description="name of a built-in reward, or package.module:Class; default: the key",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="arguments of the class")
+    environment: str | None = Field(
+        default=None, description="that it runs in: flowgrpo-ray rewards env build NAME"
+    )
     replicas: int = Field(default=1, ge=1)
     cpus: float = Field(default=0.25, ge=0, description="per replica")
     gpus: float = Field(default=0, ge=0, description="per replica")
+    golden: bool = Field(
+        default=True, description="refuse it unless it ranks its own golden images rightly"
+    )
+    deadline_s: float = Field(default=60, gt=0, description="of one attempt to score a call")
+    retries: int = Field(default=2, ge=0, description="further attempts, each on another replica")
 
 
 RewardName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
@@ -448,7 +456,7 @@ class TrainingSpec(Strict):
         free = {"name", "iterations", "cluster", "checkpoint", "tracking", "watch"}
         kept = self.model_dump(mode="json", exclude=free)
         for reward in kept["rewards"].values():
-            for place in ("replicas", "cpus", "gpus"):
+            for place in ("replicas", "cpus", "gpus", "golden", "deadline_s", "retries"):
                 del reward[place]
         return kept
 

@@ -14,6 +14,7 @@ import pytest
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+os.environ["FLOWGRPO_TEST_TOKEN"] = secrets.token_hex(16)  # of a reward's HTTP; replicas inherit it
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Rewards for the tests of the reward service; replicas import them by path."""
 
+import importlib
 import os
 import signal
 import sys
@@ -7,6 +8,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from flowgrpo_ray.rewards.golden import Golden
 
 
 class Probe:
@@ -23,10 +26,13 @@ class Probe:
                 scores[i] = os.getpid()  # exact in float32: below 2**24
             if "torch" in asked:
                 scores[i] = "torch" in sys.modules
-            if "fail" in asked:
+            if "infinite" in asked:
+                scores[i] = np.inf
+            if "fail" in asked or asked.get("fail on") == os.getpid():
                 raise RuntimeError("the probe was asked to fail")
-            if "seconds" in asked:
-                time.sleep(asked["seconds"])
+            time.sleep(asked.get("seconds", 0))
+            time.sleep(3 if asked.get("slow on") == os.getpid() else 0)
+            time.sleep(300 if asked.get("hang on") == os.getpid() else 0)
             if "die once" in asked and not Path(asked["die once"]).exists():
                 Path(asked["die once"]).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -49,6 +55,34 @@ class Darkness:
         return (1 - images.mean(axis=(1, 2, 3)) / 255).astype(np.float32)
 
 
+class Ranked(Probe):
+    """A probe that knows that white is brighter than black; it forgets that when asked to."""
+
+    def __init__(self, sign: int = 1):
+        self.sign = sign
+
+    def __call__(self, images, prompts, metadata):
+        scores = super().__call__(images, prompts, metadata)
+        if any("forget" in asked for asked in metadata):
+            self.sign = -1
+        return np.float32(self.sign) * scores
+
+    def golden(self):
+        white, black = np.full((4, 4, 3), 255, np.uint8), np.zeros((4, 4, 3), np.uint8)
+        return [[Golden(white, "bright"), Golden(black, "bright")]]
+
+
 class BadConstructor:
     def __init__(self, size: int = 1):
         raise ValueError(f"size={size} is not served here")
+
+
+class LibraryVersion:
+    """Major and minor version, as 1.16, of the library that this process imports."""
+
+    def __init__(self, library: str):
+        version = importlib.import_module(library).__version__
+        self.version = float(".".join(version.split(".")[:2]))
+
+    def __call__(self, images, prompts, metadata):
+        return np.full(len(images), self.version, np.float32)

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Container, Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -115,10 +116,15 @@ class Brightness:
         firsts = [plan.units[0].prompts[0] for plan in plans]
         self.flat = {trainer.prompts["train"][prompt].text for prompt in firsts}
 
-    async def score(self, images: Any, prompts: list[str], _: Any) -> dict[str, Any]:
+    async def score(self, images: Any, prompts: list[str], _: Any) -> Any:
+        from flowgrpo_ray.cluster.reward_client import Scored
+
         bright = (await images).mean(axis=(1, 2, 3)) / 255
         scores = np.where([prompt in self.flat for prompt in prompts], 0, bright)
-        return dict.fromkeys(("ocr", "sign_colour"), scores.astype(np.float32))
+        return Scored(dict.fromkeys(("ocr", "sign_colour"), scores.astype(np.float32)), {})
+
+    def take_stats(self) -> dict[str, Any]:
+        return {}
 
 
 def train_small(
@@ -259,31 +265,78 @@ def test_a_worker_with_old_weights_refuses_to_sample(
         run(loop, sample_with_old())
 
 
+class FailsOnce:
+    """A client of which one reward fails for the first micro-batch, as a dead deployment would."""
+
+    def __init__(self, real: Any, reward: str) -> None:
+        self.real, self.reward, self.left = real, reward, 1
+
+    async def score(self, *call: Any) -> Any:
+        scored = await self.real.score(*call)
+        if not self.left:
+            return scored
+        self.left -= 1
+        lost = np.full_like(scored.rewards[self.reward], np.nan)
+        why = f"reward-{self.reward} failed 3 times, last with a broken pipe"
+        return replace(
+            scored,
+            rewards={**scored.rewards, self.reward: lost},
+            failures={self.reward: why},
+        )
+
+    def take_stats(self) -> Any:
+        return self.real.take_stats()
+
+
+@contextmanager
+def failing(trainer: Any, reward: str) -> Iterator[Path]:
+    """Within it a reward of ``trainer`` fails once; where its metrics go."""
+    real, trainer.rewards = trainer.rewards, FailsOnce(trainer.rewards, reward)
+    yield trainer.folder.path / "metrics.jsonl"
+    trainer.rewards = real
+
+
 def test_groups_that_cannot_be_scored_are_dropped_counted_and_stop_the_run(
     trainer: Any, loop: asyncio.AbstractEventLoop
 ) -> None:
-    """The reward fails for the first micro-batch of each iteration, as a dead deployment would."""
-    real = trainer.rewards
+    with (
+        failing(trainer, "ocr") as metrics,
+        pytest.raises(RewardError, match=r"(?s)1 groups.*max_failed_groups = 0.*broken pipe"),
+    ):
+        run(loop, trainer.iterate(1))
+    row = read_rows(metrics)[-1]
+    assert (row["groups"]["total"], row["groups"]["dropped"]) == (4, 1)
+    assert row["unscored"] == {"ocr": row["images"] // 4, "sign_colour": 0}
 
-    class FailsOnce:
-        def __init__(self) -> None:
-            self.left = 1
 
-        async def score(self, *call: Any) -> Any:
-            if self.left:
-                self.left -= 1
-                raise RewardError("reward-ocr failed 3 times, last with a broken pipe")
-            return await real.score(*call)
+def test_a_watched_reward_that_fails_drops_no_group_and_is_told(
+    trainer: Any, loop: asyncio.AbstractEventLoop
+) -> None:
+    trainer.display.notes.clear()
+    with failing(trainer, "sign_colour") as metrics:
+        trainer.progress = replace(trainer.progress, failed_groups=0)
+        run(loop, trainer.iterate(2))
+    row = read_rows(metrics)[-1]
+    lost = row["images"] // 4
+    assert row["groups"]["dropped"] == 0
+    assert row["unscored"] == {"ocr": 0, "sign_colour": lost}
+    (note,) = trainer.display.notes
+    assert note.startswith(f"sign_colour: {lost} images without a score: reward-sign_colour failed")
 
-    try:
-        trainer.rewards = FailsOnce()
-        with pytest.raises(RewardError, match=r"(?s)1 groups.*max_failed_groups = 0.*broken pipe"):
-            run(loop, trainer.iterate(1))
-    finally:
-        trainer.rewards = real
-    row = read_rows(trainer.folder.path / "metrics.jsonl")[-1]
-    assert row["groups"]["dropped"] == 1
-    assert row["groups"]["total"] == 4
+
+def test_a_reward_that_fails_in_an_evaluation_is_told_and_stops_nothing(
+    trainer: Any, loop: asyncio.AbstractEventLoop
+) -> None:
+    trainer.display.notes.clear()
+    with failing(trainer, "ocr") as metrics:
+        run(loop, trainer.evaluate())
+    row = read_rows(metrics)[-1]
+    assert row["kind"] == "eval"
+    assert row["unscored"] == {"ocr": row["prompts"], "sign_colour": 0}
+    assert row["rewards"]["ocr"]["mean"] is None
+    assert row["rewards"]["sign_colour"]["mean"] > 0
+    assert "broken pipe" in trainer.display.notes[0]
+    assert trainer.progress.eval_last["ocr"] is None
 
 
 def test_more_gpus_than_the_cluster_has(ray_cluster: None) -> None:
@@ -297,7 +350,8 @@ def test_more_gpus_than_the_cluster_has(ray_cluster: None) -> None:
 def test_a_deployed_reward_is_used_only_if_it_is_the_one_the_spec_means(
     trainer: Any, loop: asyncio.AbstractEventLoop
 ) -> None:
-    from flowgrpo_ray.cluster.reward_service import RewardServiceArgs, check_same
+    from flowgrpo_ray.cluster.reward_args import RewardServiceArgs
+    from flowgrpo_ray.cluster.reward_deploy import check_same
 
     run(loop, check_same(RewardServiceArgs(name="ocr", options={"detect": False})))
     with pytest.raises(
@@ -356,7 +410,8 @@ class StandIn:
         await self.delay(unit.index)
         assert images == unit.index
         if unit.index in self.unscored:
-            raise RewardError("the reward is gone")
+            lost = np.full(unit.batch, np.nan, np.float32)
+            return Scores({"sign_colour": lost}, lost, failure="the reward is gone")
         self.scored.append(unit.index)
         pairs = zip(unit.prompts, unit.samples, strict=True)
         values = [0 if self.flat(p) else (p + 1) * sample for p, sample in pairs]

@@ -299,7 +299,7 @@ def code(text: str) -> list[str]:
 def flat(row: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """``rewards.NAME.mean`` of ``{"rewards": {"ocr": {"mean": 1}}}``."""
     for key, value in row.items():
-        name = f"{prefix}{'NAME' if prefix == 'rewards.' else key}"
+        name = f"{prefix}{'NAME' if prefix in ('rewards.', 'unscored.') else key}"
         if isinstance(value, dict):
             yield from flat(value, f"{name}.")
         else:
@@ -331,12 +331,12 @@ def test_every_field_of_the_summary_is_documented():
 
 
 def test_every_reward_and_option_of_a_served_reward_is_documented():
-    from flowgrpo_ray.cluster.reward_service import RewardServiceArgs
+    from flowgrpo_ray.cluster.reward_args import RewardServiceArgs
     from flowgrpo_ray.rewards import BUILTIN
 
     text = (ROOT / "docs" / "reward-catalogue.md").read_text("utf-8")
     assert all(f"**`{name}`**" in text for name in BUILTIN)
-    shown = documented("rewards.md", "Serving rewards on their own")
+    shown = documented("serving.md", "Arguments of a deployment")
     assert RewardServiceArgs.model_fields.keys() <= shown
 
 

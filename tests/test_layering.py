@@ -22,9 +22,10 @@ ROOT = Path(flowgrpo_ray.__file__).parent
 # A module may import modules of lower layers only. A package (policies, rewards, cluster) is one
 # entry; its files may import each other. A new module: give it the lowest layer that works.
 LAYERS = [
-    {"errors", "types", "flow", "signs"},
+    {"errors", "types", "flow", "signs", "bottleneck"},
+    {"environments", "images"},
     {"objective", "sampling", "rewards", "tracking", "checkpoint", "watch", "validation"},
-    {"spec", "policies", "report", "weights", "calibration"},
+    {"spec", "policies", "report", "weights", "calibration", "scoring"},
     {"spec_file", "prompts"},
     {"metrics", "preflight", "learner"},
     {"run_folder"},
@@ -130,11 +131,13 @@ HEAVY = {"torch", "ray", "diffusers", "transformers", "peft", "rapidocr", "matpl
 @pytest.mark.parametrize(
     ("modules", "allowed"),
     [
-        ("flow, objective, types, sampling", {"torch"}),
-        ("policies, learner, checkpoint, weights", {"torch"}),
+        ("flow, objective, types, sampling, policies, learner, checkpoint, weights", {"torch"}),
         ("cluster.driver, cluster.run", {"ray", "fastapi"}),
-        ("cli, spec_file, prompts, preflight, metrics, run_folder, report, rewards.ocr", set()),
-        ("watch, validation, console, calibration", set()),
+        (
+            "cli, spec_file, prompts, preflight, metrics, run_folder, report, rewards.ocr, watch, "
+            "validation, console, calibration, scoring, images, environments",
+            set(),
+        ),
     ],
 )
 def test_what_an_import_loads(modules: str, allowed: set[str]):

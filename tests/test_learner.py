@@ -26,9 +26,10 @@ from tiny_runs import (
     kept,
     largest_difference,
     one_thread,
-    rank_main,
+    rank_results,
     sampler,
     schedule,
+    second_rank,
     small_spec,
     train_and_reload,
     unit,
@@ -38,7 +39,7 @@ from tiny_runs import (
 from flowgrpo_ray import learner as learner_module
 from flowgrpo_ray.checkpoint import Progress, load_checkpoint, save_checkpoint
 from flowgrpo_ray.errors import ContractError
-from flowgrpo_ray.learner import Learner
+from flowgrpo_ray.learner import Learner, join_group
 from flowgrpo_ray.policies import Policy, load_policy
 from flowgrpo_ray.sampling import batch_condition
 from flowgrpo_ray.spec import TrainingSpec
@@ -674,20 +675,26 @@ OVERFLOW = (LORA, "model.dtype=float16")
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> dict[str, tuple[RankResult, RankResult]]:
-    """By case: what one process and what two gloo ranks make of the same four micro-batches."""
+    """By case: what one process and what two gloo ranks make of the same micro-batches."""
     folder: Path = tmp_path_factory.mktemp("ranks")
+    address = free_address()
+    # Its imports take longer than its work: it starts before there is any.
+    other = torch.multiprocessing.spawn(second_rank, (address, folder), join=False, daemon=True)
     cases, single = {}, {}
     for name, overrides in {**CASES, "overflow": OVERFLOW}.items():
         spec = small_spec(*overrides, OPTIMIZER + "grad_norm: 0.5}")
-        batches = draw_batches(spec)
+        batches = draw_batches(spec, 2 if name == "overflow" else 4)
         if name == "overflow":  # on rank 1 alone
             batches[1] = replace(batches[1], advantages=batches[1].advantages * np.float32(1e30))
         zero = Learner(spec, CPU).state()
         single[name] = train_and_reload(spec, batches, batches, zero)
         cases[name] = (spec, batches, single[name].state)
     (folder / "cases.pickle").write_bytes(pickle.dumps(cases))
-    torch.multiprocessing.spawn(rank_main, (2, free_address(), folder), nprocs=2)
-    both = pickle.loads((folder / "results.pickle").read_bytes())
+    torch.distributed.destroy_process_group()
+    both = rank_results(0, address, folder)
+    join_group(0, 1, free_address(), CPU)  # alone again
+    while not other.join():
+        pass
     return {name: (single[name], both[name]) for name in cases}
 
 

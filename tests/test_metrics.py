@@ -282,6 +282,7 @@ def test_train_row_by_hand():
         "iteration": 3,
         "images": 4,
         "reward": {"mean": 0.75, "std": math.sqrt(3) / 4},
+        "unscored": {"ocr": 0, "sign_colour": 1},
         "rewards": {
             "ocr": {"mean": 0.75, "std": math.sqrt(3) / 4},
             "sign_colour": {"mean": 0.5, "std": pytest.approx(math.sqrt(1 / 6))},

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import socket
 import struct
@@ -22,13 +23,15 @@ from pydantic import ValidationError
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
-from flowgrpo_ray.cluster import reward_service
-from flowgrpo_ray.cluster.reward_service import RewardClient, RewardServiceArgs
+from flowgrpo_ray.cluster import reward_deploy, reward_service
+from flowgrpo_ray.cluster.reward_args import RewardServiceArgs
+from flowgrpo_ray.cluster.reward_client import Patience, RewardClient
 from flowgrpo_ray.errors import RewardError, SpecError
 from flowgrpo_ray.rewards import build
 from flowgrpo_ray.signs import make_prompts, parse_prompt, render
 
 PROBE = "reward_samples:Probe"
+TOKEN = os.environ["FLOWGRPO_TEST_TOKEN"]
 CONFIG = Path(__file__).parent.parent / "deployments" / "ocr.yaml"
 
 
@@ -38,10 +41,11 @@ def port(ray_cluster):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    reward_service.start_rewards(
+    reward_deploy.start_rewards(
         [
             RewardServiceArgs(name="ocr", options={"detect": False}),
             RewardServiceArgs(name="sign_colour"),
+            RewardServiceArgs(name="locked", reward=PROBE, token_env="FLOWGRPO_TEST_TOKEN"),
             RewardServiceArgs(
                 name="probe",
                 reward=PROBE,
@@ -67,15 +71,35 @@ def signs():
     return images, [prompts[0] if i % 3 == 2 else prompt for i, prompt in enumerate(prompts)]
 
 
-def _score(client, images, metadata, prompts=None):
+def _client(*names, **patience):
+    """Of these rewards, by default without a second attempt."""
+    return RewardClient(dict.fromkeys(names, Patience(**({"retries": 0} | patience))))
+
+
+def _ask(client, images, metadata, prompts=None):
     """What `client` says of images given by reference, from a fresh event loop."""
     prompts = prompts or [f"prompt {i}" for i in range(len(images))]
     return asyncio.run(client.score(ray.put(images), prompts, metadata))
 
 
+def _score(client, images, metadata, prompts=None):
+    """The scores alone, where none is missing."""
+    scored = _ask(client, images, metadata, prompts)
+    assert not scored.failures
+    return scored.rewards
+
+
+def _failure(client, images, metadata, prompts=None):
+    """Why the probe has no score; then it is NaN for every image."""
+    scored = _ask(client, images, metadata, prompts)
+    assert np.isnan(scored.rewards["probe"]).all()
+    assert scored.rewards["probe"].shape == (len(prompts or images),)
+    return scored.failures["probe"]
+
+
 def _probe(images=1, size=(4, 4), retries=0, **asked):
     """The probe's answer to `images` grey images whose first one carries `asked`."""
-    client = RewardClient(["probe"], retries=retries, backoff_s=0.1)
+    client = _client("probe", retries=retries, backoff_s=0.1)
     batch = np.full((images, *size, 3), 51, np.uint8)
     return _score(client, batch, [asked] + [{}] * (images - 1))["probe"]
 
@@ -102,8 +126,9 @@ def _post(port, name, files, prompts, **fields):
 
 def test_class_handle_and_http_give_the_same_bits(port, signs):
     images, prompts = signs
-    client = RewardClient(["ocr", "sign_colour"])
+    client = _client("ocr", "sign_colour")
     by_handle = _score(client, images, [{}] * 12, prompts)
+    stats = client.take_stats()
     for name, options in (("ocr", {"detect": False}), ("sign_colour", {})):
         by_class = build(name, options)(images, prompts, [{}] * 12)
         assert len(set(by_class.tolist())) > 2
@@ -114,9 +139,10 @@ def test_class_handle_and_http_give_the_same_bits(port, signs):
         assert answer.json()["reward"] == name
         by_http = np.array(answer.json()["scores"], dtype=np.float32)
         np.testing.assert_array_equal(by_http, by_class)
-        assert client.stats()[name].calls == 1
-        assert client.stats()[name].failures == 0
-        assert 0 < client.stats()[name].seconds < 30
+        assert (stats[name].calls, stats[name].images, stats[name].failures) == (1, 12, 0)
+        assert 0 < stats[name].busy_s < stats[name].seconds < 30
+        assert len(stats[name].replicas) == 1
+    assert client.take_stats()["ocr"].calls == 0
 
 
 def test_metadata_travels_over_http(port, signs):
@@ -141,7 +167,7 @@ def _maps_of_replica(app):
 
 
 def test_calls_are_merged_by_size_and_cut_at_the_limit(port):
-    client = RewardClient(["probe"])
+    client = _client("probe")
 
     async def sizes(*calls):
         asked = [
@@ -152,7 +178,7 @@ def test_calls_are_merged_by_size_and_cut_at_the_limit(port):
             )
             for count, size in calls
         ]
-        return [scores["probe"].tolist() for scores in await asyncio.gather(*asked)]
+        return [scored.rewards["probe"].tolist() for scored in await asyncio.gather(*asked)]
 
     assert asyncio.run(sizes((3, (4, 4)), (4, (4, 4)))) == [[7] * 3, [7] * 4]
     assert asyncio.run(sizes((3, (4, 4)), (4, (4, 8)))) == [[3] * 3, [4] * 4]
@@ -161,16 +187,17 @@ def test_calls_are_merged_by_size_and_cut_at_the_limit(port):
 
 
 def test_one_bad_call_does_not_fail_those_merged_with_it(port):
-    client = RewardClient(["probe"], retries=0)
+    client = _client("probe")
 
     async def both():
         image = np.full((1, 4, 4, 3), 255, np.uint8)
         calls = [client.score(image, ["x"], [asked]) for asked in ({"fail": 1}, {"batch size": 1})]
-        return await asyncio.gather(*calls, return_exceptions=True)
+        return await asyncio.gather(*calls)
 
     failed, scored = asyncio.run(both())
-    assert isinstance(failed, RewardError)
-    assert scored["probe"].tolist() == [1]
+    assert failed.failures.keys() == {"probe"}
+    assert scored.rewards["probe"].tolist() == [1]
+    assert not scored.failures
 
 
 def test_nan_passes_through(port):
@@ -190,14 +217,15 @@ def test_nan_passes_through(port):
     ],
 )
 def test_a_failing_reward_is_retried_and_then_named(port, asked, message):
-    client = RewardClient(["sign_colour", "probe"], retries=1, backoff_s=0.1)
+    client = _client("sign_colour", "probe", retries=1, backoff_s=0.1)
     images = np.zeros((2, 4, 4, 3), np.uint8)
-    with pytest.raises(RewardError, match=message) as caught:
-        _score(client, images, [{asked: 1}, {}], ["red one", "red two"])
-    assert str(caught.value).startswith("reward-probe failed 2 times")
-    assert "'red one'" in str(caught.value)
-    assert client.stats()["probe"].failures == 2
-    assert client.stats()["sign_colour"].calls == 1
+    why = _failure(client, images, [{asked: 1}, {}], ["red one", "red two"])
+    assert re.search(message, why)
+    assert why.startswith("reward-probe failed 2 times")
+    assert "'red one'" in why
+    stats = client.take_stats()
+    assert stats["probe"].failures == 2
+    assert stats["sign_colour"].calls == 1
     image = _png(images[0])
     answer = _post(port, "probe", [image] * 2, ["x", "y"], metadata=json.dumps([{asked: 1}, {}]))
     assert answer.status_code == 500
@@ -213,15 +241,14 @@ def test_a_failing_reward_is_retried_and_then_named(port, asked, message):
     ],
 )
 def test_a_bad_call_by_handle_is_named(port, images, prompts, message):
-    with pytest.raises(RewardError, match=message):
-        _score(RewardClient(["probe"], retries=0), images, [{}] * len(images), prompts)
+    assert re.search(message, _failure(_client("probe"), images, [{}] * len(images), prompts))
 
 
 def test_a_call_without_answer_ends_at_its_deadline(port):
-    client = RewardClient(["probe"], retries=0, deadline_s=0.5)
+    client = _client("probe", deadline_s=0.5)
     start = time.monotonic()
-    with pytest.raises(RewardError, match=r"no answer within 0.5 s; first prompt: 'prompt 0'"):
-        _score(client, np.zeros((1, 4, 4, 3), np.uint8), [{"seconds": 2}])
+    why = _failure(client, np.zeros((1, 4, 4, 3), np.uint8), [{"seconds": 2}])
+    assert "no answer within 0.5 s; first prompt: 'prompt 0'" in why
     assert time.monotonic() - start < 1.5
 
 
@@ -290,6 +317,130 @@ def test_malformed_requests_and_unknown_paths_are_json_errors(port):
         assert list(answer.json()) == ["error"]
 
 
+def _raw(images, shape=None):
+    """A request's fields with the images as one part of raw bytes."""
+    shape = shape or ",".join(map(str, images.shape))
+    part = ("images.raw", images.tobytes(), "application/octet-stream", {"X-Shape": shape})
+    return {"files": [("images", part)]}
+
+
+def test_raw_images_score_as_their_files_do(port, signs):
+    images, prompts = signs
+    data = {"prompts": json.dumps(prompts)}
+    url = f"http://127.0.0.1:{port}/ocr/score"
+    raw = httpx.post(url, data=data, **_raw(images), timeout=30)
+    files = _post(port, "ocr", [_png(image) for image in images], prompts)
+    assert len(set(raw.json()["scores"])) > 2
+    assert raw.json() == files.json()
+
+
+@pytest.mark.parametrize(
+    ("shape", "status", "message"),
+    [
+        ("1,4,4,3", 422, "but 96 bytes"),
+        ("2,4,4", 422, "raw images are one part"),
+        ("2,4,4,4", 422, "raw images are one part"),
+        ("-2,-4,4,3", 422, "raw images are one part"),
+        ("0,4,4,3", 422, "but 96 bytes"),
+        ("999999999,999999999,999999999,3", 413, "at most 20 images of 4096 pixels"),
+        ("1,64,65,3", 413, "at most 20 images of 4096 pixels"),
+        ("٢,4,4,3".encode().decode("latin-1"), 422, "raw images are one part"),
+    ],
+)
+def test_bad_shapes_are_refused(port, shape, status, message):
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    data = {"prompts": '["x", "y"]'}
+    answer = httpx.post(f"http://127.0.0.1:{port}/probe/score", data=data, **_raw(images, shape))
+    assert answer.status_code == status, answer.text
+    assert message in answer.json()["error"]
+
+
+def test_a_deployment_with_a_token_asks_for_it(port):
+    files, data = {"images": ("0.png", GREY)}, {"prompts": '["x"]'}
+    url = f"http://127.0.0.1:{port}/locked"
+
+    def post(*headers):
+        return httpx.post(f"{url}/score", files=files, data=data, headers=list(headers))
+
+    scheme = "Authorization"
+    for headers in (
+        [],
+        [(scheme, "Bearer wrong")],
+        [(scheme, TOKEN)],
+        [(scheme, f"Basic {TOKEN}")],
+    ):
+        answer = post(*headers)
+        assert answer.status_code == 401
+        assert "Authorization: Bearer <token>" in answer.json()["error"]
+    assert post((scheme, f"Bearer {TOKEN}")).json()["scores"] == [pytest.approx(0.2)]
+    assert httpx.get(f"{url}/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "token", "refused"),
+    [
+        ("0.0.0.0", None, True),
+        ("0.0.0.0", "secret", False),
+        ("127.0.0.1", None, False),
+        ("::1", None, False),
+        ("::", None, True),
+        ("no.such.host.invalid", None, True),
+        (None, None, False),
+    ],
+)
+def test_http_beyond_loopback_needs_a_token(monkeypatch, host, token, refused):
+    monkeypatch.setattr(reward_service, "http_address", lambda: host and (host, 8000))
+    if token:
+        monkeypatch.setenv("MY_TOKEN", token)
+    args = RewardServiceArgs(name="ocr", token_env="MY_TOKEN")
+    if refused:
+        with pytest.raises(RewardError, match=r"beyond this machine.*set MY_TOKEN"):
+            reward_service._token(args)
+    else:
+        assert reward_service._token(args) == token
+
+
+def _mangled(rng):
+    """Method, path and body of a request that is wrong in one to four places."""
+    good = httpx.Request(
+        "POST",
+        "http://x",
+        data={"prompts": '["x"]', "metadata": "[{}]"},
+        files=[("images", ("0.png", GREY))],
+    )
+    body, kind = bytearray(good.read()), good.headers["content-type"]
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(body))
+        change = rng.choice(["flip", "cut", "insert", "repeat", "kind"])
+        if change == "flip":
+            body[at] ^= 1 << rng.randrange(8)
+        elif change == "cut":
+            del body[at : at + rng.randint(1, 200)]
+        elif change == "insert":
+            body[at:at] = rng.randbytes(rng.randint(1, 60))
+        elif change == "repeat":
+            body[at:at] = body[: rng.randint(1, len(body))]
+        else:
+            kind = rng.choice(["", "application/json", "multipart/form-data", kind[:-3], "x" * 999])
+        body = body or bytearray(b"x")
+    return bytes(body), kind
+
+
+def test_two_hundred_mangled_requests_leave_the_replica_alive(port):
+    before, rng = _pid(), random.Random(4)
+    statuses = []
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}/probe", timeout=30) as client:
+        for _ in range(200):
+            body, kind = _mangled(rng)
+            answer = client.post("/score", content=body, headers={"content-type": kind})
+            statuses.append(answer.status_code)
+            if answer.status_code != 200:
+                assert list(answer.json()) == ["error"], answer.text
+    assert set(statuses) <= {200, 400, 413, 415, 422}
+    assert statuses.count(200) < 60, "most must be wrong"
+    assert _pid() == before
+
+
 def test_jpeg_webp_and_transparent_png_are_read(port):
     grey = np.full((4, 4, 3), 51, np.uint8)
     files = [_png(grey, "JPEG"), _png(grey, "WEBP"), _png(np.dstack([grey, grey[..., 0]]))]
@@ -301,9 +452,7 @@ def test_health_and_docs_answer_while_the_reward_works(port):
     async def both():
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}/probe") as client:
             busy = asyncio.create_task(
-                RewardClient(["probe"]).score(
-                    np.zeros((1, 4, 4, 3), np.uint8), ["x"], [{"seconds": 3}]
-                )
+                _client("probe").score(np.zeros((1, 4, 4, 3), np.uint8), ["x"], [{"seconds": 3}])
             )
             await asyncio.sleep(0.5)
             start = time.monotonic()
@@ -322,45 +471,46 @@ def test_health_and_docs_answer_while_the_reward_works(port):
 
 def test_a_killed_replica_is_replaced_and_the_call_repeated(port, tmp_path):
     before = _pid()
-    client = RewardClient(["probe"], retries=2, backoff_s=0.5)
+    client = _client("probe", retries=2, backoff_s=0.5)
     asked = {"die once": str(tmp_path / "died"), "pid": 1}
     scores = _score(client, np.zeros((1, 4, 4, 3), np.uint8), [asked])["probe"]
     assert (tmp_path / "died").exists()
     assert scores[0] != before
-    assert client.stats()["probe"].failures >= 1
-    assert client.stats()["probe"].calls == 1
+    stats = client.take_stats()["probe"]
+    assert stats.failures >= 1
+    assert stats.calls == 1
 
     os.kill(_pid(), signal.SIGKILL)  # and between two calls
     assert _probe(retries=2).tolist() == [np.float32(0.2)]
 
 
 def test_what_is_deployed_already_is_used_as_it_is(port):
-    reward_service.wait(["probe"], deadline_s=30)
+    reward_deploy.wait(["probe"], deadline_s=30)
     before = _pid()
     again = RewardServiceArgs(name="probe", reward="ocr")
-    assert reward_service.start_rewards([again], http_port=port, deadline_s=30) == ["probe"]
+    assert reward_deploy.start_rewards([again], http_port=port, deadline_s=30) == ["probe"]
     assert _pid() == before
 
 
 def test_a_reward_that_cannot_start_is_named_with_its_cause(port):
     bad = RewardServiceArgs(name="bad", reward="reward_samples:BadConstructor", options={"size": 9})
     with pytest.raises(RewardError, match="reward-bad: DEPLOY_FAILED") as caught:
-        reward_service.start_rewards([bad], http_port=port, deadline_s=60)
+        reward_deploy.start_rewards([bad], http_port=port, deadline_s=60)
     assert "size=9 is not served here" in str(caught.value)
     corrected = RewardServiceArgs(name="bad", reward=PROBE)
-    assert reward_service.start_rewards([corrected], http_port=port, deadline_s=60) == []
+    assert reward_deploy.start_rewards([corrected], http_port=port, deadline_s=60) == []
     serve.delete("reward-bad")
 
 
 def test_deadline_and_absence_are_named(port):
-    slow = RewardServiceArgs(name="slow", reward=PROBE, cpus=64.0)  # more than the cluster has
+    slow = RewardServiceArgs(name="slow", reward=PROBE, cpus=64.0, drain_s=0.5)  # too many CPUs
     with pytest.raises(RewardError, match=r"not running after 1 s.*reward-slow"):
-        reward_service.start_rewards([slow], http_port=port, deadline_s=1)
+        reward_deploy.start_rewards([slow], http_port=port, deadline_s=1)
     serve.delete("reward-slow", _blocking=False)
     with pytest.raises(RewardError, match="reward-nobody: no such application"):
-        reward_service.wait(["nobody"], deadline_s=1)
+        reward_deploy.wait(["nobody"], deadline_s=1)
     with pytest.raises(RewardError, match="reward-nobody"):
-        RewardClient(["nobody"])
+        _client("nobody")
 
 
 def test_config_file_is_what_serve_accepts_and_it_runs(port, signs):
@@ -395,4 +545,4 @@ def test_service_args_are_strict(change, message):
 def test_two_rewards_of_one_name_are_refused(ray_cluster):
     args = [RewardServiceArgs(name="ocr"), RewardServiceArgs(name="ocr")]
     with pytest.raises(SpecError, match="different names"):
-        reward_service.deploy(args, http_port=None)
+        reward_deploy.deploy(args, http_port=None)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageColor
 from safetensors.torch import load_file, save_file
 
-from flowgrpo_ray.errors import ModelError, SpecError
+from flowgrpo_ray.errors import ModelError, RewardError, SpecError
 from flowgrpo_ray.rewards import build, check_options, resolve
+from flowgrpo_ray.rewards.golden import check_golden, score_golden
 from flowgrpo_ray.rewards.pickscore import PickScoreReward
 
 DEPLOYMENTS = Path(__file__).parent.parent / "deployments"
@@ -185,6 +186,40 @@ def test_the_same_on_a_gpu(clip, reward, batch):
     np.testing.assert_allclose(cuda(*batch), reward(*batch), atol=2e-3)
 
 
+class Eye:
+    """In the place of CLIP: how near a picture's mean colour is to that of the colour's name."""
+
+    def __init__(self, sees=1.0, reads=1.0):
+        self.sees, self.reads = sees, reads
+
+    def logits(self, images, prompts):
+        names = [re.fullmatch("a plain (.*) background", prompt)[1] for prompt in prompts]
+        named = np.array([ImageColor.getrgb(name) for name in names], dtype=np.float32)
+        mean = images.mean(axis=(1, 2), dtype=np.float32)
+        return -np.abs(self.sees * mean - self.reads * named).mean(axis=1)
+
+
+def golden_passes(reward):
+    rankings = reward.golden()
+    check_golden(rankings, score_golden(reward, rankings))
+
+
+def test_golden_images_tell_who_sees_and_reads(clip):
+    reward = PickScoreReward(clip, clip, device="cpu")
+    shown = [[picture.image.tobytes() for picture in ranking] for ranking in reward.golden()]
+    assert len(shown) == 8
+    # A model that only likes one picture more than another fails one of two.
+    assert all([other, own] in shown for own, other in shown)
+    with pytest.raises(RewardError, match="not below"):
+        golden_passes(reward)  # random weights
+    reward._clip = Eye()
+    golden_passes(reward)
+    for blind in (Eye(sees=0), Eye(reads=0), Eye(sees=-1)):
+        reward._clip = blind
+        with pytest.raises(RewardError, match="not below"):
+            golden_passes(reward)
+
+
 def altered(clip, folder, change):
     shutil.copytree(clip, folder, dirs_exist_ok=True)
     change(folder)
@@ -278,6 +313,8 @@ def check_deployment(name):
     (mine,), (theirs,) = config.pop("applications"), ocr.pop("applications")
     assert config == ocr
     args, others = mine.pop("args"), theirs.pop("args")
+    assert mine.pop("deployments") == [{"name": name, "num_replicas": 1}]
+    del theirs["deployments"]
     assert mine == theirs | {"name": f"reward-{name}", "route_prefix": f"/{name}"}
     assert args["name"] == name
     assert set(args) <= {*others, "gpus"}

@@ -284,7 +284,12 @@ def etas(window: str) -> tuple[float, ...]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(("tuning", "guidance"), [("full", 1.0), ("lora", 3.0)])
 def test_replay_gives_every_objective_a_ratio_of_exactly_one(tuning, guidance, dtype, kernel):
-    """With gradients on, as in the update, and latents, log-probabilities and means as stored."""
+    """With gradients on, as in the update, and latents, log-probabilities and means as stored.
+
+    Half precision is slow here and a matter of the network alone: one window with each kernel.
+    """
+    turn = (list(KERNELS).index(kernel) + (tuning == "lora")) % len(WINDOWS)
+    windows = WINDOWS if dtype == "float32" else WINDOWS[turn : turn + 1]
     made, encoded = policy(tuning, dtype, guidance), conditions(guidance)
     objectives = (
         FlowGrpo(kind="flow_grpo"),
@@ -293,7 +298,7 @@ def test_replay_gives_every_objective_a_ratio_of_exactly_one(tuning, guidance, d
     )
     advantage = torch.tensor([1.0, -1.0, 2.0, 0.0])
     assert len({etas(window) for window in WINDOWS}) == 3
-    for window, likelihood in itertools.product(WINDOWS, LIKELIHOODS):
+    for window, likelihood in itertools.product(windows, LIKELIHOODS):
         of = unit(Schedule(kernel, sigmas(5), etas(window), likelihood))
         trajectory, _ = rollout(made, of, encoded, SIZE, UNTRAINED, keep_means=True)
         condition = batch_condition(encoded, of.prompts, made.device)

@@ -3,6 +3,8 @@ import random
 import numpy as np
 import pytest
 
+from flowgrpo_ray.errors import RewardError
+from flowgrpo_ray.rewards.golden import check_golden, golden_of, score_golden
 from flowgrpo_ray.rewards.sign_colour import SignColourReward, named_colour
 from flowgrpo_ray.signs import COLOURS, colour_error, render
 
@@ -54,3 +56,15 @@ def test_colour_is_looked_for_outside_the_quoted_text():
 def test_prompt_without_colour_is_refused(prompt):
     with pytest.raises(ValueError, match="no colour of red, green"):
         SignColourReward.check_prompt(prompt, {})
+
+
+def test_golden_images_by_hand():
+    """Of red (225, 70, 60) blue (90, 140, 235) differs by 135 + 70 + 175 of 3 * 255."""
+    rankings = golden_of(SignColourReward())
+    scores = score_golden(SignColourReward(), rankings)
+    assert scores.tolist() == [1, np.float32(1 - 380 / 765)]
+    check_golden(rankings, scores)
+    with pytest.raises(RewardError, match="not within"):
+        check_golden(rankings, scores[::-1])
+    with pytest.raises(RewardError, match="not below the 1"):
+        check_golden(rankings, np.ones(2, np.float32))

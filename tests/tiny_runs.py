@@ -225,7 +225,7 @@ def largest_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
     return max(float(np.abs(np.asarray(a[name]) - np.asarray(b[name])).max()) for name in a)
 
 
-# --- two ranks, each a process that starts here
+# --- two ranks, each a process
 
 
 @dataclass(frozen=True)
@@ -255,19 +255,23 @@ def train_and_reload(
     return RankResult(gradient, norms, learner.state(), fresh.state())
 
 
-def rank_main(rank: int, world: int, address: str, folder: Path) -> None:
-    """A learner rank: reads ``cases.pickle``; rank 0 writes ``results.pickle``."""
+def rank_results(rank: int, address: str, folder: Path) -> dict[str, RankResult]:
+    """What one learner rank of two makes of ``cases.pickle``; rank 0 is the process of the test."""
     import torch.distributed as dist
 
     from flowgrpo_ray.learner import join_group
 
-    torch.set_num_threads(1)
-    join_group(rank, world, address, CPU)
+    join_group(rank, 2, address, CPU)
     cases = pickle.loads((folder / "cases.pickle").read_bytes())
     results = {
-        name: train_and_reload(spec, batches[rank::world], batches, load)
+        name: train_and_reload(spec, batches[rank::2], batches, load)
         for name, (spec, batches, load) in cases.items()
     }
-    if rank == 0:
-        (folder / "results.pickle").write_bytes(pickle.dumps(results))
     dist.destroy_process_group()
+    return results
+
+
+def second_rank(_: int, address: str, folder: Path) -> None:
+    """The process of rank 1."""
+    torch.set_num_threads(1)
+    rank_results(1, address, folder)

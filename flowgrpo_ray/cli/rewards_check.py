@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flowgrpo_ray.cli.options import parse_option
 from flowgrpo_ray.errors import RewardError, SpecError
 from flowgrpo_ray.rewards import BUILTIN, build, check_options, prompt_check
 from flowgrpo_ray.spec import RewardSpec
@@ -100,22 +100,7 @@ def _chosen(
         )
     if overrides:
         raise SpecError(f"--set is for a spec; for the reward {target} write --option KEY=VALUE")
-    return {target: RewardSpec(options=dict(map(_option, options)))}, DEFAULT_SIZE
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """Key and value of `key=value`; the value is JSON or YAML."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise SpecError(f"--option {text!r}: write it as key=value, for example --option batch=4")
-    try:
-        return key, json.loads(value)  # reads 1e-4 as a number, which YAML 1.1 does not
-    except json.JSONDecodeError:
-        pass
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise SpecError(f"--option {text!r}: not YAML: {error}") from error
+    return {target: RewardSpec(options=dict(map(parse_option, options)))}, DEFAULT_SIZE
 
 
 def _check_can_score(name: str, reward: RewardSpec, pictures: Sequence[Picture]) -> None:

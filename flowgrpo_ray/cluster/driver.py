@@ -10,27 +10,29 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 from ray import ObjectRef
 
+from flowgrpo_ray.bottleneck import Adviser, Stage, find_bottleneck
 from flowgrpo_ray.checkpoint import (
     Progress,
     checkpoint_iteration,
     newest_checkpoint,
     save_checkpoint,
 )
-from flowgrpo_ray.cluster import reward_service
+from flowgrpo_ray.cluster import reward_deploy
 from flowgrpo_ray.cluster.actors import all_or_none, place
 from flowgrpo_ray.cluster.learner_group import Contribution, LearnerGroup
-from flowgrpo_ray.cluster.reward_service import RewardClient, RewardServiceArgs
+from flowgrpo_ray.cluster.reward_args import RewardServiceArgs
+from flowgrpo_ray.cluster.reward_client import Patience, RewardClient
 from flowgrpo_ray.cluster.rollout import RolloutPool, Sampled
 from flowgrpo_ray.cluster.stream import Stream
 from flowgrpo_ray.errors import ContractError, RewardError
-from flowgrpo_ray.metrics import Scores, Signal, mean_and_std, train_row
+from flowgrpo_ray.metrics import Scores, Signal, mean_and_std, train_row, unscored
 from flowgrpo_ray.prompts import Prompt, plan_evaluation, plan_iteration, prompts_digest
 from flowgrpo_ray.rewards import weighted_total
 from flowgrpo_ray.run_folder import RunFolder
@@ -79,6 +81,7 @@ class Trainer:
         self.diverged: Divergence | None = None  # why the watch ended the run
         self.ratio_floor: float | None = None
         self.own_rewards: list[str] = []
+        self._adviser = Adviser()
         self._earlier_seconds = 0.0  # of the attempts that this one continues
         self.progress = Progress(
             iteration=0,
@@ -135,6 +138,8 @@ class Trainer:
                 name=name,
                 reward=reward.reward or name,
                 options=reward.options,
+                environment=reward.environment,
+                golden=None if reward.golden else [],
                 replicas=reward.replicas,
                 cpus=reward.cpus,
                 gpus=reward.gpus,
@@ -143,15 +148,20 @@ class Trainer:
         ]
         cluster, names = self.spec.cluster, list(self.spec.rewards)
         reused = await asyncio.to_thread(
-            reward_service.deploy, args, http_port=cluster.reward_http_port
+            reward_deploy.deploy, args, http_port=cluster.reward_http_port
         )
         self.own_rewards = [name for name in names if name not in reused]
-        await asyncio.to_thread(reward_service.wait, names, deadline_s=cluster.ready_timeout_s)
+        await asyncio.to_thread(reward_deploy.wait, names, deadline_s=cluster.ready_timeout_s)
         for arg in args:
             if arg.name in reused:
-                await reward_service.check_same(arg)
+                await reward_deploy.check_same(arg)
                 self.display.note(f"using the deployment reward-{arg.name} that is there")
-        self.rewards = RewardClient(names)
+        self.rewards = RewardClient(
+            {
+                name: Patience(deadline_s=reward.deadline_s, retries=reward.retries)
+                for name, reward in self.spec.rewards.items()
+            }
+        )
 
     async def _start_rollouts(self) -> None:
         await self.rollouts.start()
@@ -194,6 +204,7 @@ class Trainer:
     async def iterate(self, iteration: int) -> None:
         """One iteration of Flow-GRPO, as the module's docstring tells it."""
         began = time.perf_counter()
+        self.rewards.take_stats()
         plan = plan_iteration(self.spec, iteration, len(self.prompts["train"]), self.sigmas)
         ticket = await self.publish(iteration)
         published = time.perf_counter() - began
@@ -225,9 +236,38 @@ class Trainer:
             seconds,
             images_per_second=row["images"] / seconds,
             stages=busy,
+            **self._look_at_rewards(busy),
         )
-        self._advance(iteration, row, [result.scores for result in results])
+        scores = [result.scores for result in results]
+        self._advance(iteration, row, scores)
+        self._tell_missing(row, scores)
         self.display.iteration(row, seconds)
+
+    def _look_at_rewards(self, busy: Mapping[str, float]) -> dict[str, Any]:
+        """What the clock says of the rewards and of the slowest stage; advises on replicas."""
+        stats, cluster = self.rewards.take_stats(), self.spec.cluster
+        rewards = {name: Stage(s.busy_s, len(s.replicas)) for name, s in stats.items()}
+        others = {
+            "sampling": Stage(busy["sample"], cluster.rollout.count),
+            "training": Stage(busy["train"] + busy["step"], cluster.learner.count),
+        }
+        slowest = find_bottleneck(rewards, others)
+        advice = self._adviser.see(slowest, rewards)
+        if advice:
+            self.display.note(advice)
+        return {
+            "rewards": {name: s.as_json() for name, s in stats.items()},
+            "bottleneck": {
+                "stage": slowest.stage,
+                "seconds": slowest.load,
+                "replicas": slowest.replicas,
+            },
+        }
+
+    def _tell_missing(self, row: Mapping[str, Any], scores: Sequence[Scores]) -> None:
+        """Note every reward whose deployment gave up."""
+        for name, why in {n: why for unit in scores for n, why in unit.failures.items()}.items():
+            self.display.note(f"{name}: {row['unscored'][name]} images without a score: {why}")
 
     def _look_for_divergence(self, row: dict[str, Any]) -> None:
         """Add the watch's readings to ``row``; say when one diverges, and stop if the spec does."""
@@ -281,12 +321,15 @@ class Trainer:
         return await self.rollouts.sample(unit, ticket, self._conditions(unit))
 
     async def score(self, unit: WorkUnit, images: ObjectRef) -> Scores:
-        """Every reward's scores of a unit's images; ``RewardError`` if one gives up."""
+        """Every reward's scores of a unit's images; NaN, and why, where one gave up."""
         prompts = [self.prompts[unit.stream][prompt] for prompt in unit.prompts]
-        rewards = await self.rewards.score(
+        scored = await self.rewards.score(
             images, [p.text for p in prompts], [p.metadata for p in prompts]
         )
-        return Scores(rewards, weighted_total(rewards, self.spec.weights))
+        weights = self.spec.weights
+        failed = [why for name, why in scored.failures.items() if weights[name]]
+        total = weighted_total(scored.rewards, weights)
+        return Scores(scored.rewards, total, "; ".join(failed) or None, scored.failures)
 
     async def _sample_and_score(
         self, unit: WorkUnit, ticket: WeightsTicket
@@ -311,8 +354,16 @@ class Trainer:
             for name in self.spec.rewards
         }
         summary = {name: mean_and_std(values) for name, values in rewards.items()}
-        row = {"kind": "eval", "iteration": iteration, "rewards": summary, "prompts": len(held_out)}
-        self.recorder.log(row | {"weights": "ema" if self.spec.ema else "last"})
+        row = {
+            "kind": "eval",
+            "iteration": iteration,
+            "rewards": summary,
+            "unscored": unscored([score.rewards for score in scores]),
+            "prompts": len(held_out),
+            "weights": "ema" if self.spec.ema else "last",
+        }
+        self.recorder.log(row)
+        self._tell_missing(row, scores)
         means = {
             name: None if np.isnan(values["mean"]) else round(values["mean"], 6)
             for name, values in summary.items()

@@ -1,17 +1,17 @@
 """A reward over HTTP: images as files and prompts as JSON in, scores as JSON out.
 
 What comes from the network is bytes and JSON, never pickle, and every limit is checked before the
-memory it protects is used: the body while it arrives, an image's size before it is decoded.
+memory it protects is used: the body while it arrives, an image's size before it is decoded. Where
+there is a token, it is asked for before the body is read.
 """
 
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import math
-import struct
-import zlib
+import re
+import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -20,19 +20,12 @@ import numpy as np
 from fastapi import FastAPI, File, Form, HTTPException, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from PIL import Image
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import flowgrpo_ray
-
-FORMATS = ("PNG", "JPEG", "WEBP")
-# 16-bit and floating-point images are refused: converting them to 8 bits would saturate.
-MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
-# What Pillow raises for files that are cut off or damaged on purpose.
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError)
-BROKEN_INSIDE = (struct.error, zlib.error)
+from flowgrpo_ray.images import ImageError, decode_rgb
 
 
 @dataclass(frozen=True)
@@ -68,11 +61,18 @@ Check = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], None]
 Score = Callable[[np.ndarray, Sequence[str], Sequence[Mapping[str, Any]]], Awaitable[np.ndarray]]
 
 
-def build_api(name: str, limits: Limits, check: Check, score: Score) -> FastAPI:
+SHAPE_HEADER = "x-shape"
+SHAPE = re.compile(r"\s*(\d{1,9})\s*,\s*(\d{1,9})\s*,\s*(\d{1,9})\s*,\s*3\s*")
+
+
+def build_api(
+    name: str, limits: Limits, check: Check, score: Score, token: str | None = None
+) -> FastAPI:
     """The web application of the reward `name`; /docs describes it.
 
     check: raises ValueError for prompts that the reward could never score.
     score: images uint8 [b, H, W, 3], prompts, metadata -> float32 [b].
+    token: that `POST /score` must bring as `Authorization: Bearer <token>`.
     """
     api = FastAPI(
         title=f"Reward {name}",
@@ -80,64 +80,82 @@ def build_api(name: str, limits: Limits, check: Check, score: Score) -> FastAPI:
         version=flowgrpo_ray.__version__,
     )
     api.add_middleware(BodyLimit, max_bytes=limits.body_bytes)
+    if token is not None:
+        api.add_middleware(RequireToken, token=token)
     _answer_errors_as_json(api, name)
 
     @api.get("/health")
     async def health() -> Health:
         return Health(reward=name, status="ok")
 
-    @api.post("/score", responses={400: {"model": Failure}, 413: {"model": Failure}})
+    refusals: dict[int | str, Any] = {code: {"model": Failure} for code in (401, 413, 422, 500)}
+
+    @api.post("/score", responses=refusals)
     async def score_images(
-        images: Annotated[list[UploadFile], File(description="PNG, JPEG or WebP, of one size")],
+        images: Annotated[
+            list[UploadFile],
+            File(
+                description="PNG, JPEG or WebP files of one size; or one part of raw uint8, row by "
+                "row, with the header `X-Shape: images,height,width,3` of its own"
+            ),
+        ],
         prompts: Annotated[str, Form(description="JSON list of texts, one per image")],
         metadata: Annotated[str | None, Form(description="JSON list of objects")] = None,
     ) -> Scores:
         if len(images) > limits.images:
             raise HTTPException(413, f"{len(images)} images; at most {limits.images} per request")
-        texts = _json_list("prompts", prompts, str, len(images))
+        shape = images[0].headers.get(SHAPE_HEADER)
+        files = [await image.read() for image in images]
+        if shape is None:
+            batch = await asyncio.to_thread(decode, files, limits.pixels)
+        else:
+            batch = _raw(shape, files, limits)
+        texts = _json_list("prompts", prompts, str, len(batch))
         data = (
-            [{} for _ in images]
+            [{} for _ in batch]
             if metadata is None
-            else _json_list("metadata", metadata, dict, len(images))
+            else _json_list("metadata", metadata, dict, len(batch))
         )
         try:
             check(texts, data)
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
-        files = [await image.read() for image in images]
-        batch = await asyncio.to_thread(decode, files, limits.pixels)
         values = (await score(batch, texts, data)).tolist()
         return Scores(reward=name, scores=[v if math.isfinite(v) else None for v in values])
 
     return api
 
 
+def _raw(header: str, files: Sequence[bytes], limits: Limits) -> np.ndarray:
+    """The images, uint8 [b, H, W, 3], in one part that says its shape."""
+    match = SHAPE.fullmatch(header)
+    if match is None or len(files) != 1:
+        raise HTTPException(
+            422,
+            f"X-Shape is {header!r} on the first of {len(files)} parts: raw images are one part "
+            "with the header X-Shape: images,height,width,3",
+        )
+    count, height, width = map(int, match.groups())
+    if count > limits.images or height * width > limits.pixels:
+        raise HTTPException(
+            413,
+            f"X-Shape {header!r}: at most {limits.images} images of {limits.pixels} pixels",
+        )
+    if count * height * width == 0 or len(files[0]) != count * height * width * 3:
+        raise HTTPException(422, f"X-Shape {header!r}, but {len(files[0])} bytes")
+    return np.frombuffer(files[0], np.uint8).reshape(count, height, width, 3)
+
+
 def decode(files: Sequence[bytes], max_pixels: int) -> np.ndarray:
     """Images of one size as uint8 [b, H, W, 3]; HTTPException for what cannot be scored."""
-    images = [_decode_one(i, data, max_pixels) for i, data in enumerate(files)]
+    try:
+        images = [decode_rgb(data, f"image {i}", max_pixels) for i, data in enumerate(files)]
+    except ImageError as error:
+        raise HTTPException(413 if error.too_large else 422, str(error)) from error
     sizes = sorted({image.shape[:2] for image in images})
     if len(sizes) > 1:
         raise HTTPException(422, f"images of one request must have one size, got (H, W) {sizes}")
     return np.stack(images)
-
-
-def _decode_one(index: int, data: bytes, max_pixels: int) -> np.ndarray:
-    """One image as uint8 [H, W, 3]. Its header is read, and refused, before its pixels."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                message = f"image {index} is {width}x{height}; at most {max_pixels} pixels"
-                raise HTTPException(413, message)
-            if image.mode not in MODES:
-                raise HTTPException(422, f"image {index} has mode {image.mode}, not 8-bit RGB")
-            return np.array(image.convert("RGB"))
-    except Image.DecompressionBombError as error:
-        raise HTTPException(413, f"image {index}: {error}") from error
-    except (*BROKEN, *BROKEN_INSIDE) as error:
-        raise HTTPException(
-            422, f"image {index} is not a readable {', '.join(FORMATS)} file"
-        ) from error
 
 
 def _json_list(field: str, text: str, kind: type, count: int) -> list[Any]:
@@ -194,3 +212,21 @@ class BodyLimit:
             return message
 
         await self._app(scope, counted, send)
+
+
+class RequireToken:
+    """Answers 401 to whoever asks for scores without the bearer token."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not secrets.compare_digest(given, self._expected):
+                message = "the header Authorization: Bearer <token> is missing or wrong"
+                refuse = JSONResponse({"error": message}, 401, {"WWW-Authenticate": "Bearer"})
+                await refuse(scope, receive, send)
+                return
+        await self._app(scope, receive, send)

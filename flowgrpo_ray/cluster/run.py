@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowgrpo_ray.cluster.session import joined, ray_session
 from flowgrpo_ray.errors import ClusterError, RunFolderError
-from flowgrpo_ray.preflight import check_run
+from flowgrpo_ray.preflight import check_environments, check_run
 from flowgrpo_ray.prompts import prompts_digest
 from flowgrpo_ray.report import write_report
 from flowgrpo_ray.run_folder import RunFolder
@@ -47,6 +47,8 @@ def train(
     clock = StartClock(time.perf_counter() if started is None else started)
     clock.lap("import")
     prompts, held_out = check_run(spec)
+    if not joined():  # a cluster may serve the rewards already
+        check_environments(spec)
     folder = RunFolder.claim(root, spec, resume=resume)
     try:
         saved = folder.latest() if resume else None
@@ -63,7 +65,7 @@ def train(
             clock.lap("ray")
             from ray.exceptions import RayActorError
 
-            from flowgrpo_ray.cluster import reward_service
+            from flowgrpo_ray.cluster import reward_deploy
             from flowgrpo_ray.cluster.driver import Trainer
 
             trainer = Trainer(spec, prompts, held_out, folder, recorder, display, clock)
@@ -77,7 +79,7 @@ def train(
                 ) from error
             finally:
                 if joined():  # a private cluster ends whole, and sooner
-                    reward_service.remove(trainer.own_rewards)
+                    reward_deploy.remove(trainer.own_rewards)
         stopped = progress.iteration < spec.iterations
         summary = _summary(spec, progress, trainer.ratio_floor)
         recorder.write_summary(summary)

@@ -7,11 +7,9 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
-import numpy as np
 from ray import ObjectRef
 
 from flowgrpo_ray.cluster.rollout import Sampled
-from flowgrpo_ray.errors import RewardError
 from flowgrpo_ray.metrics import Scores, Signal, UnitResult, count_groups, signals
 from flowgrpo_ray.prompts import Block, IterationPlan, Prompt, plan_refill
 from flowgrpo_ray.spec import TrainingSpec
@@ -99,12 +97,7 @@ class Stream:
         sampled = await self._source.sample(unit, self._ticket)
         self.seconds["sample"] += sampled.seconds
         began = time.perf_counter()
-        try:
-            scores = await self._source.score(unit, sampled.images)
-        except RewardError as error:
-            unscored = np.full(unit.batch, np.nan, np.float32)
-            rewards = dict.fromkeys(self._source.spec.rewards, unscored)
-            scores = Scores(rewards, unscored, failure=str(error))
+        scores = await self._source.score(unit, sampled.images)
         self.seconds["score"] += time.perf_counter() - began
         return sampled, scores
 

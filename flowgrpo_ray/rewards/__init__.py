@@ -21,7 +21,14 @@ from flowgrpo_ray.errors import SpecError
 BUILTIN: dict[str, str] = {
     "ocr": "flowgrpo_ray.rewards.ocr:OcrReward",
     "pickscore": "flowgrpo_ray.rewards.pickscore:PickScoreReward",
+    "clipscore": "flowgrpo_ray.rewards.clipscore:ClipScoreReward",
+    "aesthetic": "flowgrpo_ray.rewards.aesthetic:AestheticReward",
+    "imagereward": "flowgrpo_ray.rewards.imagereward:ImageRewardReward",
+    "jpeg_compressibility": "flowgrpo_ray.rewards.jpeg:JpegCompressibilityReward",
+    "jpeg_incompressibility": "flowgrpo_ray.rewards.jpeg:JpegIncompressibilityReward",
     "geneval": "flowgrpo_ray.rewards.geneval:GenevalReward",
+    "unified_reward": "flowgrpo_ray.rewards.unified_reward:UnifiedReward",
+    "http": "flowgrpo_ray.rewards.http:HttpReward",
     "sign_colour": "flowgrpo_ray.rewards.sign_colour:SignColourReward",
 }
 

@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowgrpo_ray.errors import ModelError
-from flowgrpo_ray.rewards.loading import Source, load, load_model
+from flowgrpo_ray.rewards.loading import (
+    Source,
+    check_dtype_and_batch,
+    check_tokenizer,
+    load,
+    load_model,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +23,8 @@ class ClipEncoder:
     """A CLIP model of transformers: unit vectors, float32, of images and of texts.
 
     Images are prepared with Pillow, as for the published scores, whether or not torchvision is
-    installed: the two give scores that differ in the fourth digit.
+    installed: the two give scores that differ in the fourth digit. Texts are padded to the longest
+    of a call; as the text model looks back only, any padding gives the same vectors.
     """
 
     def __init__(
@@ -27,15 +33,31 @@ class ClipEncoder:
         import torch
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+        check_dtype_and_batch(dtype, batch)
         # The logit scale is read before the weights are cast: a rounded logarithm is 1% off.
         clip = load_model(CLIPModel, model)
         self.scale = float(clip.logit_scale.exp())
+        self.width = clip.config.projection_dim
         self._model = clip.to(device=device, dtype=getattr(torch, dtype))
         self._max_length = clip.config.text_config.max_position_embeddings
         self._prepare = load(CLIPImageProcessorPil, processor)
         self._tokenizer = load(CLIPTokenizer, processor)
-        _check_tokenizer(self._tokenizer, clip.config.text_config.vocab_size, processor, model)
+        check_tokenizer(self._tokenizer, clip.config.text_config.vocab_size, processor, model)
         self._device, self._dtype, self._batch = device, getattr(torch, dtype), batch
+
+    def logits(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """exp(logit scale) * cosine of each image, uint8 [n, H, W, 3], and its text: float32 [n].
+
+        NaN where the model gives no numbers.
+        """
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images, {len(prompts)} prompts")
+        if not len(images):
+            return np.zeros(0, np.float32)
+        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        texts = self.texts(list(place))[[place[prompt] for prompt in prompts]]
+        cosine = (self.images(list(images)) * texts).sum(dim=-1)
+        return (self.scale * cosine).cpu().numpy()
 
     def images(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """Unit vectors [n, d] of images, each uint8 [h, w, 3] of any size; NaN where undefined."""
@@ -77,18 +99,3 @@ class ClipEncoder:
             vectors = torch.cat(parts)
             # Not normalize(): it would make a zero of a vector without direction, this a NaN.
             return vectors / vectors.norm(dim=-1, keepdim=True)
-
-
-def _check_tokenizer(tokenizer: Any, vocabulary: int, source: Source, model: Source) -> None:
-    """To transformers absent tokenizer files are no error: it makes an empty tokenizer."""
-    option, place, _ = source
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ModelError(
-            f"{option} = {place!r}: no tokenizer files there, or no connection to the hub. Give a "
-            "folder or hub id that holds tokenizer.json, or vocab.json and merges.txt"
-        )
-    if len(tokenizer) > vocabulary:
-        raise ModelError(
-            f"{option} = {place!r}: its tokenizer knows {len(tokenizer)} tokens, the text model of "
-            f"{model[0]} = {model[1]!r} only {vocabulary}: they do not belong together"
-        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from flowgrpo_ray.errors import ModelError
@@ -14,6 +16,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 Source = tuple[str, str, str | None]
 """An option of a reward, the folder or hub id that it names, and the revision of a hub id."""
+
+
+def check_dtype_and_batch(dtype: str, batch: int) -> None:
+    """ValueError for options that no model could run with."""
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
 
 
 def pick_device(device: str | None) -> torch.device:
@@ -70,3 +80,89 @@ def load_model(cls: Any, source: Source) -> Any:
             f"{len(missing)} of its weights, such as {missing[0]!r}"
         )
     return model.eval().requires_grad_(False)
+
+
+def check_tokenizer(tokenizer: Any, vocabulary: int, source: Source, model: Source) -> None:
+    """To transformers absent tokenizer files are no error: it makes an empty tokenizer."""
+    option, place, _ = source
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ModelError(
+            f"{option} = {place!r}: no tokenizer files there, or no connection to the hub. Give a "
+            "folder or hub id that holds tokenizer.json, or the vocabulary that it is made from"
+        )
+    if len(tokenizer) > vocabulary:
+        raise ModelError(
+            f"{option} = {place!r}: its tokenizer knows {len(tokenizer)} tokens, the text model of "
+            f"{model[0]} = {model[1]!r} only {vocabulary}: they do not belong together"
+        )
+
+
+def read_weights(source: Source, filename: str) -> dict[str, torch.Tensor]:
+    """Weights by their names: from a file, or from `filename` of a folder or of a hub repository.
+
+    Files are .safetensors, or else torch's, of which only tensors are read: no code in it is run.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from transformers.utils.hub import cached_file
+
+    option, place, revision = source
+    path = Path(place).expanduser()
+    if not path.exists() and (
+        place.startswith(("/", ".", "~")) or path.suffix in (".pt", ".pth", ".safetensors")
+    ):
+        raise ModelError(f"{option} = {place!r}: there is no such file or folder")
+    try:
+        if not path.is_file():
+            place_of_file = str(path) if path.is_dir() else place
+            path = Path(str(cached_file(place_of_file, filename, revision=revision)))
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
+        raise ModelError(
+            f"{option} = {place!r}: no weights can be read. Give a .pt, .pth or .safetensors file, "
+            f"or a folder or reachable hub id that holds {filename!r}. Cause: {error}"
+        ) from error
+    except UnpicklingError as error:
+        # Its own message advises to run the code in the file.
+        raise ModelError(
+            f"{option} = {place!r}: {path.name} is no file of weights alone"
+        ) from error
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and torch.is_tensor(value) for name, value in weights.items()
+    ):
+        raise ModelError(f"{option} = {place!r}: {path.name} is no table of weights by name")
+    return weights
+
+
+def fill(
+    model: torch.nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    source: Source,
+    published: Callable[[str], str] = str,
+) -> None:
+    """Loads `weights` into `model`; ModelError where a name or a shape is not the model's.
+
+    published: the name in `weights` of a weight of the model.
+    """
+    state = model.state_dict()
+    own = {published(name): name for name in state}
+    wrong = {
+        "lacks": sorted(own.keys() - weights.keys()),
+        "also has": sorted(weights.keys() - own.keys()),
+        "has in another shape": [
+            f"{key} {tuple(weights[key].shape)}, not {tuple(state[name].shape)}"
+            for key, name in own.items()
+            if key in weights and weights[key].shape != state[name].shape
+        ],
+    }
+    option, place, _ = source
+    for what, names in wrong.items():
+        if names:
+            raise ModelError(
+                f"{option} = {place!r}: these are not the weights that the reward needs: the file "
+                f"{what} {len(names)}, such as {names[0]}"
+            )
+    model.load_state_dict({name: weights[key] for key, name in own.items()})

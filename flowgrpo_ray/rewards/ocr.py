@@ -12,24 +12,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from flowgrpo_ray.rewards.golden import Golden, Rankings
+from flowgrpo_ray.rewards.paddle_reader import paddleocr_reader
+from flowgrpo_ray.rewards.text_readers import ReaderOptions, rapidocr_reader
+from flowgrpo_ray.signs import render_plain
+
+ENGINES = {"rapidocr": rapidocr_reader, "paddleocr": paddleocr_reader}
 QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
 
 
 class OcrReward:
     """Reads each image and compares with the text that its prompt quotes.
 
-    engine: the text reader, `rapidocr`.
+    engine: the text reader, `rapidocr` or `paddleocr`. The second needs `environment: paddleocr`.
     detect: find lines of text first. Turn it off only where the whole image IS one line of text,
         such as a small sign: then it is read as it stands, several times faster.
     rec_width: least width that a line, scaled to 48 rows, is padded to before it is read. By
         default 320 with detection, which the model was trained on; without, no padding.
     threads: images are shared out to that many single-thread sessions.
     batch: lines read at once by a session.
+    det_model, rec_model: of paddleocr, which finds lines and which reads them: a local folder, or
+        the name of a model that PaddleOCR downloads. By default the PP-OCRv6 small models of
+        RapidOCR's wheel, as the other engine has them.
     """
 
     def __init__(
@@ -39,15 +47,16 @@ class OcrReward:
         rec_width: int | None = None,
         threads: int = 1,
         batch: int = 8,
+        det_model: str | None = None,
+        rec_model: str | None = None,
     ) -> None:
-        if engine in PLANNED_ENGINES:
-            raise ValueError(f"engine {engine!r} is not available yet in this version")
         if engine not in ENGINES:
             raise ValueError(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}")
         for name, value in (("rec_width", rec_width), ("threads", threads), ("batch", batch)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self._reader: TextReader = ENGINES[engine](detect, rec_width, threads, batch)
+        options = ReaderOptions(detect, rec_width, threads, batch, det_model, rec_model)
+        self._reader = ENGINES[engine](options)
 
     def __call__(
         self,
@@ -62,6 +71,11 @@ class OcrReward:
             [text_score(text, target) for text, target in zip(texts, targets, strict=True)],
             dtype=np.float32,
         )
+
+    def golden(self) -> Rankings:
+        """A sign is worth 1 for the text that it shows, and 0 for three other digits."""
+        sign = render_plain("407", "yellow", (128, 192))
+        return [[Golden(sign, '"407"', low=1, high=1), Golden(sign, '"582"', low=0, high=0)]]
 
     @staticmethod
     def check_prompt(prompt: str, metadata: Mapping[str, Any]) -> None:
@@ -116,89 +130,3 @@ def edit_distance(a: str, b: str) -> int:
 def _plain(text: str) -> str:
     """Lowercased, without any white space."""
     return "".join(text.lower().split())
-
-
-class TextReader(Protocol):
-    """Reads what stands in images; an image without text gives ''. A failure is an exception."""
-
-    def read(self, images: np.ndarray) -> list[str]:
-        """One text per image of uint8 [b, H, W, 3], lines in reading order."""
-        ...
-
-
-class RapidOcrReader:
-    """RapidOCR with the PP-OCR models of its wheel, on the CPU; loads nothing from the network."""
-
-    def __init__(self, detect: bool, rec_width: int | None, threads: int, batch: int) -> None:
-        # Without detection a width of 1 is always exceeded by the image's own: no padding.
-        width = rec_width or (320 if detect else 1)
-        self._detect = detect
-        self._engines = [_rapidocr(width, batch) for _ in range(threads)]
-        self._pool = ThreadPoolExecutor(threads)
-
-    def read(self, images: np.ndarray) -> list[str]:
-        """One text per image of uint8 [b, H, W, 3], lines in reading order."""
-        read = self._read_lines if self._detect else self._read_signs
-        bgr = np.ascontiguousarray(images[..., ::-1])
-        shares = [share for share in np.array_split(bgr, len(self._engines)) if len(share)]
-        return [text for texts in self._pool.map(read, self._engines, shares) for text in texts]
-
-    @staticmethod
-    def _read_lines(engine: Any, bgr: np.ndarray) -> list[str]:
-        texts = []
-        for image in bgr:
-            # The engine remembers flags from call to call, so each call states them all.
-            found = engine(image, use_det=True, use_cls=False, use_rec=True)
-            if found.txts is None:
-                texts.append("")
-            else:
-                texts.append(" ".join(found.txts[i] for i in reading_order(found.boxes)))
-        return texts
-
-    @staticmethod
-    def _read_signs(engine: Any, bgr: np.ndarray) -> list[str]:
-        from rapidocr.ch_ppocr_rec import TextRecInput
-
-        return list(engine.text_rec(TextRecInput(img=list(bgr), return_word_box=False)).txts)
-
-
-def _rapidocr(rec_width: int, batch: int) -> Any:
-    """A RapidOCR engine with one thread, its models loaded and run once."""
-    from rapidocr import RapidOCR
-
-    engine = RapidOCR(
-        params={
-            "Global.log_level": "error",
-            "EngineConfig.onnxruntime.intra_op_num_threads": 1,
-            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
-            "EngineConfig.onnxruntime.enable_cpu_mem_arena": True,
-            # Detect at the image's own resolution; the default enlarges to 736 rows, 4x slower.
-            "Det.limit_type": "min",
-            "Det.limit_side_len": 64,
-            "Rec.rec_img_shape": [3, 48, rec_width],
-            "Rec.rec_batch_num": batch,
-        }
-    )
-    engine(np.zeros((48, 48, 3), np.uint8), use_det=False, use_cls=False, use_rec=True)
-    return engine
-
-
-def reading_order(boxes: np.ndarray) -> list[int]:
-    """Order of text boxes, [n, 4, 2] corners (x, y): lines from the top, each from the left.
-
-    A box belongs to the line above it if its middle lies higher than the bottom of that line's
-    first box.
-    """
-    top, bottom = boxes[:, :, 1].min(axis=1), boxes[:, :, 1].max(axis=1)
-    middle, left = (top + bottom) / 2, boxes[:, :, 0].min(axis=1)
-    lines: list[list[int]] = []
-    for i in np.argsort(middle, kind="stable").tolist():
-        if lines and middle[i] < bottom[lines[-1][0]]:
-            lines[-1].append(i)
-        else:
-            lines.append([i])
-    return [i for line in lines for i in sorted(line, key=lambda i: left[i])]
-
-
-ENGINES: dict[str, type[RapidOcrReader]] = {"rapidocr": RapidOcrReader}
-PLANNED_ENGINES = ("paddleocr",)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from flowgrpo_ray.rewards.golden import Golden, Rankings
 from flowgrpo_ray.rewards.ocr import QUOTED
 from flowgrpo_ray.signs import COLOURS
 
@@ -41,6 +42,12 @@ class SignColourReward:
     def check_prompt(prompt: str, metadata: Mapping[str, Any]) -> None:
         """ValueError for a prompt that names no known colour."""
         named_colour(prompt)
+
+    def golden(self) -> Rankings:
+        """For a red sign plain red is worth 1, and plain blue less."""
+        red, blue = (np.full((8, 12, 3), COLOURS[name], np.uint8) for name in ("red", "blue"))
+        prompt = 'red sign "407"'
+        return [[Golden(red, prompt, low=1, high=1), Golden(blue, prompt)]]
 
 
 def named_colour(prompt: str) -> str:

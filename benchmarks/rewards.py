@@ -1,0 +1,210 @@
+"""Rewards as a service against the same classes called directly: requests, latency, bytes moved.
+
+Each reward scores requests of 8 images: called directly in this process, through a handle with
+object references (as a training run does) on 1 and on 2 replicas, and over HTTP with raw images and
+with PNG files. Direct calls come one after another, the others from 4 callers at once. The ways
+take turns, because machines drift; medians over the rounds are printed, and ratios within a round.
+Bytes are those that crossed sockets of this machine, from the counters of its loopback interface:
+what shared memory hands over is not among them.
+
+    .venv/bin/python benchmarks/rewards.py [--rounds 5] [--seconds 2] [--out FILE.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import json
+import logging
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from flowgrpo_ray.cluster.session import private_environment
+from flowgrpo_ray.rewards import build
+from flowgrpo_ray.signs import render_plain
+
+IMAGES, CALLERS = 8, 4
+SIZES = {"small": (32, 48), "512": (512, 512)}
+REWARDS = {
+    "sign_colour": {"small": {}, "512": {}},
+    "jpeg_compressibility": {"small": {}, "512": {}},
+    "ocr": {"small": {"detect": False}, "512": {"detect": True}},
+}
+PROMPT = 'red sign "407"'
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way of one round: requests per second, seconds of each, socket bytes per image."""
+
+    rate: float
+    p50: float
+    p95: float
+    socket_bytes: float
+
+
+def loopback_bytes() -> int:
+    """Bytes that were sent over the loopback interface since the machine started."""
+    return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
+
+
+async def drive(call: Callable[[], Awaitable[object]], callers: int, seconds: float) -> Measured:
+    """As many calls as `callers` at once make in `seconds`."""
+    took: list[float] = []
+    await call()
+    began, before = time.perf_counter(), loopback_bytes()
+
+    async def caller() -> None:
+        while time.perf_counter() - began < seconds:
+            start = time.perf_counter()
+            await call()
+            took.append(time.perf_counter() - start)
+
+    await asyncio.gather(*[caller() for _ in range(callers)])
+    wall = time.perf_counter() - began
+    moved = (loopback_bytes() - before) / (len(took) * IMAGES)
+    return Measured(len(took) / wall, median(took), float(np.quantile(took, 0.95)), moved)
+
+
+def png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class Bench:
+    """One reward at one size."""
+
+    def __init__(self, reward: str, size: str, port: int) -> None:
+        from flowgrpo_ray.cluster.reward_client import Patience, RewardClient
+
+        self.reward, self.size = reward, size
+        self.images = np.stack([render_plain("407", "red", SIZES[size])] * IMAGES)
+        self.prompts, self.metadata = [PROMPT] * IMAGES, [{}] * IMAGES
+        self.direct = build(reward, REWARDS[reward][size])
+        name = f"{reward}-{size}"
+        self.clients = {
+            replicas: RewardClient({f"{name}-{replicas}": Patience(retries=0)})
+            for replicas in (1, 2)
+        }
+        self.url = f"http://127.0.0.1:{port}/{name}-1/score"
+
+    async def round(self, seconds: float) -> dict[str, Measured]:
+        async def direct() -> object:
+            return self.direct(self.images, self.prompts, self.metadata)
+
+        measured = {"direct": await drive(direct, 1, seconds)}
+        for replicas in self.clients:
+            call = self.by_handle(replicas)
+            measured[f"handle x{replicas}"] = await drive(call, CALLERS, seconds)
+        shape = ",".join(map(str, self.images.shape))
+        raw = ("i", self.images.tobytes(), "application/octet-stream", {"X-Shape": shape})
+        files = [("images", (f"{i}.png", png(image))) for i, image in enumerate(self.images)]
+        data = {"prompts": json.dumps(self.prompts)}
+        async with httpx.AsyncClient(timeout=60) as http:
+            for way, parts in (("http raw", [("images", raw)]), ("http png", files)):
+
+                async def post(parts: list = parts) -> object:
+                    answer = await http.post(self.url, data=data, files=parts)
+                    answer.raise_for_status()
+                    return answer
+
+                measured[way] = await drive(post, CALLERS, seconds)
+        return measured
+
+    def by_handle(self, replicas: int) -> Callable[[], Awaitable[object]]:
+        import ray
+
+        async def call() -> object:
+            scored = await self.clients[replicas].score(
+                ray.put(self.images), self.prompts, self.metadata
+            )
+            assert not scored.failures, scored.failures
+            return scored
+
+        return call
+
+
+def deploy(port: int) -> None:
+    from flowgrpo_ray.cluster.reward_args import RewardServiceArgs
+    from flowgrpo_ray.cluster.reward_deploy import start_rewards
+
+    args = [
+        RewardServiceArgs(
+            name=f"{reward}-{size}-{replicas}",
+            reward=reward,
+            options=options,
+            replicas=replicas,
+            cpus=0.0,
+            max_batch_images=IMAGES,
+            batch_wait_ms=0.0,
+        )
+        for reward, sizes in REWARDS.items()
+        for size, options in sizes.items()
+        for replicas in (1, 2)
+    ]
+    start_rewards(args, http_port=port, deadline_s=300)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    os.environ.update(private_environment())
+    import ray
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tempfile.mkdtemp(prefix="fgr", dir="/tmp")
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _temp_dir=folder,
+    )
+    deploy(port)
+    rows = []
+    for reward, sizes in REWARDS.items():
+        for size in sizes:
+            rows += measure(Bench(reward, size, port), options.rounds, options.seconds)
+    ray.shutdown()
+    if options.out:
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def measure(bench: Bench, count: int, seconds: float) -> list[dict[str, object]]:
+    """Prints and returns one row for each way."""
+    rounds = [asyncio.run(bench.round(seconds)) for _ in range(count)]
+    rows = []
+    for way in rounds[0]:
+        seen = [asdict(of_round[way]) for of_round in rounds]
+        of_way = {key: median(row[key] for row in seen) for key in seen[0]}
+        ratio = median(r[way].rate / r["direct"].rate for r in rounds)
+        rows.append({"reward": bench.reward, "size": bench.size, "way": way, **of_way})
+        rows[-1]["of_direct"] = ratio
+        print(
+            f"{bench.reward:22} {bench.size:6} {way:10} {of_way['rate']:8.1f} requests/s "
+            f"({ratio:5.2f} of direct)  p50 {1000 * of_way['p50']:7.1f} ms  "
+            f"p95 {1000 * of_way['p95']:7.1f} ms  {of_way['socket_bytes']:10.0f} B/image",
+            flush=True,
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""`flowgrpo-ray rewards score`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from flowgrpo_ray.cli.options import parse_option
+from flowgrpo_ray.errors import PromptError, SpecError
+from flowgrpo_ray.metrics import mean_and_std
+from flowgrpo_ray.prompts import Prompt, load_prompts
+from flowgrpo_ray.rewards import build, check_options, prompt_check, weighted_total
+
+
+def score(
+    images: Annotated[
+        Path,
+        typer.Argument(metavar="IMAGES", help="a folder of PNG, JPEG or WebP files, or one file"),
+    ],
+    prompts: Annotated[
+        str,
+        typer.Argument(
+            metavar="PROMPTS",
+            help="a prompt file, .txt or .jsonl: one line per image in the order of their names, "
+            "or one for all",
+        ),
+    ],
+    rewards: Annotated[
+        list[str],
+        typer.Option(
+            "--reward",
+            metavar="REWARD[=WEIGHT]",
+            help="built in, or module:Class, and its weight in the total (1); may be repeated",
+        ),
+    ],
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            metavar="REWARD.KEY=VALUE",
+            help="an option of a reward, as ocr.detect=false",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="the table to write, .csv or .jsonl")] = Path(
+        "scores.csv"
+    ),
+    batch: Annotated[int, typer.Option(min=1, help="images that a reward is given at once")] = 32,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the table")] = False,
+) -> None:
+    """Score image files against their prompts, without training and without Ray."""
+    from flowgrpo_ray import scoring
+
+    weights = _weights(rewards)
+    chosen = _options(options or [], weights)
+    scoring.check_table_file(out, overwrite)
+    files = scoring.find_images(images)
+    own = load_prompts(prompts, "PROMPTS")
+    _check_prompts(weights, own)
+    own = scoring.pair(files, own)
+    batches = scoring.plan_batches(files, batch)
+
+    scores: dict[str, np.ndarray] = {}
+    console = Console()
+    with Progress(transient=True, disable=not console.is_terminal, console=console) as progress:
+        for name in weights:
+            # Built one after another: two large models may not fit beside each other.
+            watched = progress.track(batches, description=escape(name))
+            scores[name] = scoring.score_files(name, build(name, chosen[name]), files, own, watched)
+    scores[scoring.TOTAL] = weighted_total(scores, weights)
+    scoring.write_table(out, scoring.as_rows(files, own, scores))
+    _show(console, weights, scores)
+    count = f"{len(files)} image{'s' if len(files) > 1 else ''}"
+    console.print(f"scores of {count} in {out}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _weights(rewards: Sequence[str]) -> dict[str, float]:
+    """Weight per reward, from `reward=weight`."""
+    weights: dict[str, float] = {}
+    for text in rewards:
+        name, equals, number = text.partition("=")
+        try:
+            weight = float(number) if equals else 1.0
+        except ValueError:
+            weight = math.nan
+        if not math.isfinite(weight):
+            raise SpecError(
+                f"--reward {text!r}: the weight is {number!r}, not a number; write it as {name}=0.5"
+            )
+        if name in weights:
+            raise SpecError(f"--reward {text!r}: {name!r} is there twice; name a reward once")
+        weights[name] = weight
+    if not any(weights.values()):
+        raise SpecError(f"every weight is 0 ({', '.join(weights)}): there would be no total")
+    return weights
+
+
+def _options(options: Sequence[str], weights: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """Options per reward, from `reward.key=value`; all are checked against the classes."""
+    chosen: dict[str, dict[str, Any]] = {name: {} for name in weights}
+    for text in options:
+        place, value = parse_option(text, example="ocr.detect=false")
+        name, _, key = place.rpartition(".")
+        if name not in chosen:
+            raise SpecError(
+                f"--option {text!r}: {name!r} is no --reward of this command; write "
+                f"REWARD.KEY=VALUE with one of {', '.join(chosen)}"
+            )
+        chosen[name][key] = value
+    for name, values in chosen.items():
+        check_options(name, values)
+    return chosen
+
+
+def _check_prompts(weights: dict[str, float], prompts: Sequence[Prompt]) -> None:
+    for name in weights:
+        check = prompt_check(name)
+        for number, prompt in enumerate(prompts, 1):
+            try:
+                check(prompt.text, prompt.metadata)
+            except ValueError as error:
+                raise PromptError(
+                    f"PROMPTS: prompt {number}, for the reward {name!r}: {error}"
+                ) from error
+
+
+def _show(console: Console, weights: dict[str, float], scores: dict[str, np.ndarray]) -> None:
+    """Mean and spread over the images that have a score, and how many have none."""
+    table = Table()
+    for column in ("reward", "weight", "mean", "std", "unscored"):
+        table.add_column(column, justify="left" if column == "reward" else "right")
+    for name, values in scores.items():
+        found = mean_and_std(values)
+        numbers = (f"{number:.4g}" if math.isfinite(number) else "-" for number in found.values())
+        weight = f"{weights[name]:g}" if name in weights else ""
+        table.add_row(escape(name), weight, *numbers, str(int(np.isnan(values).sum())))
+    console.print(table)

@@ -1,0 +1,120 @@
+"""`flowgrpo-ray rewards deploy | status | scale | remove`: rewards of a running cluster."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from flowgrpo_ray.cluster.reward_admin import RewardStatus
+
+AddressOption = Annotated[
+    str | None,
+    typer.Option(help="of the Ray cluster; default: RAY_ADDRESS, else the one that runs here"),
+]
+DeadlineOption = Annotated[
+    float, typer.Option("--deadline", min=0, help="seconds to wait until all replicas run")
+]
+console = Console()
+
+
+def deploy(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="as deployments/ocr.yaml")],
+    address: AddressOption = None,
+    deadline: DeadlineOption = 600,
+) -> None:
+    """Deploy the rewards of a Serve config file beside those that run, and wait for them."""
+    from flowgrpo_ray.cluster import reward_admin
+
+    reward_admin.read_config(file)
+    with reward_admin.connection(address) as client:
+        names = reward_admin.deploy_file(client, file)
+        with console.status(f"starting {', '.join(names)}"):
+            reward_admin.wait_for(client, names, deadline)
+        _show([row for row in reward_admin.status(client) if row.name in names])
+
+
+def status(
+    address: AddressOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Replicas, queue, latency, errors and environment of every reward."""
+    from flowgrpo_ray.cluster import reward_admin
+
+    with reward_admin.connection(address) as client:
+        rows = reward_admin.status(client)
+    if as_json:
+        print(json.dumps([_as_json(row) for row in rows]))
+    elif rows:
+        _show(rows)
+    else:
+        print("no rewards are deployed; deploy some with: flowgrpo-ray rewards deploy FILE")
+
+
+def scale(
+    name: Annotated[str, typer.Argument(help="of the reward, as ocr")],
+    replicas: Annotated[int, typer.Argument(min=1, help="that shall run")],
+    address: AddressOption = None,
+    deadline: DeadlineOption = 600,
+) -> None:
+    """Change the number of replicas of one reward, while runs use it."""
+    from flowgrpo_ray.cluster import reward_admin
+
+    with reward_admin.connection(address) as client:
+        reward_admin.scale(client, name, replicas)
+        with console.status(f"{name}: waiting for {replicas} replicas"):
+            reward_admin.wait_for(client, [name], deadline)
+        _show([row for row in reward_admin.status(client) if row.name == name])
+
+
+def remove(
+    name: Annotated[str, typer.Argument(help="of the reward, as ocr")],
+    address: AddressOption = None,
+) -> None:
+    """Take a reward away, after it has answered the calls that it has."""
+    from flowgrpo_ray.cluster import reward_admin
+
+    with reward_admin.connection(address) as client:
+        reward_admin.remove(client, name)
+    print(f"{name} is removed")
+
+
+def _show(rows: list[RewardStatus]) -> None:
+    columns = ("reward", "state", "replicas", "pids", "queue", "calls", "images", "errors")
+    table = Table()
+    for column in (*columns, "p50", "p95", "environment"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(
+            row.name,
+            row.state,
+            f"{row.running}/{row.target}",
+            " ".join(map(str, row.pids)),
+            str(row.queue),
+            str(sum(replica.calls for replica in row.stats)),
+            str(sum(replica.images for replica in row.stats)),
+            str(sum(replica.failures for replica in row.stats)),
+            _milliseconds(row.latency(0.5)),
+            _milliseconds(row.latency(0.95)),
+            ", ".join(sorted({replica.environment or "base" for replica in row.stats})),
+        )
+    console.print(table)
+    for row in rows:
+        errors = {replica.last_error for replica in row.stats if replica.last_error}
+        for said in filter(None, [row.message, *sorted(errors)]):
+            console.print(f"{row.name}: {said}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:.0f} ms"
+
+
+def _as_json(row: RewardStatus) -> dict[str, object]:
+    latency = {"p50": row.latency(0.5), "p95": row.latency(0.95)}
+    return {**asdict(row), "queue": row.queue, "latency_s": latency}

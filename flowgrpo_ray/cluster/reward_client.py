@@ -1,0 +1,126 @@
+"""Scoring with several rewards at once, through Serve handles, under one failure policy.
+
+A call has a deadline; one that fails or is not answered in time is repeated on another replica
+after a pause. What still fails is NaN for every image of the call, together with the reason: the
+caller drops what needs that score, and counts it. A score is never made up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from ray import ObjectRef, serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from flowgrpo_ray.cluster.reward_types import Answer, Metadata, app_name
+from flowgrpo_ray.errors import RewardError
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long one reward is waited for, and how often it is asked."""
+
+    deadline_s: float = 60.0  # of one attempt
+    retries: int = 2  # further attempts after a failed one
+    backoff_s: float = 1.0  # before the first of these; each next waits twice as long
+
+
+@dataclass
+class RewardStats:
+    """What a client saw of one reward since the last look."""
+
+    calls: int = 0  # that were answered
+    images: int = 0  # of these
+    seconds: float = 0.0  # of these calls, from the call to the answer, retries included
+    busy_s: float = 0.0  # that the reward worked on them, summed over replicas
+    failures: int = 0  # attempts that failed or were not answered in time
+    replicas: set[str] = field(default_factory=set)  # that answered
+
+    def as_json(self) -> dict[str, int | float]:
+        """For timings.jsonl: the replicas as their number."""
+        return {**vars(self), "replicas": len(self.replicas)}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores per reward, float32 [b], and why those of a reward are missing."""
+
+    rewards: Mapping[str, np.ndarray]
+    failures: Mapping[str, str]
+
+
+class RewardClient:
+    """Calls the deployments of these rewards; for asyncio."""
+
+    def __init__(self, rewards: Mapping[str, Patience]) -> None:
+        self._patience = dict(rewards)
+        self._handles: dict[str, DeploymentHandle] = {}
+        self._stats = {name: RewardStats() for name in rewards}
+        for name in rewards:
+            try:
+                self._handles[name] = serve.get_app_handle(app_name(name))
+            except RayServeException as error:
+                raise RewardError(f"{app_name(name)}: {error}") from error
+
+    async def score(
+        self, images: ObjectRef | np.ndarray, prompts: Sequence[str], metadata: Metadata
+    ) -> Scored:
+        """Scores of images uint8 [b, H, W, 3], or of what `images` refers to."""
+        calls = [self._score_one(name, images, prompts, metadata) for name in self._handles]
+        rewards: dict[str, np.ndarray] = {}
+        failures: dict[str, str] = {}
+        for name, outcome in zip(self._handles, await asyncio.gather(*calls), strict=True):
+            if isinstance(outcome, str):
+                failures[name] = outcome
+                rewards[name] = np.full(len(prompts), np.nan, np.float32)
+            else:
+                rewards[name] = outcome
+        return Scored(rewards, failures)
+
+    def take_stats(self) -> dict[str, RewardStats]:
+        """What was seen of each reward since this was last asked."""
+        taken = self._stats
+        self._stats = {name: RewardStats() for name in taken}
+        return taken
+
+    async def _score_one(
+        self, name: str, images: Any, prompts: Sequence[str], metadata: Metadata
+    ) -> np.ndarray | str:
+        """Scores, float32 [b], infinite ones as NaN; or why there are none."""
+        patience, call, began = self._patience[name], uuid.uuid4().hex, time.perf_counter()
+        last = ""
+        for attempt in range(1 + patience.retries):
+            if attempt:
+                await asyncio.sleep(patience.backoff_s * 2 ** (attempt - 1))
+            response = self._handles[name].answer.remote(
+                images, list(prompts), list(metadata), call=call
+            )
+            stats = self._stats[name]
+            try:
+                answer: Answer = await asyncio.wait_for(response, patience.deadline_s)
+            except TimeoutError:
+                response.cancel()
+                last = f"no answer within {patience.deadline_s:g} s"
+            except (RayError, RayServeException) as error:
+                cause = getattr(error, "cause", None) or error
+                last = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
+            else:
+                stats.calls += 1
+                stats.images += len(prompts)
+                stats.seconds += time.perf_counter() - began
+                stats.busy_s += answer.busy_s
+                stats.replicas.add(answer.replica)
+                return np.where(np.isfinite(answer.scores), answer.scores, np.float32(np.nan))
+            stats.failures += 1
+        return (
+            f"{app_name(name)} failed {1 + patience.retries} times, last with {last}; "
+            f"first prompt: {prompts[0]!r}"
+        )

@@ -1,0 +1,174 @@
+"""A scorer that runs elsewhere, asked over HTTP as this program's own rewards answer it.
+
+    POST {url}/score, files `images`, JSON `prompts` and `metadata` -> {"scores": [number or null]}
+
+The schema is that of `cluster.reward_http`. `answer` holds the retries; the judge of
+`unified_reward` asks through it as well.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from flowgrpo_ray.errors import RewardError
+
+BACKOFF_S = 0.5
+"""Wait before the first retry; each further one waits twice as long."""
+
+CONNECTION_ERRORS = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
+MAX_SCORE = float(np.finfo(np.float32).max)
+
+
+class HttpReward:
+    """Scores that the server at `url` gives.
+
+    url: without the `/score`, such as `http://10.0.0.7:8000/ocr`.
+    token_env: name of the environment variable with the token that is sent as bearer.
+    timeout_s: of one request.
+    retries: of a request that no server took, or that it answered with 429 or 5xx.
+    batch: images per request.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token_env: str | None = None,
+        timeout_s: float = 60.0,
+        retries: int = 2,
+        batch: int = 64,
+    ) -> None:
+        check_bounds(timeout_s=timeout_s, retries=retries, batch=batch)
+        self._url = f"{base_url(url)}/score"
+        self._retries, self._batch = retries, batch
+        self._client = httpx.Client(headers=bearer("token_env", token_env), timeout=timeout_s)
+
+    def __call__(
+        self,
+        images: np.ndarray,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]],
+    ) -> np.ndarray:
+        """Scores, float32 [b], of `images`, uint8 [b, H, W, 3]; NaN where the server has none.
+
+        RewardError if it does not answer, or not with one number or null per image.
+        """
+        check_lengths(images, prompts, metadata)
+        size = self._batch
+        parts = [slice(i, i + size) for i in range(0, len(images), size)]
+        scores = [self._ask(images[part], prompts[part], metadata[part]) for part in parts]
+        return np.concatenate([np.zeros(0, np.float32), *scores])
+
+    def _ask(
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> np.ndarray:
+        """Scores, float32 [b], of what fits into one request."""
+        files = [
+            ("images", (f"{i}.png", png(Image.fromarray(image)), "image/png"))
+            for i, image in enumerate(images)
+        ]
+        data = {
+            "prompts": json.dumps(list(prompts)),
+            "metadata": json.dumps([dict(entry) for entry in metadata]),
+        }
+        response = answer(
+            lambda: self._client.post(self._url, files=files, data=data), retries=self._retries
+        )
+        return _scores(response, len(images))
+
+
+def answer(
+    send: Callable[[], httpx.Response],
+    *,
+    retries: int,
+    retried: tuple[type[httpx.RequestError], ...] = CONNECTION_ERRORS,
+    recover: Callable[[], None] = lambda: None,
+) -> httpx.Response:
+    """The 2xx answer that `send` gets; RewardError with the URL and the cause if there is none.
+
+    After an error of `retried`, a 429 or a 5xx it is sent again, `retries` times at most, after a
+    wait and a call of `recover`. Any other answer would be the same the next time.
+    """
+    failure = ""
+    for attempt in range(1 + retries):
+        if attempt:
+            time.sleep(BACKOFF_S * 2 ** (attempt - 1))
+            recover()
+        try:
+            response = send()
+        except httpx.RequestError as error:
+            failure = f"{error.request.url}: {type(error).__name__}: {error}"
+            if not isinstance(error, retried):
+                raise RewardError(failure) from error
+        else:
+            if response.is_success:
+                return response
+            failure = f"{response.url}: {response.status_code}: {response.text[:500]}"
+            if response.status_code != 429 and response.status_code < 500:
+                raise RewardError(failure)
+    raise RewardError(f"{failure} (asked {1 + retries} times)")
+
+
+def _scores(response: httpx.Response, count: int) -> np.ndarray:
+    """The scores of an answer, float32 [count]; null is NaN."""
+    try:
+        body = response.json()
+    except ValueError as error:
+        raise RewardError(f"{response.url}: not JSON: {response.text[:500]!r}") from error
+    scores = body.get("scores") if isinstance(body, dict) else None
+    if not isinstance(scores, list) or len(scores) != count:
+        raise RewardError(f"{response.url}: no list of {count} scores: {response.text[:500]}")
+    for i, score in enumerate(scores):
+        number = isinstance(score, int | float) and not isinstance(score, bool)
+        if score is not None and not (number and abs(score) <= MAX_SCORE):
+            raise RewardError(f"{response.url}: score {i} is {score!r}, neither number nor null")
+    return np.array([np.nan if score is None else score for score in scores], dtype=np.float32)
+
+
+def base_url(url: str) -> str:
+    """`url` without a slash at its end; ValueError if it is not one of HTTP."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"url = {url!r}: must start with http:// or https://")
+    return url.rstrip("/")
+
+
+def bearer(option: str, variable: str | None) -> dict[str, str]:
+    """The header with the token in the environment variable that `option` names, if it does."""
+    if variable is None:
+        return {}
+    token = os.environ.get(variable)
+    if not token:
+        raise ValueError(f"{option} = {variable!r}: this process has no such environment variable")
+    return {"Authorization": f"Bearer {token}"}
+
+
+def png(image: Image.Image) -> bytes:
+    """An image as a PNG file, which loses nothing."""
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def check_bounds(*, timeout_s: float, retries: int, **counts: int) -> None:
+    """ValueError for an option that is too small."""
+    if not timeout_s > 0:
+        raise ValueError(f"timeout_s must be above 0, got {timeout_s}")
+    if retries < 0:
+        raise ValueError(f"retries must be at least 0, got {retries}")
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+
+
+def check_lengths(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any]) -> None:
+    """ValueError unless there are as many of each."""
+    if not len(images) == len(prompts) == len(metadata):
+        raise ValueError(f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata")

@@ -1,0 +1,244 @@
+"""The rewards of a cluster that runs on its own: deployed, scaled, watched and removed by command.
+
+A real `ray start --head` with its dashboard, the real command line, traffic meanwhile.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from flowgrpo_ray.cluster import reward_admin
+from flowgrpo_ray.errors import RewardEnvironmentError, SpecError
+
+HERE = Path(__file__).parent
+DEPLOYMENTS = HERE.parent / "deployments"
+BIN = Path(sys.executable).parent
+FILES = sorted(DEPLOYMENTS.glob("*.yaml"))
+
+
+def _free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def _write(path, port, *applications):
+    """A Serve config file of (args, replicas), in the manner of deployments/."""
+    content = yaml.safe_load((DEPLOYMENTS / "ocr.yaml").read_text())
+    content["http_options"]["port"] = port
+    (template,) = content["applications"]
+    content["applications"] = [
+        template
+        | {
+            "name": f"reward-{args['name']}",
+            "route_prefix": f"/{args['name']}",
+            "args": args,
+            "deployments": [{"name": args["name"], "num_replicas": replicas}],
+        }
+        for args, replicas in applications
+    ]
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+class Cluster:
+    """A cluster of one node in processes of its own, and the shell of somebody who uses it."""
+
+    def __init__(self, folder, http_port):
+        self.http_port = http_port
+        port, dashboard, client = _free_ports(3)
+        self.environment = os.environ | {
+            "RAY_ADDRESS": f"127.0.0.1:{port}",
+            "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PYTHONPATH": str(HERE),
+            "COLUMNS": "200",
+        }
+        start = [BIN / "ray", "start", "--head", "--block", "--num-cpus=8", f"--port={port}"]
+        start += ["--node-ip-address=127.0.0.1", f"--dashboard-port={dashboard}"]
+        start += [f"--ray-client-server-port={client}", f"--temp-dir={folder}"]
+        without_address = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
+        self.process = subprocess.Popen(
+            start, env=without_address, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+
+    def shell(self, *command, status=0):
+        """What a command prints; with its errors, where it fails."""
+        run = subprocess.run(
+            [BIN / command[0], *command[1:]],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=200,
+        )
+        assert run.returncode == status, run.stdout + run.stderr
+        return run.stdout + (run.stderr if status else "")
+
+    def rewards(self, *command, status=0):
+        return self.shell("flowgrpo-ray", "rewards", *map(str, command), status=status)
+
+    def status(self):
+        return {row["name"]: row for row in json.loads(self.rewards("status", "--json"))}
+
+    def end(self):
+        """All processes of the cluster at once: asked to leave, Ray's take half a minute."""
+        head = psutil.Process(self.process.pid)
+        for process in [head, *head.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def cluster():
+    (http_port,) = _free_ports(1)
+    folder = tempfile.mkdtemp(prefix="fgr", dir="/tmp")  # short: socket paths have a limit
+    running = Cluster(folder, http_port)
+    yield running
+    running.end()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_rewards_are_deployed_scaled_and_removed_while_they_are_used(cluster, tmp_path):
+    colours = _write(tmp_path / "a.yaml", cluster.http_port, ({"name": "sign_colour"}, 1))
+    probe = {"name": "probe", "reward": "reward_samples:Probe", "max_batch_images": 1}
+    others = _write(
+        tmp_path / "b.yaml", cluster.http_port, (probe, 2), (probe | {"name": "alone"}, 1)
+    )
+    _wait_for(cluster)
+    assert "no rewards are deployed" in cluster.rewards("status")
+    cluster.shell("serve", "deploy", str(colours))  # the file is what Serve itself takes
+    shown = cluster.rewards("deploy", others)
+    assert "probe" in shown
+    assert "2/2" in shown
+    first = cluster.status()
+    assert first.keys() == {"sign_colour", "probe", "alone"}, "deploying a file leaves others alone"
+
+    traffic = subprocess.Popen(
+        [sys.executable, HERE / "reward_traffic.py", "sign_colour", "probe"],
+        env=cluster.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert traffic.stdout.readline() == "started\n"
+    cluster.rewards("scale", "probe", 3)
+    grown = cluster.status()
+    assert grown["probe"]["running"] == grown["probe"]["target"] == 3
+    assert set(first["probe"]["pids"]) < set(grown["probe"]["pids"])
+    assert grown["probe"]["latency_s"]["p95"] >= grown["probe"]["latency_s"]["p50"] >= 0.02
+    # Another file again: what was scaled by hand stays so.
+    cluster.rewards("deploy", colours)
+    # The same file with another number: those that run keep running.
+    others.write_text(others.read_text().replace("num_replicas: 2", "num_replicas: 4"))
+    cluster.rewards("deploy", others)
+    most = cluster.status()["probe"]["pids"]
+    assert set(grown["probe"]["pids"]) < set(most)
+    cluster.rewards("scale", "probe", 1)
+    seen, _ = traffic.communicate()
+    after = cluster.status()
+    assert after["probe"]["running"] == 1
+    assert set(after["probe"]["pids"]) < set(most)
+    for name in ("sign_colour", "alone"):
+        assert after[name]["pids"] == first[name]["pids"] != []
+
+    seen = json.loads(seen)
+    assert seen["failures"] == [], "no request was lost"
+    assert seen["stats"]["probe"]["replicas"] >= 3
+    assert seen["stats"]["probe"]["calls"] > 100
+    calls = sum(replica["calls"] for replica in after["sign_colour"]["stats"])
+    assert calls == seen["stats"]["sign_colour"]["calls"]
+
+    said = cluster.rewards("scale", "nobody", 2, status=2)
+    assert "no reward 'nobody' is deployed on this cluster; deployed: " in said
+    assert "alone is removed" in cluster.rewards("remove", "alone")
+    assert cluster.status().keys() == {"sign_colour", "probe"}
+
+
+def _wait_for(cluster):
+    """`ray start --head` returns from its --block only at the end: ask until it answers."""
+    for _ in range(30):
+        with socket.socket() as knock:
+            port = int(cluster.environment["RAY_DASHBOARD_ADDRESS"].rpartition(":")[2])
+            if knock.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        cluster.process.poll()
+        assert cluster.process.returncode is None
+        time.sleep(1)
+    raise AssertionError("the cluster does not start")
+
+
+# --- config files
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_files_of_the_repository_are_right(path, monkeypatch):
+    monkeypatch.setattr(reward_admin, "python_of", lambda name: name)  # environments need building
+    content = reward_admin.read_config(path)
+    assert content["http_options"]["host"] == "127.0.0.1"
+    names = [application["args"]["name"] for application in content["applications"]]
+    assert path.stem == "all" or len(names) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"args": {"name": "ocr", "replica": 2}}, "args.*replica.*Extra inputs"),
+        ({"args": {"name": "ocr", "options": {"detekt": 1}}}, "no option 'detekt'.*'detect'"),
+        ({"args": {"name": "ocrr"}, "name": "reward-ocrr"}, "unknown reward 'ocrr'.*'ocr'"),
+        ({"name": "ocr"}, "must be called 'reward-ocr'"),
+        ({"import_path": "os:system"}, "import_path is 'os:system'"),
+        ({"args": {"name": "ocr", "autoscaling": {"max_replicas": 2}}}, "exclude each other"),
+        (
+            {"args": {"name": "ocr", "replicas": 2, "autoscaling": {"max_replicas": 2}}},
+            "replicas = 2 and autoscaling exclude",
+        ),
+        (
+            {"args": {"name": "ocr", "autoscaling": {"min_replicas": 3, "max_replicas": 2}}},
+            "min_replicas = 3 is above max_replicas = 2",
+        ),
+        ({"route_prefx": "/o"}, "unknown key 'route_prefx', did you mean 'route_prefix'"),
+        ({"deployments": [{"name": "ocr", "num_replicas": "two"}]}, "not a Serve config file.*two"),
+    ],
+)
+def test_a_wrong_file_is_named_before_anything_starts(tmp_path, change, message):
+    path = _write(tmp_path / "wrong.yaml", 8000, ({"name": "ocr"}, 1))
+    content = yaml.safe_load(path.read_text())
+    content["applications"][0] |= change
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(SpecError, match=f"(?s){message}"):
+        reward_admin.read_config(path)
+
+
+def test_http_stays_on_this_machine_unless_the_file_says_otherwise(tmp_path):
+    path = _write(tmp_path / "open.yaml", 8000, ({"name": "ocr"}, 1))
+    content = yaml.safe_load(path.read_text())
+    del content["http_options"]["host"]
+    path.write_text(yaml.safe_dump(content))
+    assert reward_admin.read_config(path)["http_options"] == {"host": "127.0.0.1", "port": 8000}
+    content["http_options"]["host"] = "0.0.0.0"
+    path.write_text(yaml.safe_dump(content))
+    assert reward_admin.read_config(path)["http_options"]["host"] == "0.0.0.0"
+
+
+def test_a_missing_environment_is_named_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOWGRPO_ENVIRONMENTS", str(tmp_path))
+    path = _write(tmp_path / "env.yaml", 8000, ({"name": "ocr", "environment": "nowhere"}, 1))
+    with pytest.raises(RewardEnvironmentError, match="rewards env build nowhere"):
+        reward_admin.read_config(path)
