@@ -17,7 +17,7 @@ import numpy as np
 
 from flowgrpo_ray import signs
 from flowgrpo_ray.errors import RewardError, SpecError
-from flowgrpo_ray.rewards import Reward
+from flowgrpo_ray.rewards import Reward, checked
 
 PROMPTS = 8
 CLEAN, REPEATED = "clean", "text twice"
@@ -178,12 +178,10 @@ def _timed(reward: Reward, pictures: Sequence[Picture]) -> tuple[np.ndarray, flo
     started = time.perf_counter()
     scores = reward(images, prompts, [{} for _ in prompts])
     seconds = time.perf_counter() - started
-    wanted = f"it must return a NumPy array, float32 [{len(pictures)}]"
-    if not isinstance(scores, np.ndarray):
-        raise RewardError(f"{wanted}, but returned {type(scores).__name__}")
-    if scores.shape != (len(pictures),) or scores.dtype != np.float32:
-        raise RewardError(f"{wanted}, but returned {scores.dtype} {list(scores.shape)}")
-    values = scores.astype(np.float64)
+    try:
+        values = checked(scores, len(pictures)).astype(np.float64)
+    except TypeError as error:
+        raise RewardError(str(error)) from error
     return np.where(np.isfinite(values), values, np.nan), seconds
 
 

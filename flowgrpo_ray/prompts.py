@@ -107,21 +107,25 @@ def load_prompt_sets(spec: TrainingSpec) -> tuple[list[Prompt], list[Prompt]]:
     train = load_prompts(spec.prompts.train, "prompts.train")
     held_out = load_prompts(spec.prompts.evaluate, "prompts.evaluate")[: spec.evaluation.prompts]
     for name, reward in spec.rewards.items():
-        check = prompt_check(reward.reward or name)
         for key, prompts in (("prompts.train", train), ("prompts.evaluate", held_out)):
-            for number, prompt in enumerate(prompts, 1):
-                try:
-                    check(prompt.text, prompt.metadata)
-                except ValueError as error:
-                    raise PromptError(
-                        f"{key}: prompt {number}, for rewards.{name}: {error}"
-                    ) from error
+            check_prompts(prompts, key, reward.reward or name, f"rewards.{name}")
     if len(train) < spec.sampling.groups:
         raise PromptError(
             f"prompts.train = {spec.prompts.train!r} holds {len(train)} prompts; an iteration "
             f"needs sampling.groups = {spec.sampling.groups} different ones"
         )
     return train, held_out
+
+
+def check_prompts(prompts: Sequence[Prompt], key: str, reward: str, called: str) -> None:
+    """``PromptError`` for a prompt that ``reward`` could never score; it names the prompts ``key``
+    and the reward as it is ``called``."""
+    check = prompt_check(reward)
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            check(prompt.text, prompt.metadata)
+        except ValueError as error:
+            raise PromptError(f"{key}: prompt {number}, for {called}: {error}") from error
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 
 from flowgrpo_ray.errors import RewardError, SpecError
 from flowgrpo_ray.images import ImageError, decode_rgb
-from flowgrpo_ray.rewards import Reward
+from flowgrpo_ray.rewards import Reward, checked
 from flowgrpo_ray.tracking import write_atomic
 
 if TYPE_CHECKING:
@@ -108,18 +108,9 @@ def score_files(
             f"'{files[places[0]].name}' to '{files[places[-1]].name}'"
         )
         try:
-            part = reward(images, texts, metadata)
+            scores[places] = checked(reward(images, texts, metadata), len(places))
         except Exception as error:
             raise RewardError(f"{what}: {type(error).__name__}: {error}") from error
-        wanted = (np.dtype(np.float32), (len(places),))
-        if not isinstance(part, np.ndarray) or (part.dtype, part.shape) != wanted:
-            got = (
-                f"{part.dtype} {list(part.shape)}"
-                if isinstance(part, np.ndarray)
-                else type(part).__name__
-            )
-            raise RewardError(f"{what}: it must return float32 [{len(places)}], not {got}")
-        scores[places] = part
     return np.where(np.isfinite(scores), scores, np.float32(np.nan))
 
 

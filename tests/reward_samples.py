@@ -36,6 +36,8 @@ class Probe:
             if "die once" in asked and not Path(asked["die once"]).exists():
                 Path(asked["die once"]).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
+            if "garbage" in asked:
+                return ["very good"] * len(images)
             if "short" in asked:
                 return scores[:-1]
             if "double" in asked:

@@ -298,9 +298,9 @@ def test_a_reward_that_favours_repeated_text():
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (lambda n: [0.0] * n, "but returned list"),
-        (np.zeros, r"float32 \[56\], but returned float64 \[56\]"),
-        (lambda n: np.zeros((n, 1), np.float32), r"but returned float32 \[56, 1\]"),
+        (lambda n: [0.0] * n, "not list"),
+        (np.zeros, r"float32 \[56\], not float64 \[56\]"),
+        (lambda n: np.zeros((n, 1), np.float32), r"not float32 \[56, 1\]"),
     ],
 )
 def test_what_is_no_array_of_scores_is_an_error(answer: Callable[[int], object], said: str):

@@ -80,6 +80,14 @@ def test_a_replica_killed_under_load_loses_no_call(twins, tmp_path):
     assert len(set(before) & set(twins())) == 1, "the other one was left alone"
 
 
+def test_autoscaling_begins_at_its_least(ray_cluster):
+    scale = {"min_replicas": 2, "max_replicas": 3}
+    args = {"name": "elastic", "reward": PROBE, "autoscaling": scale}
+    _deploy(RewardServiceArgs.model_validate(args))
+    assert len(_stats("elastic")) == 2
+    serve.delete(app_name("elastic"))
+
+
 def _wait_until(true, seconds=30):
     end = time.monotonic() + seconds
     while not true():

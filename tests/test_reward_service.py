@@ -26,7 +26,7 @@ from ray.serve.schema import ServeDeploySchema
 from flowgrpo_ray.cluster import reward_deploy, reward_service
 from flowgrpo_ray.cluster.reward_args import RewardServiceArgs
 from flowgrpo_ray.cluster.reward_client import Patience, RewardClient
-from flowgrpo_ray.errors import RewardError, SpecError
+from flowgrpo_ray.errors import ClusterError, RewardError, SpecError
 from flowgrpo_ray.rewards import build
 from flowgrpo_ray.signs import make_prompts, parse_prompt, render
 
@@ -41,6 +41,7 @@ def port(ray_cluster):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    serve.shutdown()  # it may run without HTTP, for other tests
     reward_deploy.start_rewards(
         [
             RewardServiceArgs(name="ocr", options={"detect": False}),
@@ -212,8 +213,9 @@ def test_nan_passes_through(port):
     ("asked", "message"),
     [
         ("fail", "RuntimeError: the probe was asked to fail"),
-        ("short", r"must return float32 \[2\], got float32 \[1\]"),
-        ("double", r"must return float32 \[2\], got float64 \[2\]"),
+        ("short", r"must return float32 \[2\], not float32 \[1\]"),
+        ("garbage", r"must return float32 \[2\], not list"),
+        ("double", r"must return float32 \[2\], not float64 \[2\]"),
     ],
 )
 def test_a_failing_reward_is_retried_and_then_named(port, asked, message):
@@ -490,6 +492,12 @@ def test_what_is_deployed_already_is_used_as_it_is(port):
     again = RewardServiceArgs(name="probe", reward="ocr")
     assert reward_deploy.start_rewards([again], http_port=port, deadline_s=30) == ["probe"]
     assert _pid() == before
+
+
+def test_another_port_than_that_of_a_running_serve_is_refused(port):
+    with pytest.raises(ClusterError, match=rf"reward_http_port = 1, but .*127.0.0.1:{port}.*keeps"):
+        reward_deploy.deploy([RewardServiceArgs(name="late", reward=PROBE)], http_port=1)
+    assert "reward-late" not in serve.status().applications
 
 
 def test_a_reward_that_cannot_start_is_named_with_its_cause(port):

@@ -192,8 +192,8 @@ def test_files_are_in_the_order_that_people_count(tmp_path: Path):
     ("asked", "message"),
     [
         ({"fail": 1}, "RuntimeError: the probe was asked to fail"),
-        ({"short": 1}, r"it must return float32 [2], not float32 [1]"),
-        ({"double": 1}, r"it must return float32 [2], not float64 [2]"),
+        ({"short": 1}, r"TypeError: it must return float32 [2], not float32 [1]"),
+        ({"double": 1}, r"TypeError: it must return float32 [2], not float64 [2]"),
     ],
 )
 def test_a_reward_that_fails_leaves_no_table(score, asked: dict[str, int], message: str):

@@ -15,10 +15,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from flowgrpo_ray.cli.options import parse_option
-from flowgrpo_ray.errors import PromptError, SpecError
+from flowgrpo_ray.errors import SpecError
 from flowgrpo_ray.metrics import mean_and_std
-from flowgrpo_ray.prompts import Prompt, load_prompts
-from flowgrpo_ray.rewards import build, check_options, prompt_check, weighted_total
+from flowgrpo_ray.prompts import check_prompts, load_prompts
+from flowgrpo_ray.rewards import build, check_options, weighted_total
 
 
 def score(
@@ -64,7 +64,8 @@ def score(
     scoring.check_table_file(out, overwrite)
     files = scoring.find_images(images)
     own = load_prompts(prompts, "PROMPTS")
-    _check_prompts(weights, own)
+    for name in weights:
+        check_prompts(own, "PROMPTS", name, f"the reward {name!r}")
     own = scoring.pair(files, own)
     batches = scoring.plan_batches(files, batch)
 
@@ -118,18 +119,6 @@ def _options(options: Sequence[str], weights: dict[str, float]) -> dict[str, dic
     for name, values in chosen.items():
         check_options(name, values)
     return chosen
-
-
-def _check_prompts(weights: dict[str, float], prompts: Sequence[Prompt]) -> None:
-    for name in weights:
-        check = prompt_check(name)
-        for number, prompt in enumerate(prompts, 1):
-            try:
-                check(prompt.text, prompt.metadata)
-            except ValueError as error:
-                raise PromptError(
-                    f"PROMPTS: prompt {number}, for the reward {name!r}: {error}"
-                ) from error
 
 
 def _show(console: Console, weights: dict[str, float], scores: dict[str, np.ndarray]) -> None:

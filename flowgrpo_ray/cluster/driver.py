@@ -27,7 +27,7 @@ from flowgrpo_ray.checkpoint import (
 from flowgrpo_ray.cluster import reward_deploy
 from flowgrpo_ray.cluster.actors import all_or_none, place
 from flowgrpo_ray.cluster.learner_group import Contribution, LearnerGroup
-from flowgrpo_ray.cluster.reward_args import RewardServiceArgs
+from flowgrpo_ray.cluster.reward_args import args_of
 from flowgrpo_ray.cluster.reward_client import Patience, RewardClient
 from flowgrpo_ray.cluster.rollout import RolloutPool, Sampled
 from flowgrpo_ray.cluster.stream import Stream
@@ -133,19 +133,7 @@ class Trainer:
         self.clock.lap("actors")
 
     async def _start_rewards(self) -> None:
-        args = [
-            RewardServiceArgs(
-                name=name,
-                reward=reward.reward or name,
-                options=reward.options,
-                environment=reward.environment,
-                golden=None if reward.golden else [],
-                replicas=reward.replicas,
-                cpus=reward.cpus,
-                gpus=reward.gpus,
-            )
-            for name, reward in self.spec.rewards.items()
-        ]
+        args = [args_of(name, reward) for name, reward in self.spec.rewards.items()]
         cluster, names = self.spec.cluster, list(self.spec.rewards)
         reused = await asyncio.to_thread(
             reward_deploy.deploy, args, http_port=cluster.reward_http_port
@@ -297,10 +285,11 @@ class Trainer:
         allowed = self.spec.cluster.max_failed_groups
         if failed > allowed:
             why = [score.failure for score in scores if score.failure]
+            silent = ", ".join(f"{name} {count}" for name, count in row["unscored"].items())
             raise RewardError(
                 f"{failed} groups could not be scored and were left out, more than "
                 f"cluster.max_failed_groups = {allowed}. "
-                + (why[-1] if why else "A reward answered NaN for all but one image of a group")
+                + (why[-1] if why else f"Images without a score in the last iteration: {silent}")
             )
 
     def _contribution(

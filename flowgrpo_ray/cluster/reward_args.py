@@ -4,6 +4,8 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from flowgrpo_ray.spec import RewardSpec
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", validate_default=True)
@@ -81,3 +83,17 @@ class RewardServiceArgs(Strict):
                 "autoscaling.min_replicas and max_replicas"
             )
         return self
+
+
+def args_of(name: str, reward: RewardSpec) -> RewardServiceArgs:
+    """How a training run serves the reward `name` of its spec."""
+    return RewardServiceArgs(
+        name=name,
+        reward=reward.reward or name,
+        options=reward.options,
+        environment=reward.environment,
+        golden=None if reward.golden else [],
+        replicas=reward.replicas,
+        cpus=reward.cpus,
+        gpus=reward.gpus,
+    )

@@ -43,7 +43,7 @@ def deploy(args: Sequence[RewardServiceArgs], *, http_port: int | None) -> list[
             name=app_name(arg.name),
             route_prefix=f"/{arg.name}",
             logging_config=quiet(),
-            external_scaler_enabled=True,
+            external_scaler_enabled=arg.autoscaling is None,
         )
         for arg in args
         if arg.name not in present

@@ -27,7 +27,7 @@ from flowgrpo_ray.cluster.serve_http import http_address, is_loopback
 from flowgrpo_ray.environments import python_of
 from flowgrpo_ray.errors import RewardError
 from flowgrpo_ray.images import decode_rgb
-from flowgrpo_ray.rewards import build, prompt_check
+from flowgrpo_ray.rewards import build, checked, describe, prompt_check
 from flowgrpo_ray.rewards.golden import Golden, Rankings, check_golden, golden_of, score_golden
 
 T = TypeVar("T")
@@ -175,7 +175,7 @@ class RewardReplica:
         self, images: np.ndarray, prompts: Sequence[str], metadata: Metadata
     ) -> _Scored:
         if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
-            raise ValueError(f"images must be uint8 [b, H, W, 3], got {_describe(images)}")
+            raise ValueError(f"images must be uint8 [b, H, W, 3], got {describe(images)}")
         if not len(images) == len(prompts) == len(metadata):
             counts = f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata"
             raise ValueError(f"one prompt and one metadata per image: got {counts}")
@@ -236,16 +236,7 @@ class RewardReplica:
             images = np.concatenate([call.images for call in calls])
         prompts = [prompt for call in calls for prompt in call.prompts]
         metadata = [data for call in calls for data in call.metadata]
-        scores = self._reward(images, prompts, metadata)
-        if (
-            not isinstance(scores, np.ndarray)
-            or scores.shape != (len(images),)
-            or scores.dtype != np.float32
-        ):
-            raise TypeError(
-                f"reward {self._args.reward!r} must return float32 [{len(images)}], "
-                f"got {_describe(scores)}"
-            )
+        scores = checked(self._reward(images, prompts, metadata), len(images))
         seconds = time.monotonic() - began
         self._busy_s += seconds
         return _Scored(scores, seconds)
@@ -270,12 +261,6 @@ def _by_size(calls: list[_Call]) -> list[list[int]]:
     for i, call in enumerate(calls):
         groups.setdefault(call.images.shape[1:], []).append(i)
     return list(groups.values())
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype} {list(value.shape)}"
-    return type(value).__name__
 
 
 def _golden(args: RewardServiceArgs, reward: object) -> Rankings:

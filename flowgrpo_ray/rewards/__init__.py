@@ -111,6 +111,20 @@ def prompt_check(reward: str) -> Callable[[str, Mapping[str, Any]], None]:
     return getattr(resolve(reward), "check_prompt", _accept)
 
 
+def checked(scores: object, count: int) -> np.ndarray:
+    """What a reward returned for `count` images, float32 [count]; TypeError for anything else."""
+    if isinstance(scores, np.ndarray) and scores.dtype == np.float32 and scores.shape == (count,):
+        return scores
+    raise TypeError(f"it must return float32 [{count}], not {describe(scores)}")
+
+
+def describe(value: object) -> str:
+    """Dtype and shape of an array, for a message; of anything else the type."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    return type(value).__name__
+
+
 def weighted_total(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
     """Weighted sum of the rewards, float32 [b], from `scores` {reward: [b]}.
 
