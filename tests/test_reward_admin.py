@@ -165,6 +165,9 @@ def test_rewards_are_deployed_scaled_and_removed_while_they_are_used(cluster, tm
     calls = sum(replica["calls"] for replica in after["sign_colour"]["stats"])
     assert calls == seen["stats"]["sign_colour"]["calls"]
 
+    elsewhere = _write(tmp_path / "c.yaml", cluster.http_port + 1, ({"name": "sign_colour"}, 1))
+    said = cluster.rewards("deploy", elsewhere, status=2)
+    assert f"http_options.port = {cluster.http_port + 1}, but Serve runs with" in said
     said = cluster.rewards("scale", "nobody", 2, status=2)
     assert "no reward 'nobody' is deployed on this cluster; deployed: " in said
     assert "alone is removed" in cluster.rewards("remove", "alone")

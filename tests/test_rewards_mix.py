@@ -77,8 +77,7 @@ def test_unknown_reward_is_named(name, message):
         ("ocr", {"detct": False}, "no option 'detct', did you mean 'detect'"),
         ("sign_colour", {"detect": False}, "no option 'detect'; options: none"),
         ("reward_samples:BadConstructor", {"size": 3}, "size=3 is not served here"),
-        ("ocr", {"engine": "paddleocr"}, "not available yet"),
-        ("ocr", {"engine": "tesseract"}, "unknown engine 'tesseract'; known: rapidocr"),
+        ("ocr", {"engine": "tesseract"}, "unknown engine 'tesseract'; known: rapidocr, paddleocr"),
         ("ocr", {"threads": 0}, "threads must be at least 1, got 0"),
     ],
 )

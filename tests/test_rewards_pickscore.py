@@ -317,7 +317,7 @@ def check_deployment(name):
     del theirs["deployments"]
     assert mine == theirs | {"name": f"reward-{name}", "route_prefix": f"/{name}"}
     assert args["name"] == name
-    assert set(args) <= {*others, "gpus"}
+    assert set(args) <= {*others, "gpus", "hang_s"}
     check_options(name, args["options"])
 
 

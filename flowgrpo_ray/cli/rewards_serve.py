@@ -86,33 +86,35 @@ def remove(
 
 
 def _show(rows: list[RewardStatus]) -> None:
-    columns = ("reward", "state", "replicas", "pids", "queue", "calls", "images", "errors")
     table = Table()
-    for column in (*columns, "p50", "p95", "environment"):
-        table.add_column(column)
+    for column in ("reward", "state", "replicas", "queue", "calls", "errors", "p50/p95 ms"):
+        table.add_column(column, justify="left" if column in ("reward", "state") else "right")
     for row in rows:
         table.add_row(
             row.name,
             row.state,
             f"{row.running}/{row.target}",
-            " ".join(map(str, row.pids)),
             str(row.queue),
             str(sum(replica.calls for replica in row.stats)),
-            str(sum(replica.images for replica in row.stats)),
             str(sum(replica.failures for replica in row.stats)),
-            _milliseconds(row.latency(0.5)),
-            _milliseconds(row.latency(0.95)),
-            ", ".join(sorted({replica.environment or "base" for replica in row.stats})),
+            f"{_milliseconds(row.latency(0.5))}/{_milliseconds(row.latency(0.95))}",
         )
     console.print(table)
     for row in rows:
-        errors = {replica.last_error for replica in row.stats if replica.last_error}
-        for said in filter(None, [row.message, *sorted(errors)]):
-            console.print(f"{row.name}: {said}", highlight=False, markup=False, soft_wrap=True)
+        images = sum(replica.images for replica in row.stats)
+        environments = {replica.environment or "base" for replica in row.stats}
+        told = [
+            f"{images} images; environment {', '.join(sorted(environments)) or '-'}; "
+            f"pids {' '.join(map(str, row.pids)) or '-'}",
+            *filter(None, [row.message]),
+            *sorted({f"last error: {r.last_error}" for r in row.stats if r.last_error}),
+        ]
+        for line in told:
+            console.print(f"{row.name}: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _milliseconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1000 * seconds:.0f} ms"
+    return "-" if seconds is None else f"{1000 * seconds:.0f}"
 
 
 def _as_json(row: RewardStatus) -> dict[str, object]:

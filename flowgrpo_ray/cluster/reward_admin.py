@@ -40,6 +40,7 @@ def connection(address: str | None) -> Iterator[ServeSubmissionClient]:
     """A connection to the cluster at `address` (default: RAY_ADDRESS, else the one that runs here)
     and to its dashboard."""
     address = address or os.environ.get("RAY_ADDRESS") or "auto"
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
@@ -114,15 +115,20 @@ def deploy_file(client: ServeSubmissionClient, path: Path) -> list[str]:
 
 def _check_same_http(config: Mapping[str, Any], details: Mapping[str, Any], path: Path) -> None:
     """Serve keeps the HTTP options that it was started with, and says so in its log alone."""
-    if not details["applications"]:
-        return
-    running = details.get("http_options") or {}
-    for key, value in (config.get("http_options") or {}).items():
-        if running.get(key) != value:
+    if not details.get("http_options"):
+        return  # Serve does not run yet
+    running, asked = _http_keys(details), _http_keys(config)
+    for key, value in asked.items():
+        if value is not None and running.get(key) != value:
             raise SpecError(
-                f"{path}: http_options.{key} = {value!r}, but Serve runs with {running.get(key)!r} "
-                "and cannot change it while it runs: write that, or end Serve (serve shutdown)"
+                f"{path}: {key} = {value!r}, but Serve runs with {running.get(key)!r} and cannot "
+                "change it while it runs: write that, or end Serve (serve shutdown)"
             )
+
+
+def _http_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    options = {f"http_options.{key}": value for key, value in config["http_options"].items()}
+    return options | {"proxy_location": config.get("proxy_location")}
 
 
 def _as_it_is(application: Mapping[str, Any]) -> dict[str, Any]:

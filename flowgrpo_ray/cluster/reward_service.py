@@ -72,6 +72,7 @@ class RewardReplica:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
         self._working_since: float | None = None
         self._doubtful = False  # something failed since the golden images were last right
+        self._golden_job: asyncio.Future[None] | None = None
         self._started = time.monotonic()
         self._calls = self._images = self._failures = self._ongoing = 0
         self._busy_s = 0.0
@@ -118,10 +119,13 @@ class RewardReplica:
             if took > self._args.hang_s:
                 raise RewardError(f"a batch has run for {took:.0f} s, over hang_s")
             return
+        if self._golden_job is not None:
+            await self._golden_job  # done, because the reward does not work
+            self._golden_job, self._doubtful = None, False
         due = time.monotonic() - self._golden_checked > self._args.golden_every_s
         if due or self._doubtful:
-            await self._in_thread(self._check_golden)
-            self._doubtful = False
+            # Not waited for: it may take longer than Serve waits for this answer.
+            self._golden_job = asyncio.ensure_future(self._in_thread(self._check_golden))
 
     def _check_golden(self) -> None:
         """RewardError if the golden images are not scored as they must be."""
