@@ -71,7 +71,8 @@ def test_a_slow_replica_costs_its_deadline_and_no_score(twins):
 def test_a_replica_killed_under_load_loses_no_call(twins, tmp_path):
     before = twins()
     calls = [{"seconds": 0.05}] * 40
-    calls[10] = {"die once": str(tmp_path / "died")}
+    # Serve itself repeats a call that its replica has not yet accepted: this one dies later.
+    calls[10] = {"seconds": 0.2, "die once": str(tmp_path / "died")}
     outcomes, stats = _ask("twins", calls, retries=4)
     assert all(outcome.rewards["twins"].tolist() == [np.float32(0.2)] for outcome in outcomes)
     assert (tmp_path / "died").exists()

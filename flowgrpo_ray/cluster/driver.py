@@ -234,7 +234,7 @@ class Trainer:
     def _look_at_rewards(self, busy: Mapping[str, float]) -> dict[str, Any]:
         """What the clock says of the rewards and of the slowest stage; advises on replicas."""
         stats, cluster = self.rewards.take_stats(), self.spec.cluster
-        rewards = {name: Stage(s.busy_s, len(s.replicas)) for name, s in stats.items()}
+        rewards = {name: Stage(s.busy_s, len(s.replicas), s.calls) for name, s in stats.items()}
         others = {
             "sampling": Stage(busy["sample"], cluster.rollout.count),
             "training": Stage(busy["train"] + busy["step"], cluster.learner.count),
