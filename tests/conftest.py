@@ -37,3 +37,21 @@ def ray_cluster() -> Iterator[None]:
     serve.shutdown()
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """``command_line("plan", "tiny-ocr") -> (status, stdout, stderr)``, in this process."""
+    from flowgrpo_ray import cli
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["flowgrpo-ray", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        output = capsys.readouterr()
+        return status, output.out, output.err
+
+    return call

@@ -8,11 +8,11 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from flowgrpo_ray import cli
 from flowgrpo_ray.calibration import (
     CLEAN,
     KINDS,
@@ -320,7 +320,7 @@ def test_pictures_are_plain_tuples():
 
 
 @pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def check(monkeypatch: pytest.MonkeyPatch, command_line: Any, tmp_path: Path):
     """``check("tiny-ocr") -> (status, stdout, stderr)`` of ``flowgrpo-ray rewards check``."""
     monkeypatch.chdir(tmp_path)
     for name, value in (("COLUMNS", "100"), ("NO_COLOR", "1")):
@@ -338,14 +338,8 @@ def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
     )
 
     def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["flowgrpo-ray", "rewards", "check", *arguments])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        output = capsys.readouterr()
-        return status, output.out, " ".join(output.err.split())
+        status, out, err = command_line("rewards", "check", *arguments)
+        return status, out, " ".join(err.split())
 
     return call
 

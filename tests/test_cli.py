@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,22 +28,16 @@ COMMANDS = {
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def run(monkeypatch: pytest.MonkeyPatch, command_line: Any, tmp_path: Path):
     """``run("plan", "tiny-ocr") -> (status, stdout, stderr)`` through the program's entry point."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "environ", {**os.environ, "COLUMNS": "250", "NO_COLOR": "1"})
     level = logging.getLogger("diffusers").level
 
     def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["flowgrpo-ray", *arguments])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
+        answer = command_line(*arguments)
         logging.getLogger("diffusers").setLevel(level)
-        output = capsys.readouterr()
-        return status, output.out, output.err
+        return answer
 
     return call
 

@@ -15,7 +15,7 @@ from overlays import build_or_skip
 from packaging.requirements import Requirement
 
 import flowgrpo_ray
-from flowgrpo_ray import cli, environments
+from flowgrpo_ray import environments
 from flowgrpo_ray.errors import RewardEnvironmentError
 
 OLDER = "1.16.0"
@@ -225,19 +225,13 @@ def test_the_base_holds_no_built_in_environment():
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(monkeypatch, command_line):
     """`run("list") -> (status, output)` of `flowgrpo-ray rewards env ...`."""
     monkeypatch.setattr("flowgrpo_ray.cli.rewards_env.console.width", 200)
 
     def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["flowgrpo-ray", "rewards", "env", *map(str, arguments)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        printed = capsys.readouterr()
-        return status, " ".join((printed.out + printed.err).split())
+        status, out, err = command_line("rewards", "env", *arguments)
+        return status, " ".join((out + err).split())
 
     return call
 

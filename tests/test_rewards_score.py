@@ -9,12 +9,12 @@ import random
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from flowgrpo_ray import cli
 from flowgrpo_ray.images import ImageError, decode_rgb
 from flowgrpo_ray.rewards.ocr import OcrReward
 from flowgrpo_ray.rewards.sign_colour import SignColourReward
@@ -27,7 +27,7 @@ OWN = "own_rewards:Own"  # its option `level`, infinite for bright images; leave
 
 
 @pytest.fixture
-def score(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def score(monkeypatch: pytest.MonkeyPatch, command_line: Any, tmp_path: Path):
     """``score("images", "prompts.txt", ...) -> (status, stdout, stderr)``, in a folder of its own.
 
     It holds ``grey/``, pictures of brightness 0, 51, 102 of 255, and a prompt file for them.
@@ -54,14 +54,8 @@ def score(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
     Path("three.txt").write_text("a\nb\nc\n")
 
     def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["flowgrpo-ray", "rewards", "score", *arguments])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        output = capsys.readouterr()
-        return status, output.out, " ".join(re.sub("[│╭╮╰╯─]", " ", output.err).split())
+        status, out, err = command_line("rewards", "score", *arguments)
+        return status, out, " ".join(re.sub("[│╭╮╰╯─]", " ", err).split())
 
     return call
 

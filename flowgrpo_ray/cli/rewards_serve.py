@@ -32,9 +32,9 @@ def deploy(
     """Deploy the rewards of a Serve config file beside those that run, and wait for them."""
     from flowgrpo_ray.cluster import reward_admin
 
-    reward_admin.read_config(file)
+    config = reward_admin.read_config(file)
     with reward_admin.connection(address) as client:
-        names = reward_admin.deploy_file(client, file)
+        names = reward_admin.deploy_file(client, file, config)
         with console.status(f"starting {', '.join(names)}"):
             reward_admin.wait_for(client, names, deadline)
         _show([row for row in reward_admin.status(client) if row.name in names])

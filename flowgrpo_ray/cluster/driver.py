@@ -192,7 +192,7 @@ class Trainer:
     async def iterate(self, iteration: int) -> None:
         """One iteration of Flow-GRPO, as the module's docstring tells it."""
         began = time.perf_counter()
-        self.rewards.take_stats()
+        self.rewards.take_stats()  # of an evaluation before it
         plan = plan_iteration(self.spec, iteration, len(self.prompts["train"]), self.sigmas)
         ticket = await self.publish(iteration)
         published = time.perf_counter() - began

@@ -6,7 +6,6 @@ deploy`, deploying one file leaves the rewards of other files alone.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import time
@@ -29,7 +28,7 @@ from flowgrpo_ray.cluster.reward_args import RewardServiceArgs
 from flowgrpo_ray.cluster.reward_types import ReplicaStats, app_name
 from flowgrpo_ray.environments import python_of
 from flowgrpo_ray.errors import ClusterError, RewardError, SpecError
-from flowgrpo_ray.rewards import check_options
+from flowgrpo_ray.rewards import check_options, nearest
 
 LOOPBACK = "127.0.0.1"
 BUILDER = "flowgrpo_ray.cluster.reward_service:app"
@@ -93,14 +92,12 @@ def check_keys(where: str, given: Mapping[str, Any], schema: type[BaseModel]) ->
     """SpecError for a key that Serve would ignore."""
     for key in given:
         if key not in schema.model_fields:
-            near = difflib.get_close_matches(key, schema.model_fields, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise SpecError(f"{where}: unknown key {key!r}{hint}")
+            raise SpecError(f"{where}: unknown key {key!r}{nearest(key, schema.model_fields)}")
 
 
-def deploy_file(client: ServeSubmissionClient, path: Path) -> list[str]:
-    """Deploys the rewards of a config file beside those that run; their names."""
-    config = read_config(path)
+def deploy_file(client: ServeSubmissionClient, path: Path, config: dict[str, Any]) -> list[str]:
+    """Deploys the rewards of a config file, as `read_config` gave it, beside those that run; their
+    names."""
     names = [application["args"]["name"] for application in config["applications"]]
     details = client.get_serve_details()
     _check_same_http(config, details, path)
@@ -238,7 +235,7 @@ def wait_for(client: ServeSubmissionClient, names: list[str], deadline_s: float)
         waiting = {}
         for name in names:
             found = _summary(name, details[name])
-            if found.startswith("DEPLOY_FAILED"):
+            if details[name]["status"] == "DEPLOY_FAILED":
                 raise RewardError(f"{app_name(name)}: {found}")
             if found != "RUNNING":
                 waiting[name] = found

@@ -84,6 +84,11 @@ class RewardServiceArgs(Strict):
             )
         return self
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the scores: a run uses a deployment only if it has the same."""
+        return self.model_dump(include={"reward", "options", "environment"})
+
 
 def args_of(name: str, reward: RewardSpec) -> RewardServiceArgs:
     """How a training run serves the reward `name` of its spec."""

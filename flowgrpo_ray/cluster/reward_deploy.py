@@ -78,16 +78,11 @@ def _check_http(port: int) -> None:
 async def check_same(args: RewardServiceArgs) -> None:
     """RewardError if the application of this name serves another reward or other options."""
     served = await serve.get_app_handle(app_name(args.name)).describe.remote()
-    wanted = {
-        "reward": args.reward,
-        "options": args.options,
-        "environment": args.environment,
-    }
-    if served != wanted:
+    if served != args.identity:
         raise RewardError(
             f"{app_name(args.name)} is deployed on this cluster with {served}, and the spec asks "
-            f"for {wanted}. Name the reward otherwise in the spec (its `reward` key says what it "
-            "is), or delete that application"
+            f"for {args.identity}. Name the reward otherwise in the spec (its `reward` key says "
+            "what it is), or delete that application"
         )
 
 

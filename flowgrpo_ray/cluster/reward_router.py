@@ -8,7 +8,6 @@ from typing import Any
 
 from ray.serve.request_router import (
     LocalityMixin,
-    MultiplexMixin,
     PendingRequest,
     ReplicaID,
     RequestRouter,
@@ -18,7 +17,7 @@ from ray.serve.request_router import (
 REMEMBERED_CALLS = 10_000
 
 
-class RetryElsewhere(LocalityMixin, MultiplexMixin, RequestRouter):
+class RetryElsewhere(LocalityMixin, RequestRouter):
     """Power of two choices among the replicas that a call has not been sent to before.
 
     A call is told by its argument `call`. It lives in the process of the caller.

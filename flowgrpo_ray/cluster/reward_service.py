@@ -89,12 +89,7 @@ class RewardReplica:
 
     def describe(self) -> dict[str, Any]:
         """What is served here: decides whether a run may use this deployment."""
-        args = self._args
-        return {
-            "reward": args.reward,
-            "options": args.options,
-            "environment": args.environment,
-        }
+        return self._args.identity
 
     def stats(self) -> ReplicaStats:
         """What this replica has done; asked of all replicas at once for `rewards status`."""

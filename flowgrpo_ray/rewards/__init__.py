@@ -58,7 +58,7 @@ def resolve(reward: str) -> type:
     module_name, colon, class_name = path.partition(":")
     if not colon:
         raise SpecError(
-            f"unknown reward {reward!r}{_nearest(reward, BUILTIN)}; "
+            f"unknown reward {reward!r}{nearest(reward, BUILTIN)}; "
             f"built in: {', '.join(BUILTIN)}; your own class: 'module:Class'"
         )
     try:
@@ -70,7 +70,7 @@ def resolve(reward: str) -> type:
         classes = [name for name, _ in inspect.getmembers(module, inspect.isclass)]
         raise SpecError(
             f"reward {reward!r}: {module_name!r} has no class {class_name!r}"
-            f"{_nearest(class_name, classes)}"
+            f"{nearest(class_name, classes)}"
         )
     return found
 
@@ -87,7 +87,7 @@ def check_options(reward: str, options: Mapping[str, Any]) -> None:
     for key in options:
         if key not in names and not takes_any:
             raise SpecError(
-                f"reward {reward!r} has no option {key!r}{_nearest(key, names)}; "
+                f"reward {reward!r} has no option {key!r}{nearest(key, names)}; "
                 f"options: {', '.join(names) or 'none'}"
             )
     try:
@@ -148,7 +148,7 @@ def _accept(prompt: str, metadata: Mapping[str, Any]) -> None:
     """The prompt check of a reward that has none of its own."""
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """`, did you mean 'x'?`, or nothing when no known name is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f", did you mean {near[0]!r}?" if near else ""
