@@ -109,7 +109,7 @@ class PlainLoop:
         terms = 0
         for (unit, trajectory, _), signal in batches:
             advantage, keep = torch.tensor(signal.advantages), torch.tensor(signal.keep)
-            condition = batch_condition(self.conditions, unit.prompts, self.policy.device)
+            condition = batch_condition(self.policy, self.conditions, unit.prompts)
             references = torch.tensor(trajectory.reference_means) if spec.kl else None
             steps = replay(self.policy, trajectory, unit.schedule, condition)
             for step, new, x_next, old in steps:

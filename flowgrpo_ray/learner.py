@@ -119,7 +119,7 @@ class Learner:
         started = time.perf_counter()
         advantage = torch.tensor(advantages, device=self.device)
         kept = torch.tensor(keep, device=self.device)
-        condition = batch_condition(conditions, unit.prompts, self.device)
+        condition = batch_condition(self.policy, conditions, unit.prompts)
         ratios: list[Tensor] = []
         low = high = 0
         policy_loss = kl_sum = 0.0
@@ -227,7 +227,7 @@ class Learner:
 
         ``rho`` is the ratio that the objective clips.
         """
-        condition = batch_condition(conditions, unit.prompts, self.device)
+        condition = batch_condition(self.policy, conditions, unit.prompts)
         advantage = torch.zeros(unit.batch, device=self.device)
         floor = 0.0
         with torch.enable_grad():  # as in the update: kernels may differ

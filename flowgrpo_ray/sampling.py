@@ -38,7 +38,7 @@ def transition(
 ) -> Gaussian:
     """The distribution of the latents after ``step``, in float32 whatever the network's dtype.
 
-    ``x [b, *D]`` float32; ``condition`` holds one row per sample.
+    ``x [b, *D]`` float32; ``condition`` is what ``batch_condition`` gives.
     """
     sigma, sigma_next = schedule.sigma[step], schedule.sigma[step + 1]
     velocity = policy.velocity(x, sigma, condition).float()
@@ -58,14 +58,11 @@ def draw_noise(unit: WorkUnit, step: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def batch_condition(
-    conditions: Mapping[int, Condition], prompts: tuple[int, ...], device: torch.device
+    policy: Policy, conditions: Mapping[int, Condition], prompts: tuple[int, ...]
 ) -> dict[str, Tensor]:
-    """One row per sample from one condition per prompt: ``{name: [b, ...]}`` on ``device``."""
-    names = next(iter(conditions.values())).keys()
-    return {
-        name: torch.from_numpy(np.stack([conditions[p][name] for p in prompts])).to(device)
-        for name in names
-    }
+    """One row per sample from one condition per prompt, on the policy's device."""
+    collated = policy.collate([conditions[prompt] for prompt in prompts])
+    return {name: tensor.to(policy.device) for name, tensor in collated.items()}
 
 
 @torch.no_grad()
@@ -88,7 +85,7 @@ def rollout(
     """
     shape = policy.latent_shape(size)
     schedule, window = unit.schedule, unit.schedule.stochastic_steps
-    condition = batch_condition(conditions, unit.prompts, policy.device)
+    condition = batch_condition(policy, conditions, unit.prompts)
     x = draw_noise(unit, INITIAL, shape).to(policy.device)
     latents = [x] if window.start == 0 else []
     log_probs: list[Tensor] = []

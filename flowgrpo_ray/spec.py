@@ -37,7 +37,7 @@ class ModelSpec(Strict):
     """The base model."""
 
     family: Literal["sd3", "flux", "qwen_image", "bagel"] = Field(
-        description="which adapter drives it; this version has that of sd3"
+        description="which adapter drives it"
     )
     path: str = Field(min_length=1, description="hub id, local folder, or builtin:tiny-sd3")
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
@@ -45,7 +45,23 @@ class ModelSpec(Strict):
         default="bfloat16",
         description="of every forward; latents, log-probabilities and masters are float32",
     )
-    max_sequence_length: int = Field(default=256, ge=1, description="T5 tokens per prompt")
+    encoder_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="of the text encoders; default: dtype"
+    )
+    decoder_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="of the autoencoder; default: dtype"
+    )
+    max_sequence_length: int = Field(
+        default=256, ge=1, description="tokens per prompt (T5's, where a model has that and CLIP)"
+    )
+    shift: float | None = Field(
+        default=None, gt=0, description="of the noise levels; default: the model's own"
+    )
+    lora: str | None = Field(
+        default=None,
+        description="LoRA to start from: hub id or folder, in diffusers' or peft's layout; LoRA "
+        "tuning goes on with it, full tuning merges it into the weights",
+    )
 
     @property
     def folder(self) -> Path | None:
@@ -343,12 +359,23 @@ class ActorsSpec(Strict):
     threads: int = Field(default=1, ge=1, description="torch threads of each, on the CPU")
 
 
+class LearnerSpec(ActorsSpec):
+    """Learner ranks, and what they do to fit into their memory; neither changes a result."""
+
+    activation_checkpointing: bool = Field(
+        default=False, description="recompute each block's activations in the backward pass"
+    )
+    offload_optimizer: bool = Field(
+        default=False, description="keep AdamW's moments and the averages in the host's memory"
+    )
+
+
 class ClusterSpec(Strict):
     """What runs where. The number of rollout workers never changes a result; that of learner ranks,
     and the kind of device, only its last bits."""
 
     rollout: ActorsSpec = ActorsSpec()
-    learner: ActorsSpec = ActorsSpec()
+    learner: LearnerSpec = LearnerSpec()
     dashboard: bool = Field(default=False, description="of a local cluster; costs seconds at start")
     reward_http_port: int | None = Field(
         default=None, ge=1, le=65535, description="serve rewards over HTTP"

@@ -300,7 +300,7 @@ def terms_of(policy: Policy, spec: TrainingSpec, batch: Batch) -> list[Terms]:
     """Of each stochastic step. The batches were sampled under the untrained weights, so those give
     both the old means and the KL reference."""
     objective, of = spec.objective, batch.unit.schedule
-    condition = batch_condition(conditions(policy.guidance), batch.unit.prompts, CPU)
+    condition = batch_condition(policy, conditions(policy.guidance), batch.unit.prompts)
     latents, keep = torch.from_numpy(batch.trajectory.latents), torch.from_numpy(batch.keep)
     a = torch.from_numpy(batch.advantages).double()
     terms = []

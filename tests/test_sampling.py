@@ -174,7 +174,7 @@ def test_a_trajectory_holds_the_latents_around_its_window(window: range):
     assert x.shape == (4, *SHAPE)
 
     # The first are those that plain Euler steps lead to, the last those that they go on from.
-    condition = batch_condition(conditions(), of.prompts, torch.device("cpu"))
+    condition = batch_condition(policy(), conditions(), of.prompts)
     sigma = of.schedule.sigma
 
     def euler(latents: torch.Tensor, steps: range) -> torch.Tensor:
@@ -239,7 +239,7 @@ def test_means_are_those_of_the_sampling_and_of_the_untrained_policy():
     overrides = ("objective.kl={beta: 0.1, form: gaussian}",)
     sampled, untrained = policy("lora", "float32", 1.0, *overrides), sampler(small_spec())
     of = unit(schedule(range(1, 3)))
-    condition = batch_condition(conditions(), of.prompts, sampled.device)
+    condition = batch_condition(sampled, conditions(), of.prompts)
     trajectory, _ = rollout(sampled, of, conditions(), SIZE, UNTRAINED, keep_means=True)
     current = sampler(small_spec())
     perturb(current, seed=1)
@@ -301,7 +301,7 @@ def test_replay_gives_every_objective_a_ratio_of_exactly_one(tuning, guidance, d
     for window, likelihood in itertools.product(windows, LIKELIHOODS):
         of = unit(Schedule(kernel, sigmas(5), etas(window), likelihood))
         trajectory, _ = rollout(made, of, encoded, SIZE, UNTRAINED, keep_means=True)
-        condition = batch_condition(encoded, of.prompts, made.device)
+        condition = batch_condition(made, encoded, of.prompts)
         seen = []
         for step in replay(made, trajectory, of.schedule, condition):
             for objective in objectives:
@@ -327,7 +327,7 @@ def test_replay_of_anything_else_gives_another_ratio(change: str):
     else:
         arrays = getattr(trajectory, change)
         replayed = replace(trajectory, **{change: np.nextafter(arrays, np.float32(9))})
-    condition = batch_condition(conditions(), of.prompts, other.device)
+    condition = batch_condition(other, conditions(), of.prompts)
     with torch.no_grad():
         steps = list(replay(other, replayed, levels, condition))
     for objective in (FlowGrpo(kind="flow_grpo"), GrpoGuard(kind="grpo_guard")):

@@ -243,7 +243,7 @@ def test_a_folder_that_is_not_there_is_an_error_that_names_the_model(tmp_path):
 
 def velocity(policy: Policy) -> torch.Tensor:
     """At a fixed place between noise and data."""
-    condition = batch_condition(conditions(policy.guidance), (0, 1), CPU)
+    condition = batch_condition(policy, conditions(policy.guidance), (0, 1))
     x = torch.randn((2, 4, 8, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return policy.velocity(x, 0.6, condition)
@@ -336,7 +336,7 @@ def test_bfloat16_is_near_float32_and_trains(tuning, guidance):
     rounded = velocity(policy)
     difference = (rounded.float() - exact).abs().max()
     assert 0 < difference < (0.08 if guidance == 1 else 0.3)
-    condition = batch_condition(conditions(guidance), (0, 1), CPU)
+    condition = batch_condition(policy, conditions(guidance), (0, 1))
     policy.velocity(torch.ones(2, 4, 8, 12), 0.6, condition).float().square().sum().backward()
     gradients = [p.grad for p in policy.trainable().values() if p.grad is not None]
     assert {g.dtype for g in gradients} == {torch.float32}

@@ -12,7 +12,12 @@ from flowgrpo_ray.policies.base import Policy
 if TYPE_CHECKING:
     from flowgrpo_ray.spec import TrainingSpec
 
-FAMILIES = {"sd3": "flowgrpo_ray.policies.sd3:SD3Policy"}
+FAMILIES = {
+    "sd3": "flowgrpo_ray.policies.sd3:SD3Policy",
+    "flux": "flowgrpo_ray.policies.flux:FluxPolicy",
+    "qwen_image": "flowgrpo_ray.policies.qwen_image:QwenImagePolicy",
+    "bagel": "flowgrpo_ray.policies.bagel:BagelPolicy",
+}
 
 
 def load_policy(

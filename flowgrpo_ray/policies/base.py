@@ -1,8 +1,8 @@
 """What a base model must offer: a velocity, and the few things around it.
 
-A policy is one file per model over diffusers' classes. ``velocity`` is the ONLY way in which
-sampling, training, the KL reference and evaluation reach the network; guidance, casts and timestep
-scaling happen there and nowhere else.
+A policy is one file per model. ``velocity`` is the ONLY way in which sampling, training, the KL
+reference and evaluation reach the network; guidance, casts, timestep scaling and packing happen
+there and nowhere else.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flowgrpo_ray.errors import SpecError
+from flowgrpo_ray.policies.lora import add_lora, set_adapters
 from flowgrpo_ray.types import Condition, Images
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-
-    from flowgrpo_ray.spec import LoraTuning, ModelSpec, Tuning
+    from flowgrpo_ray.spec import ModelSpec, Tuning
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ADAPTER = "default"
 
 
 class Policy(ABC):
@@ -51,6 +50,8 @@ class Policy(ABC):
     ) -> None:
         self.model, self.tuning, self.guidance, self.device = model, tuning, guidance, device
         self.dtype = DTYPES[model.dtype]
+        self.encoder_dtype = DTYPES[model.encoder_dtype or model.dtype]
+        self.decoder_dtype = DTYPES[model.decoder_dtype or model.dtype]
         self.with_reference = False
         self.reference_network: nn.Module | None = None
         if "network" in parts:
@@ -65,7 +66,11 @@ class Policy(ABC):
 
     @abstractmethod
     def load_network(self, dtype: torch.dtype) -> nn.Module:
-        """The denoiser, on the CPU, in ``dtype``; ``ModelError`` if it cannot be loaded."""
+        """The denoiser, on the CPU, in ``dtype``; ``ModelError`` if it cannot be loaded.
+
+        ``dtype`` is float32 for full tuning, whose masters these weights are. It must offer
+        ``enable_gradient_checkpointing()``, as diffusers' and transformers' models do.
+        """
 
     @abstractmethod
     def load_encoder(self) -> None:
@@ -81,7 +86,10 @@ class Policy(ABC):
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> list[Condition]:
-        """One condition per prompt, each encoded alone: the result depends on that prompt only."""
+        """One condition per prompt, each encoded alone: the result depends on that prompt only.
+
+        Arrays come from ``as_array``; their lengths may differ between prompts if ``collate`` pads.
+        """
 
     @abstractmethod
     def sigmas(self, steps: int, size: tuple[int, int]) -> tuple[float, ...]:
@@ -111,7 +119,26 @@ class Policy(ABC):
     def save_pipeline(self, folder: Path) -> None:
         """Write the whole pipeline, adapters merged, so that its ``from_pretrained`` takes it."""
 
+    @classmethod
+    def passes(cls, guidance: float) -> int:
+        """Network evaluations of one ``velocity``: two where guidance compares two prompts."""
+        return 2 if guidance > 1 else 1
+
     # --- what all models share
+
+    def collate(self, conditions: Sequence[Condition]) -> dict[str, Tensor]:
+        """``velocity``'s condition from those of single prompts, on the CPU: ``{name: [b, ...]}``.
+
+        Stacks arrays of equal shapes; models whose prompts differ in length pad here.
+        """
+        return {
+            name: torch.stack([as_tensor(condition[name]) for condition in conditions])
+            for name in conditions[0]
+        }
+
+    def full_parameters(self) -> Iterator[nn.Parameter]:
+        """What full tuning trains: all of the network."""
+        return self.network.parameters()
 
     @property
     def dtype_name(self) -> str:
@@ -136,7 +163,8 @@ class Policy(ABC):
             return
         if with_reference:
             self.reference_network = copy.deepcopy(self.network)
-        self.network.requires_grad_(True)
+        for parameter in self.full_parameters():
+            parameter.requires_grad_(True)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -159,62 +187,27 @@ class Policy(ABC):
         return {n: p for n, p in self.network.named_parameters() if p.requires_grad}
 
 
-def lora_config(tuning: LoraTuning, default_targets: tuple[str, ...]) -> LoraConfig:
-    """peft's description of the spec's adapters; one target alone is a regular expression."""
-    from peft import LoraConfig
-
-    targets = list(tuning.targets or default_targets)
-    return LoraConfig(
-        r=tuning.rank,
-        lora_alpha=tuning.alpha,
-        init_lora_weights="gaussian",
-        target_modules=targets if len(targets) > 1 else targets[0],
-    )
+def as_array(tensor: Tensor) -> NDArray[Any]:
+    """A tensor of a condition as numpy, which has no bfloat16: its bits travel as uint16."""
+    tensor = tensor.detach().cpu().contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def add_lora(
-    network: nn.Module, tuning: LoraTuning, default_targets: tuple[str, ...], seed: int
-) -> None:
-    """Inject peft adapters (float32, drawn from ``seed``) into the frozen ``network``."""
-    from peft import inject_adapter_in_model
-
-    config = lora_config(tuning, default_targets)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            inject_adapter_in_model(config, network, adapter_name=ADAPTER)
-        except ValueError as error:
-            raise SpecError(f"tuning.targets = {tuning.targets} fits no layer: {error}") from error
-    for name, parameter in network.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
+def as_tensor(array: NDArray[Any]) -> Tensor:
+    """The tensor that ``as_array`` was given."""
+    tensor = torch.tensor(array)
+    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
 
 
-def set_adapters(network: nn.Module, *, enabled: bool) -> None:
-    """Switch every adapter of ``network`` on or off."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def pad(arrays: Sequence[NDArray[Any]]) -> tuple[Tensor, Tensor | None]:
+    """Stack arrays ``[L_i, ...]`` of a condition to ``[b, L, ...]``, zeros behind the shorter ones.
 
-    for module in network.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.enable_adapters(enabled)
-
-
-def lora_state(network: nn.Module) -> dict[str, Tensor]:
-    """Adapter weights under the names that diffusers and peft save: without the adapter's own."""
-    return {
-        name.replace(f".{ADAPTER}.", "."): parameter.detach().cpu().contiguous()
-        for name, parameter in network.named_parameters()
-        if f".{ADAPTER}." in name
-    }
-
-
-def merge_lora(network: nn.Module) -> None:
-    """Fold the adapters into the layers they adapt, and remove them."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    adapted = [(n, m) for n, m in network.named_modules() if isinstance(m, BaseTunerLayer)]
-    for name, layer in adapted:
-        layer.merge()
-        parent, _, attribute = name.rpartition(".")
-        setattr(network.get_submodule(parent), attribute, layer.get_base_layer())
+    Also the mask ``[b, L]`` that is True on what was there; ``None`` if all lengths are equal, so
+    that attention may use its unmasked kernels.
+    """
+    tensors = [as_tensor(array) for array in arrays]
+    lengths = torch.tensor([len(tensor) for tensor in tensors])
+    padded = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+    if (lengths == lengths[0]).all():
+        return padded, None
+    return padded, torch.arange(padded.shape[1]) < lengths[:, None]
