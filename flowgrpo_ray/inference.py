@@ -11,6 +11,7 @@ import torch
 from flowgrpo_ray.checkpoint import list_checkpoints, load_checkpoint
 from flowgrpo_ray.errors import RunFolderError, SpecError
 from flowgrpo_ray.policies import Policy, load_policy
+from flowgrpo_ray.policies.encodings import EncodingCache
 from flowgrpo_ray.prompts import Prompt
 from flowgrpo_ray.rewards import build
 from flowgrpo_ray.run_folder import RunFolder
@@ -60,9 +61,9 @@ def generate(
     policy: Policy, spec: TrainingSpec, prompts: Sequence[str], steps: int, seed: int, batch: int
 ) -> Images:
     """One image per prompt, deterministic sampling from noise drawn by ``seed`` and place."""
-    policy.load_encoder()
-    conditions = policy.encode(prompts)
-    policy.drop_encoder()
+    encodings = EncodingCache(policy)
+    encodings.add(prompts)
+    conditions = [encodings.get(prompt) for prompt in prompts]
     size = spec.sampling.size
     sigmas = policy.sigmas(steps, size)
     schedule = Schedule(spec.sampling.kernel, sigmas, (0.0,) * steps)

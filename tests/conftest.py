@@ -1,5 +1,6 @@
 """A local Ray cluster for the tests that need one."""
 
+import atexit
 import os
 import secrets
 import shutil
@@ -15,6 +16,9 @@ os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ["FLOWGRPO_TEST_TOKEN"] = secrets.token_hex(16)  # of a reward's HTTP; replicas inherit it
+# Prompt encodings belong to this run of the tests, not to the user's cache.
+os.environ["FLOWGRPO_ENCODINGS"] = tempfile.mkdtemp(prefix="fge", dir="/tmp")
+atexit.register(shutil.rmtree, os.environ["FLOWGRPO_ENCODINGS"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

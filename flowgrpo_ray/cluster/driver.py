@@ -75,7 +75,7 @@ class Trainer:
         self.clock = clock
         self.spec, self.folder, self.recorder, self.display = spec, folder, recorder, display
         self.prompts = {"train": prompts, "eval": held_out}
-        self.conditions: dict[str, list[ObjectRef]] = {}
+        self._held: dict[tuple[str, int], ObjectRef] = {}  # conditions of this iteration's prompts
         self.stopping = False
         self.watch = Watch(spec)
         self.diverged: Divergence | None = None  # why the watch ended the run
@@ -124,7 +124,7 @@ class Trainer:
         self.stopping = True
 
     async def start(self) -> None:
-        """Bring up learner, rollout workers and rewards, all at once; encode every prompt."""
+        """Bring up learner, rollout workers and rewards, all at once; encode every new prompt."""
         self.display.stage("starting learner, rollout workers and rewards")
         self.group = place(self.spec.cluster)
         self.learners = LearnerGroup(self.spec, self.group)
@@ -156,8 +156,7 @@ class Trainer:
         self.sigmas, self.eval_sigmas = await self.rollouts.sigmas(
             self.spec.sampling.steps, self.spec.evaluation.steps
         )
-        for stream, prompts in self.prompts.items():
-            self.conditions[stream] = await self.rollouts.encode([p.text for p in prompts])
+        await self.rollouts.encode([p.text for stream in self.prompts.values() for p in stream])
 
     async def publish(self, version: int, *, averaged: bool = False) -> WeightsTicket:
         """Contract: every worker holds exactly the published weights, or the run stops."""
@@ -194,6 +193,8 @@ class Trainer:
         began = time.perf_counter()
         self.rewards.take_stats()  # of an evaluation before it
         plan = plan_iteration(self.spec, iteration, len(self.prompts["train"]), self.sigmas)
+        self._held = {}
+        self._hold(plan.units)
         ticket = await self.publish(iteration)
         published = time.perf_counter() - began
         self.display.stage("sampling, scoring, training")
@@ -302,8 +303,15 @@ class Trainer:
         )
 
     def _conditions(self, unit: WorkUnit) -> list[ObjectRef]:
-        of_stream = self.conditions[unit.stream]
-        return [of_stream[prompt] for prompt in unit.distinct_prompts]
+        self._hold([unit])  # of a refill
+        return [self._held[unit.stream, prompt] for prompt in unit.distinct_prompts]
+
+    def _hold(self, units: Sequence[WorkUnit]) -> None:
+        """Have the conditions of the units' prompts read into the object store."""
+        wanted = dict.fromkeys((unit.stream, p) for unit in units for p in unit.distinct_prompts)
+        missing = [key for key in wanted if key not in self._held]
+        texts = [self.prompts[stream][prompt].text for stream, prompt in missing]
+        self._held |= zip(missing, self.rollouts.conditions(texts), strict=True)
 
     async def sample(self, unit: WorkUnit, ticket: WeightsTicket) -> Sampled:
         """Have a free worker sample ``unit``."""
@@ -336,6 +344,8 @@ class Trainer:
         ticket = await self.publish(iteration, averaged=True)
         held_out = self.prompts["eval"]
         units = plan_evaluation(self.spec, len(held_out), self.eval_sigmas)
+        self._held = {}
+        self._hold(units)
         results = await asyncio.gather(*(self._sample_and_score(unit, ticket) for unit in units))
         sampled, scores = zip(*results, strict=True)
         rewards = {

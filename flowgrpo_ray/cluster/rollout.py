@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from flowgrpo_ray.policies import Policy
 
 IN_FLIGHT = 2  # units given to a worker at once, so that it never waits for the driver
-ENCODE_CHUNK = 512  # prompts per call
 
 
 class RolloutWorker:
@@ -41,22 +40,26 @@ class RolloutWorker:
     def start(self) -> None:
         """Load the model; not in the constructor, whose errors Ray wraps beyond recognition."""
         from flowgrpo_ray.policies import load_policy
+        from flowgrpo_ray.policies.encodings import EncodingCache
 
         self.policy = load_policy(self.spec, self.device, frozenset({"network", "decoder"}))
         self.policy.tune(self.spec.seed, with_reference=self.spec.objective.kl is not None)
         self.parameters = self.policy.trainable()
+        self.encodings = EncodingCache(self.policy)
         self.policy.latent_shape(self.spec.sampling.size)  # an impossible size fails here, early
 
     def sigmas(self, steps: int) -> tuple[float, ...]:
         """The model's noise levels for that many steps."""
         return self.policy.sigmas(steps, self.spec.sampling.size)
 
-    def encode(self, prompts: Sequence[str]) -> list[Condition] | Condition:
-        """One condition per prompt; the text encoders are loaded for this call alone."""
-        self.policy.load_encoder()
-        conditions = self.policy.encode(prompts)
-        self.policy.drop_encoder()
-        return conditions if len(conditions) > 1 else conditions[0]
+    def encode(self, prompts: Sequence[str]) -> int:
+        """Make sure that this machine's cache holds the prompts' conditions; how many were new."""
+        return self.encodings.add(prompts)
+
+    def conditions(self, prompts: Sequence[str]) -> list[Condition] | Condition:
+        """The conditions of prompts that this worker was given to encode."""
+        found = [self.encodings.get(prompt) for prompt in prompts]
+        return found if len(found) > 1 else found[0]
 
     def load(self, ticket: WeightsTicket, arrays: dict[str, Float32]) -> str:
         """Take over published weights; answers with the digest of what the parameters now hold."""
@@ -113,6 +116,7 @@ class RolloutPool:
             launch(RolloutWorker, kind, group, first + rank, f"rollout-{rank}", spec)
             for rank in range(kind.count)
         ]
+        self._encoder_of: dict[str, Any] = {}  # the worker that encoded a prompt
         self._free: asyncio.Queue[Any] = asyncio.Queue()
         for worker in self.workers * IN_FLIGHT:
             self._free.put_nowait(worker)
@@ -129,16 +133,26 @@ class RolloutPool:
         """The model's noise levels for each number of steps."""
         return await asyncio.gather(*(self.workers[0].sigmas.remote(n) for n in steps))
 
-    async def encode(self, prompts: Sequence[str]) -> list[ObjectRef]:
-        """A reference to each prompt's condition; every prompt is encoded once in a run."""
-        references: list[ObjectRef] = []
-        for i, start in enumerate(range(0, len(prompts), ENCODE_CHUNK)):
-            chunk = list(prompts[start : start + ENCODE_CHUNK])
-            worker = self.workers[i % len(self.workers)]
-            made = worker.encode.options(num_returns=len(chunk)).remote(chunk)
-            references += made if len(chunk) > 1 else [made]
-        await asyncio.gather(*(references[i] for i in range(0, len(prompts), ENCODE_CHUNK)))
-        return references
+    async def encode(self, prompts: Sequence[str]) -> None:
+        """Encode every prompt once, into the cache of the machine of the worker that does it."""
+        share = -(-len(prompts) // len(self.workers))
+        calls: list[ObjectRef] = []
+        for rank, worker in enumerate(self.workers):
+            mine = list(prompts[rank * share : (rank + 1) * share])
+            self._encoder_of |= dict.fromkeys(mine, worker)
+            calls.append(worker.encode.remote(mine))
+        await asyncio.gather(*calls)
+
+    def conditions(self, prompts: Sequence[str]) -> list[ObjectRef]:
+        """References to the conditions of encoded prompts, each read by the worker that has it."""
+        by_worker: dict[Any, list[str]] = {}
+        for prompt in dict.fromkeys(prompts):
+            by_worker.setdefault(self._encoder_of[prompt], []).append(prompt)
+        found: dict[str, ObjectRef] = {}
+        for worker, mine in by_worker.items():
+            made = worker.conditions.options(num_returns=len(mine)).remote(mine)
+            found |= zip(mine, made if len(mine) > 1 else [made], strict=True)
+        return [found[prompt] for prompt in prompts]
 
     async def load(self, ticket: WeightsTicket, arrays: ObjectRef) -> None:
         """Every worker loads the published weights, or the run stops."""

@@ -37,6 +37,7 @@ class Policy(ABC):
 
     PARTS: ClassVar[frozenset[str]] = frozenset({"network", "decoder", "encoder"})
     lora_targets: ClassVar[tuple[str, ...]]
+    index_file: ClassVar[str] = "model_index.json"  # that the folder of every such model has
 
     network: nn.Module
 
