@@ -172,7 +172,8 @@ def details_of(client: ServeSubmissionClient) -> dict[str, dict[str, Any]]:
     """What Serve tells of every reward's application, by the reward's name."""
     applications = client.get_serve_details()["applications"]
     prefix = app_name("")
-    return {name.removeprefix(prefix): a for name, a in applications.items() if prefix in name}
+    rewards = {name: a for name, a in applications.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): a for name, a in rewards.items()}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,11 @@ def load_policy(
     spec: TrainingSpec, device: torch.device, parts: frozenset[str] = Policy.PARTS
 ) -> Policy:
     """The spec's base model on ``device``, not yet tuned; only the ``parts`` named are loaded."""
-    module, name = FAMILIES[spec.model.family].split(":")
-    cls: type[Policy] = getattr(importlib.import_module(module), name)
+    cls = policy_class(spec.model.family)
     return cls(spec.model, spec.tuning, spec.sampling.guidance, device, parts)
+
+
+def policy_class(family: str) -> type[Policy]:
+    """The adapter of a family of base models."""
+    module, name = FAMILIES[family].split(":")
+    return getattr(importlib.import_module(module), name)
