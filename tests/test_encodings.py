@@ -122,12 +122,20 @@ def test_a_torn_or_lost_file_is_an_error_that_names_it():
     cache.add(PROMPTS[:1])
     file = cache.file(PROMPTS[0])
     file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(ModelError, match=r"Delete that file") as error:
+    with pytest.raises(ModelError, match=r"Delete the folder") as error:
         cache.get(PROMPTS[0])
     assert str(file) in str(error.value)
     assert PROMPTS[0] in str(error.value)
     file.unlink()
     with pytest.raises(ModelError, match="cannot be read"):
+        cache.get(PROMPTS[0])
+
+
+def test_a_lost_negative_prompt_is_an_error():
+    cache = EncodingCache(policy("sampling.guidance=3"))
+    cache.add(PROMPTS[:1])
+    (cache.folder / "negative.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"cannot be read from .*negative\.safetensors"):
         cache.get(PROMPTS[0])
 
 
@@ -137,9 +145,9 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_says_what_to_do(folder
         EncodingCache(policy()).add(PROMPTS[:1])
 
 
-def test_nothing_half_written_is_left():
-    cache = EncodingCache(policy())
+def test_one_file_per_prompt_and_one_for_the_negative_prompt_are_all_that_is_kept():
+    cache = EncodingCache(policy("sampling.guidance=3"))
     cache.add(PROMPTS)
-    files = [p for p in cache.folder.rglob("*") if p.is_file()]
-    assert sorted(files) == sorted(cache.file(prompt) for prompt in PROMPTS)
+    files = {p for p in cache.folder.rglob("*") if p.is_file()}
+    assert files == {cache.file(p) for p in PROMPTS} | {cache.folder / "negative.safetensors"}
     assert os.environ["FLOWGRPO_ENCODINGS"] in str(cache.folder)

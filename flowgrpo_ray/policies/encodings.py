@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 FOLDER_VARIABLE = "FLOWGRPO_ENCODINGS"
 CHUNK = 64  # prompts that are encoded before they are written
+NEGATIVE = "negative_"  # arrays of these names are the same for all prompts: kept once
 
 
 def encodings_folder() -> Path:
@@ -57,33 +58,44 @@ class EncodingCache:
         for start in range(0, len(missing), CHUNK):
             chunk = missing[start : start + CHUNK]
             for prompt, condition in zip(chunk, self._policy.encode(chunk), strict=True):
-                self._write(self.file(prompt), condition)
+                own = {n: array for n, array in condition.items() if not n.startswith(NEGATIVE)}
+                shared = {n: condition[n] for n in condition.keys() - own}
+                if not self._shared.exists():
+                    self._write(self._shared, shared)
+                self._write(self.file(prompt), own)
         self._policy.drop_encoder()
         return len(missing)
 
     def get(self, prompt: str) -> Condition:
-        """The encoding of a prompt that was added; ``ModelError`` if its file is gone or torn."""
-        file = self.file(prompt)
-        try:
-            return load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(
-                f"the encoding of prompt {prompt!r} cannot be read from {file}: {error}. Delete "
-                "that file and start again (train --resume): it will be made anew"
-            ) from error
+        """The encoding of a prompt that was added; ``ModelError`` if its files are torn or gone."""
+        return {**_read(self.file(prompt), prompt), **_read(self._shared, prompt)}
 
-    def _write(self, file: Path, condition: Condition) -> None:
+    @property
+    def _shared(self) -> Path:
+        return self.folder / "negative.safetensors"
+
+    def _write(self, file: Path, arrays: Condition) -> None:
         """Whole or not at all, whoever writes the same file at the same time."""
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}")
-            partial.write_bytes(save(dict(condition)))
+            partial.write_bytes(save(dict(arrays)))
             partial.replace(file)
         except OSError as error:
             raise ModelError(
                 f"encodings cannot be kept in {encodings_folder()}: {error}. Free space there, or "
                 f"name another folder in the environment variable {FOLDER_VARIABLE}"
             ) from error
+
+
+def _read(file: Path, prompt: str) -> Condition:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"the encoding of prompt {prompt!r} cannot be read from {file}: {error}. Delete the "
+            f"folder {file.parent} and start again (train --resume): it will be made anew"
+        ) from error
 
 
 def fingerprint(policy: Policy) -> str:
