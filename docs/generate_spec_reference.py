@@ -36,12 +36,8 @@ MEANINGS = {
     "optimizer.eps": "of AdamW",
     "ema.decay": "largest; `(1 + n) / (10 + n)` is used while it is smaller, after n updates",
     "evaluation.micro_batch": "images per forward",
-    "cluster.ACTORS.count": "processes",
     "tracking.tensorboard": "mirror the rows to TensorBoard event files",
 }
-# Sections that share one table, and how that table is called.
-SHARED = {"cluster.rollout": "cluster.ACTORS", "cluster.learner": "cluster.ACTORS"}
-TITLES = {"cluster.ACTORS": "`cluster.rollout`, `cluster.learner`"}
 
 Schema = Mapping[str, Any]
 
@@ -50,23 +46,18 @@ def render() -> str:
     """All tables, top level first."""
     schema = TrainingSpec.model_json_schema()
     used: set[str] = set()
-    text = "\n".join(_section("", schema, schema["$defs"], used, set()))
+    text = "\n".join(_section("", schema, schema["$defs"], used))
     if unused := MEANINGS.keys() - used:
         raise SystemExit(f"MEANINGS no longer needed, the schema says it: {sorted(unused)}")
     return text
 
 
-def _section(
-    path: str, schema: Schema, known: Schema, used: set[str], done: set[str]
-) -> Iterator[str]:
+def _section(path: str, schema: Schema, known: Schema, used: set[str]) -> Iterator[str]:
     """The table of one section, and those of the sections below it."""
-    if path in done:
-        return
-    done.add(path)
     variants = _variants(schema, known)
     below: list[tuple[str, Schema]] = []
     if path:
-        yield f"### {TITLES.get(path, f'`{path}`')}\n"
+        yield f"### `{path}`\n"
     for variant in variants:
         says = variant.get("description")
         if path and says:
@@ -77,7 +68,7 @@ def _section(
         for key, value in kind_first:
             place = f"{path}.{key}" if path else key
             target = _object(value, known)
-            name = f"{place}.NAME" if _is_map(value) else SHARED.get(place, place)
+            name = f"{place}.NAME" if _is_map(value) else place
             if target:
                 below.append((name, target))
             default = _default(key, value, variant, _variants(target, known) if target else [])
@@ -85,7 +76,7 @@ def _section(
             yield f"| `{key}` | {_values(value)} | {default} | {meaning} |"
         yield ""
     for name, target in below:
-        yield from _section(name, target, known, used, done)
+        yield from _section(name, target, known, used)
 
 
 def _variants(schema: Schema, known: Schema) -> list[Schema]:
@@ -164,20 +155,17 @@ def _default(key: str, value: Schema, parent: Schema, section: Sequence[Schema])
 
 def _meaning(place: str, section: str | None, value: Schema, used: set[str]) -> str:
     """From the schema, else from MEANINGS; a section names its table."""
-    parent, _, key = place.rpartition(".")
     said = value.get("description")
-    shared = f"{SHARED.get(parent, parent)}.{key}" if parent else key
-    if said is None and shared in MEANINGS:
-        used.add(shared)
-        said = MEANINGS[shared]
+    if said is None and place in MEANINGS:
+        used.add(place)
+        said = MEANINGS[place]
     if section:
-        title = TITLES.get(section, f"`{section}`")
-        anchor = "".join(c for c in title.lower() if c.isalnum() or c in " -_").replace(" ", "-")
-        return f"{f'{said}; ' if said else ''}see [{title}](#{anchor})"
+        anchor = "".join(c for c in section.lower() if c.isalnum() or c in "-_")
+        return f"{f'{said}; ' if said else ''}see [`{section}`](#{anchor})"
     if said is None and "const" in value:
         return "says which table holds"
     if said is None:
-        raise SystemExit(f"{shared} has no meaning: describe it in flowgrpo_ray/spec.py")
+        raise SystemExit(f"{place} has no meaning: describe it in flowgrpo_ray/spec.py")
     return said.replace("|", "\\|")
 
 

@@ -351,7 +351,7 @@ class CheckpointSpec(Strict):
 class ActorsSpec(Strict):
     """How many actors of one kind, and what each takes."""
 
-    count: int = Field(default=1, ge=1)
+    count: int = Field(default=1, ge=1, description="processes")
     cpus: float = Field(default=1, ge=0, description="that Ray reserves for each")
     gpus: float = Field(
         default=0, ge=0, description="that Ray reserves for each; 0 runs on the CPU"
