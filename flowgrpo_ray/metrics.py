@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from flowgrpo_ray.prompts import IterationPlan
-from flowgrpo_ray.spec import AdvantagesSpec, TrainingSpec
+from flowgrpo_ray.spec import TrainingSpec
+from flowgrpo_ray.spec_sections import AdvantagesSpec
 from flowgrpo_ray.types import Float32, MicrobatchStats, StepStats, WeightsTicket, WorkUnit
 
 

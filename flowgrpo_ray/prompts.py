@@ -16,12 +16,12 @@ from typing import Any, TypeVar, cast
 
 from flowgrpo_ray.errors import PromptError
 from flowgrpo_ray.rewards import prompt_check
-from flowgrpo_ray.spec import (
+from flowgrpo_ray.spec import TrainingSpec
+from flowgrpo_ray.spec_sections import (
     AllSteps,
     ProgressiveWindow,
     RandomWindow,
     SamplingSpec,
-    TrainingSpec,
     builtin_path,
 )
 from flowgrpo_ray.types import Schedule, WorkUnit

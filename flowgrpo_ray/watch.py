@@ -82,6 +82,14 @@ class _Track:
         )
 
 
+@dataclass(frozen=True)
+class Divergence:
+    """Why the watch ended a run, and the iteration of the checkpoint that is kept from before."""
+
+    says: str
+    before: int | None
+
+
 @dataclass
 class Watch:
     """Over the rewards of weight 0; with none there is nothing to see.

@@ -19,8 +19,9 @@ from flowgrpo_ray.metrics import (
 )
 from flowgrpo_ray.prompts import plan_iteration
 from flowgrpo_ray.rewards import weighted_total
-from flowgrpo_ray.spec import AdvantagesSpec, KlSpec, TrainingSpec
+from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.spec_file import load_spec
+from flowgrpo_ray.spec_sections import AdvantagesSpec, KlSpec
 from flowgrpo_ray.types import MicrobatchStats, Schedule, StepStats, WeightsTicket, WorkUnit
 
 INF, NAN = float("inf"), float("nan")

@@ -27,7 +27,7 @@ from flowgrpo_ray.objective import (
     reward_wise_advantages,
 )
 from flowgrpo_ray.sampling import Replayed
-from flowgrpo_ray.spec import FlowDppo, FlowGrpo, GrpoGuard, Objective
+from flowgrpo_ray.spec_sections import FlowDppo, FlowGrpo, GrpoGuard, Objective
 
 NAN = float("nan")
 

@@ -21,8 +21,9 @@ from flowgrpo_ray.prompts import (
     progressive_start,
     prompts_digest,
 )
-from flowgrpo_ray.spec import ProgressiveWindow, TrainingSpec
+from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.spec_file import load_spec
+from flowgrpo_ray.spec_sections import ProgressiveWindow
 
 PROMPTS = 40  # in the training set
 

@@ -33,7 +33,7 @@ from flowgrpo_ray.learner import surrogate
 from flowgrpo_ray.policies import Policy
 from flowgrpo_ray.prompts import draw_eta
 from flowgrpo_ray.sampling import INITIAL, batch_condition, draw_noise, replay, rollout, transition
-from flowgrpo_ray.spec import FlowDppo, FlowGrpo, GrpoGuard
+from flowgrpo_ray.spec_sections import FlowDppo, FlowGrpo, GrpoGuard
 from flowgrpo_ray.types import Schedule, WorkUnit
 
 SHAPE = (4, 8, 12)  # of one image's latents

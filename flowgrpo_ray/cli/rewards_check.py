@@ -19,8 +19,8 @@ from rich.table import Table
 from flowgrpo_ray.cli.options import parse_option
 from flowgrpo_ray.errors import RewardError, SpecError
 from flowgrpo_ray.rewards import BUILTIN, build, check_options, prompt_check
-from flowgrpo_ray.spec import RewardSpec
 from flowgrpo_ray.spec_file import load_spec, recipe_names
+from flowgrpo_ray.spec_sections import RewardSpec
 
 if TYPE_CHECKING:
     from flowgrpo_ray.calibration import Picture, Report

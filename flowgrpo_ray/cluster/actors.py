@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from flowgrpo_ray.errors import ClusterError
-from flowgrpo_ray.spec import ActorsSpec, ClusterSpec
+from flowgrpo_ray.spec_sections import ActorsSpec, ClusterSpec
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,15 +39,7 @@ from flowgrpo_ray.run_folder import RunFolder
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.tracking import RunRecorder, StartClock, save_samples
 from flowgrpo_ray.types import LearnerState, WeightsTicket, WorkUnit
-from flowgrpo_ray.watch import Watch, describe
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Why the over-optimization watch ended a run, and the iteration of the checkpoint kept."""
-
-    says: str
-    before: int | None
+from flowgrpo_ray.watch import Divergence, Watch, describe
 
 
 class Display(Protocol):

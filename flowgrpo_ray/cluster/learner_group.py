@@ -54,8 +54,7 @@ class LearnerRank:
         self.learner = Learner(self.spec, self.device)
 
     def publish(self, version: int, averaged: bool) -> tuple[WeightsTicket, dict[str, Float32]]:
-        ticket, arrays = self.learner.publish(version, averaged=averaged)
-        return ticket, arrays if self.rank == 0 else {}
+        return self.learner.publish(version, averaged=averaged)
 
     def accumulate(
         self,

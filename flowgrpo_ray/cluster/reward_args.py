@@ -4,7 +4,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flowgrpo_ray.spec import RewardSpec
+from flowgrpo_ray.spec_sections import RewardSpec
 
 
 class Strict(BaseModel):

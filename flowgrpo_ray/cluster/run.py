@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowgrpo_ray.cluster.session import joined, ray_session
 from flowgrpo_ray.errors import ClusterError, RunFolderError
-from flowgrpo_ray.preflight import check_environments, check_run
+from flowgrpo_ray.preflight import check_access, check_environments, check_run
 from flowgrpo_ray.prompts import prompts_digest
 from flowgrpo_ray.report import write_report
 from flowgrpo_ray.run_folder import RunFolder
@@ -22,7 +22,8 @@ from flowgrpo_ray.types import LearnerState
 
 if TYPE_CHECKING:
     from flowgrpo_ray.checkpoint import Progress
-    from flowgrpo_ray.cluster.driver import Display, Divergence, Trainer
+    from flowgrpo_ray.cluster.driver import Display, Trainer
+    from flowgrpo_ray.watch import Divergence
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ def train(
     clock = StartClock(time.perf_counter() if started is None else started)
     clock.lap("import")
     prompts, held_out = check_run(spec)
-    if not joined():  # a cluster may serve the rewards already
+    if not joined():  # the machines of a cluster may have what this one lacks
         check_environments(spec)
+        check_access(spec.model)
     folder = RunFolder.claim(root, spec, resume=resume)
     try:
         saved = folder.latest() if resume else None

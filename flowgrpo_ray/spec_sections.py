@@ -1,0 +1,399 @@
+"""The sections of a training spec, each checked by itself: keys are strict, values have bounds.
+
+What concerns several sections is checked by ``TrainingSpec``, in ``flowgrpo_ray.spec``.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from flowgrpo_ray.families import FAMILIES
+
+PACKAGE = Path(__file__).parent
+BUILTIN = "builtin:"
+
+
+def builtin_path(path: str) -> Path | None:
+    """``builtin:x`` names the file or folder ``x`` of the package's assets; else ``None``."""
+    if not path.startswith(BUILTIN):
+        return None
+    return PACKAGE / "assets" / path.removeprefix(BUILTIN)
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class ModelSpec(Strict):
+    """The base model."""
+
+    family: str = Field(
+        description="which adapter drives it", json_schema_extra={"enum": [*FAMILIES]}
+    )
+    path: str = Field(min_length=1, description="hub id, local folder, or builtin:tiny-sd3")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+    dtype: Dtype = Field(
+        default="bfloat16",
+        description="of every forward; latents, log-probabilities and masters are float32",
+    )
+    encoder_dtype: Dtype | None = Field(default=None, description="of encoders; default: dtype")
+    decoder_dtype: Dtype | None = Field(default=None, description="of the decoder; default: dtype")
+    max_sequence_length: int = Field(default=256, ge=1, description="tokens of a prompt")
+    shift: float | None = Field(default=None, gt=0, description="of noise levels; default: its own")
+    lora: str | None = Field(
+        default=None,
+        description="LoRA to start from: hub id, folder or file, of diffusers or peft; LoRA tuning "
+        "goes on with it, full tuning merges it into the weights",
+    )
+
+    @field_validator("family")
+    @classmethod
+    def _known(cls, family: str) -> str:
+        if family not in FAMILIES:
+            raise ValueError(f"{family!r} is no family of base models: {', '.join(FAMILIES)}")
+        return family
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, or ``None`` for a hub id."""
+        builtin = builtin_path(self.path)
+        if builtin is not None:
+            return builtin
+        path = Path(self.path).expanduser()
+        looks_local = self.path.startswith((".", "/", "~")) or self.path.count("/") != 1
+        return path if path.exists() or looks_local else None
+
+
+class FullTuning(Strict):
+    """Train every parameter of the network, with float32 masters."""
+
+    kind: Literal["full"]
+
+
+class LoraTuning(Strict):
+    """Train low-rank adapters on a frozen network."""
+
+    kind: Literal["lora"]
+    rank: int = Field(default=32, ge=1)
+    alpha: int = Field(default=64, ge=1)
+    targets: tuple[str, ...] | None = Field(
+        default=None,
+        description="endings of layer names, or one regular expression; default: the model's",
+    )
+
+
+Tuning = Annotated[FullTuning | LoraTuning, Field(discriminator="kind")]
+
+
+class PromptsSpec(Strict):
+    """Prompt sets: one prompt per line (.txt), or {"prompt": …, …} per line (.jsonl)."""
+
+    train: str = Field(description="file to train on; builtin:prompts/… for those of the package")
+    evaluate: str = Field(description="held-out file for the evaluations")
+
+
+class AllSteps(Strict):
+    """Every step but the last is stochastic and trained (Flow-GRPO)."""
+
+    kind: Literal["all"]
+
+
+class RandomWindow(Strict):
+    """A contiguous window at a random place, one per iteration (Flow-GRPO-Fast)."""
+
+    kind: Literal["random"]
+    length: int = Field(ge=1, description="stochastic steps")
+    within: tuple[int, int] = Field(description="[first, end): the window stays inside these steps")
+
+
+class ProgressiveWindow(Strict):
+    """A window that moves from the noisy steps to the clean ones as training goes on (MixGRPO)."""
+
+    kind: Literal["progressive"]
+    length: int = Field(ge=1, description="stochastic steps, at every position")
+    start: int = Field(default=0, ge=0, description="first step of the first position")
+    stride: int = Field(
+        default=1, ge=1, description="steps it moves by; below length, positions overlap"
+    )
+    iterations: int = Field(ge=1, description="spent at each position")
+    roll_back: bool = Field(
+        default=False, description="after the last position begin again; else stay there"
+    )
+
+
+Window = Annotated[AllSteps | RandomWindow | ProgressiveWindow, Field(discriminator="kind")]
+
+
+class SamplingSpec(Strict):
+    """How the images of an iteration are sampled."""
+
+    size: tuple[int, int] = Field(description="height and width of an image, in pixels")
+    steps: int = Field(ge=2, description="denoising steps in training (Denoising Reduction)")
+    guidance: float = Field(
+        default=1.0,
+        ge=1,
+        description="classifier-free guidance, 1 is off; FLUX.1-dev's is an input of its network",
+    )
+    kernel: Literal["flow_sde", "cps", "dance_sde"] = "flow_sde"
+    likelihood: Literal["gaussian", "squared_error"] = Field(
+        default="gaussian",
+        description="squared_error is the log-probability that published cps clip ranges mean",
+    )
+    eta: float = Field(gt=0, description="noise level of the stochastic steps")
+    window: Window
+    group_size: int = Field(ge=2, description="images per prompt; advantages compare them")
+    groups: int = Field(ge=1, description="prompts per iteration")
+    micro_batch: int = Field(ge=1, description="images per forward, in sampling and training alike")
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> SamplingSpec:
+        if self.kernel == "cps" and self.eta > 1:
+            raise ValueError(f"eta = {self.eta}: the cps kernel takes at most 1")
+        last, window = self.steps - 1, self.window  # the last step is never stochastic
+        if isinstance(window, RandomWindow):
+            first, end = window.within
+            if not 0 <= first < end <= last:
+                raise ValueError(
+                    f"window.within = [{first}, {end}] is outside the steps: with steps = "
+                    f"{self.steps} it must lie in [0, {last}] (the last step is never stochastic)"
+                )
+            if window.length > end - first:
+                raise ValueError(
+                    f"window.length = {window.length} does not fit window.within = [{first}, {end}]"
+                )
+        if isinstance(window, ProgressiveWindow) and window.start + window.length > last:
+            raise ValueError(
+                f"window.start = {window.start} and window.length = {window.length} reach step "
+                f"{window.start + window.length}: with steps = {self.steps} a window must end by "
+                f"{last} (the last step is never stochastic)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> SamplingSpec:
+        if self.images % self._images_per_block:
+            raise ValueError(
+                f"group_size x groups = {self.group_size} x {self.groups} = {self.images} images "
+                f"are not divisible by {self._images_per_block}, the fewest that are whole groups "
+                f"of {self.group_size} and whole micro-batches of {self.micro_batch}"
+            )
+        return self
+
+    @property
+    def images(self) -> int:
+        """Images per iteration."""
+        return self.group_size * self.groups
+
+    @property
+    def units(self) -> int:
+        """Micro-batches per iteration."""
+        return self.images // self.micro_batch
+
+    @property
+    def units_per_block(self) -> int:
+        """A block is the fewest micro-batches that hold whole groups."""
+        return self._images_per_block // self.micro_batch
+
+    @property
+    def groups_per_block(self) -> int:
+        return self._images_per_block // self.group_size
+
+    @property
+    def _images_per_block(self) -> int:
+        return math.lcm(self.group_size, self.micro_batch)
+
+    @property
+    def trained_steps(self) -> int:
+        """Stochastic steps of an iteration, wherever its window lies."""
+        return self.steps - 1 if isinstance(self.window, AllSteps) else self.window.length
+
+
+class RewardSpec(Strict):
+    """One reward, served by its own deployment."""
+
+    weight: float = Field(default=1.0, description="in the trained total; 0 only watches it")
+    reward: str | None = Field(
+        default=None,
+        description="name of a built-in reward, or package.module:Class; default: the key",
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="arguments of the class")
+    environment: str | None = Field(
+        default=None, description="that it runs in: flowgrpo-ray rewards env build NAME"
+    )
+    replicas: int = Field(default=1, ge=1)
+    cpus: float = Field(default=0.25, ge=0, description="per replica")
+    gpus: float = Field(default=0, ge=0, description="per replica")
+    golden: bool = Field(
+        default=True, description="refuse it unless it ranks its own golden images rightly"
+    )
+    deadline_s: float = Field(default=60, gt=0, description="of one attempt to score a call")
+    retries: int = Field(default=2, ge=0, description="further attempts, each on another replica")
+
+
+RewardName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+
+
+class KlSpec(Strict):
+    """KL to the untrained model."""
+
+    beta: float = Field(gt=0)
+    form: Literal["time_weighted", "gaussian"] = Field(
+        default="time_weighted",
+        description="time_weighted (what published betas mean) is KL x |dt|",
+    )
+
+
+class ObjectiveSpec(Strict):
+    """What all objectives share."""
+
+    updates: int = Field(default=2, ge=1, description="optimizer updates per pass over the samples")
+    epochs: int = Field(default=1, ge=1, description="passes over an iteration's samples")
+    kl: KlSpec | None = None
+
+
+class FlowGrpo(ObjectiveSpec):
+    """Clipped policy gradient on group advantages (Flow-GRPO)."""
+
+    kind: Literal["flow_grpo"]
+    clip_low: float = Field(default=1e-4, gt=0, lt=1)
+    clip_high: float = Field(default=1e-4, gt=0)
+
+
+class GrpoGuard(ObjectiveSpec):
+    """Flow-GRPO with a ratio of zero-mean logarithm and one weight for all steps (GRPO-Guard)."""
+
+    kind: Literal["grpo_guard"]
+    clip_low: float = Field(default=2e-6, gt=0, lt=1)
+    clip_high: float = Field(default=2e-6, gt=0)
+
+
+class FlowDppo(ObjectiveSpec):
+    """Masks by exact divergence from the sampling policy instead of clipping (Flow-DPPO)."""
+
+    kind: Literal["flow_dppo"]
+    max_divergence: float = Field(
+        default=1e-5, gt=0, description="KL per latent dimension up to which every sample counts"
+    )
+
+
+Objective = Annotated[FlowGrpo | GrpoGuard | FlowDppo, Field(discriminator="kind")]
+
+
+class AdvantagesSpec(Strict):
+    """How the rewards of a group become advantages."""
+
+    std: Literal["group", "global"] = Field(
+        default="group", description="divide by that of the group, or of the whole iteration"
+    )
+    per_reward: bool = Field(
+        default=False, description="normalise each reward, then weight and sum (several rewards)"
+    )
+    clamp: float = Field(default=5.0, gt=0)
+    refill: int = Field(
+        default=0, ge=0, description="tries to replace groups without spread by other prompts"
+    )
+
+
+class WatchSpec(Strict):
+    """Over-optimization: a watched reward (weight 0) falls while the trained total rises."""
+
+    window: int = Field(default=10, ge=1, description="iterations that are averaged")
+    fall: float = Field(
+        default=1.0,
+        gt=0,
+        description="from its best window, in standard deviations of that reward over images",
+    )
+    action: Literal["report", "stop"] = Field(
+        default="report", description="stop ends the run; the checkpoint from before is kept"
+    )
+
+
+class OptimizerSpec(Strict):
+    """AdamW on float32 master weights."""
+
+    learning_rate: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this norm")
+
+
+class EmaSpec(Strict):
+    """Exponential moving average of the trained weights: what is evaluated and exported."""
+
+    decay: float = Field(default=0.9, ge=0, lt=1)
+    every: int = Field(default=8, ge=1, description="updates between two averagings")
+
+
+class EvaluationSpec(Strict):
+    """Held-out prompts with fixed noise, deterministic sampling."""
+
+    every: int = Field(ge=1, description="iterations between evaluations")
+    steps: int = Field(ge=1, description="denoising steps")
+    prompts: int = Field(default=64, ge=1, description="the first N of the held-out file")
+    micro_batch: int = Field(default=16, ge=1)
+    grid: int = Field(default=32, ge=1, description="images kept as a sample grid")
+
+
+class CheckpointSpec(Strict):
+    """When the run is saved."""
+
+    every: int = Field(default=10, ge=1, description="iterations between checkpoints")
+    keep: int = Field(default=2, ge=1, description="older ones are deleted")
+
+
+class ActorsSpec(Strict):
+    """How many actors of one kind, and what each takes."""
+
+    count: int = Field(default=1, ge=1, description="processes")
+    cpus: float = Field(default=1, ge=0, description="that Ray reserves for each")
+    gpus: float = Field(default=0, ge=0, description="that Ray reserves; 0 runs on the CPU")
+    threads: int = Field(default=1, ge=1, description="torch threads of each, on the CPU")
+
+
+class LearnerSpec(ActorsSpec):
+    """Learner ranks, and what they do to fit into their memory; neither changes a result."""
+
+    activation_checkpointing: bool = Field(
+        default=False, description="recompute each block's activations in the backward pass"
+    )
+    offload_optimizer: bool = Field(
+        default=False, description="keep AdamW's moments and the averages in the host's memory"
+    )
+
+
+class ClusterSpec(Strict):
+    """What runs where. The number of rollout workers never changes a result; that of learner ranks,
+    and the kind of device, only its last bits."""
+
+    rollout: ActorsSpec = ActorsSpec()
+    learner: LearnerSpec = LearnerSpec()
+    dashboard: bool = Field(default=False, description="of a local cluster; costs seconds at start")
+    reward_http_port: int | None = Field(
+        default=None, ge=1, le=65535, description="serve rewards over HTTP"
+    )
+    ready_timeout_s: float = Field(
+        default=300, gt=0, description="for actors and deployments to be up"
+    )
+    max_failed_groups: int = Field(default=0, ge=0, description="dropped groups that a run bears")
+
+    @field_validator("rollout", "learner")
+    @classmethod
+    def _whole_gpus(cls, actors: ActorsSpec) -> ActorsSpec:
+        if actors.gpus > 1:
+            raise ValueError(f"gpus = {actors.gpus}: an actor drives one GPU at most; raise count")
+        return actors
+
+
+class TrackingSpec(Strict):
+    """Where metrics go beside ``metrics.jsonl``."""
+
+    tensorboard: bool = True
+    wandb: str | None = Field(default=None, description="Weights & Biases project")
