@@ -20,7 +20,7 @@ import sys, torch
 from flowgrpo_ray.errors import ModelError
 from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.policies.encodings import EncodingCache
-from flowgrpo_ray.policies.loading import identity
+from flowgrpo_ray.hub import identity
 from flowgrpo_ray.spec_file import load_spec
 paths, overrides = sys.argv[1].split(), sys.argv[2:]
 for path in paths:
@@ -30,7 +30,7 @@ for path in paths:
         policy = load_policy(spec, torch.device("cpu"))
         policy.sigmas(4, (32, 48))
         encoded = EncodingCache(policy).add(["a red sign"])
-        print(path, identity(spec.model, policy.index_file), "encoded", encoded)
+        print(path, identity(spec.model), "encoded", encoded)
     except ModelError as error:
         print(path, "ModelError", error)
 """

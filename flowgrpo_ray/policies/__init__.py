@@ -1,4 +1,4 @@
-"""Base models by family: one file each, one line here."""
+"""Base models by family: one file each, and one line in ``flowgrpo_ray.families``."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from flowgrpo_ray.families import FAMILIES
 from flowgrpo_ray.policies.base import Policy
 
 if TYPE_CHECKING:
     from flowgrpo_ray.spec import TrainingSpec
 
-FAMILIES = {
-    "sd3": "flowgrpo_ray.policies.sd3:SD3Policy",
-    "flux": "flowgrpo_ray.policies.flux:FluxPolicy",
-    "qwen_image": "flowgrpo_ray.policies.qwen_image:QwenImagePolicy",
-    "bagel": "flowgrpo_ray.policies.bagel:BagelPolicy",
-}
+
+def policy_class(family: str) -> type[Policy]:
+    """The class that drives models of a family; loads no model."""
+    module, name = FAMILIES[family].adapter.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def load_policy(
@@ -26,9 +26,3 @@ def load_policy(
     """The spec's base model on ``device``, not yet tuned; only the ``parts`` named are loaded."""
     cls = policy_class(spec.model.family)
     return cls(spec.model, spec.tuning, spec.sampling.guidance, device, parts)
-
-
-def policy_class(family: str) -> type[Policy]:
-    """The adapter of a family of base models."""
-    module, name = FAMILIES[family].split(":")
-    return getattr(importlib.import_module(module), name)

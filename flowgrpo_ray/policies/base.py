@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,12 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flowgrpo_ray.policies.lora import add_lora, set_adapters
+from flowgrpo_ray.policies.lora import add_lora, merge_file, start_lora, switch
+from flowgrpo_ray.policies.lora_file import read_lora
 from flowgrpo_ray.types import Condition, Images
 
 if TYPE_CHECKING:
-    from flowgrpo_ray.spec import ModelSpec, Tuning
+    from flowgrpo_ray.spec_sections import ModelSpec, Tuning
 
+Configs = Mapping[str, Any]  # parsed config files of a model, by their path in its folder
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -37,7 +39,9 @@ class Policy(ABC):
 
     PARTS: ClassVar[frozenset[str]] = frozenset({"network", "decoder", "encoder"})
     lora_targets: ClassVar[tuple[str, ...]]
-    index_file: ClassVar[str] = "model_index.json"  # that the folder of every such model has
+    pipeline: ClassVar[str] = ""  # the model's class in diffusers, if it has one
+    call_arguments: ClassVar[tuple[str, ...]] = ()  # of that pipeline's call, for the model card
+    config_files: ClassVar[tuple[str, ...]]  # that say what the parts are made of
 
     network: nn.Module
 
@@ -120,6 +124,15 @@ class Policy(ABC):
     def save_pipeline(self, folder: Path) -> None:
         """Write the whole pipeline, adapters merged, so that its ``from_pretrained`` takes it."""
 
+    @abstractmethod
+    def skeleton(self, configs: Configs, dtype: torch.dtype) -> None:
+        """Make the network (in ``dtype``, as ``load_network`` does) and the decoder from the
+        contents of the files that ``config_files`` names, without weights: for estimates."""
+
+    @abstractmethod
+    def example_condition(self, batch: int, configs: Configs) -> dict[str, Tensor]:
+        """What ``collate`` gives for ``batch`` prompts of the greatest length, without values."""
+
     @classmethod
     def passes(cls, guidance: float) -> int:
         """Network evaluations of one ``velocity``: two where guidance compares two prompts."""
@@ -154,22 +167,31 @@ class Policy(ABC):
     def tune(self, seed: int, *, with_reference: bool) -> None:
         """Make the network trainable: all of it, or low-rank adapters on a frozen base.
 
-        Trainable parameters are float32 masters. ``with_reference`` keeps what ``reference`` needs
-        (with adapters nothing more, else a frozen copy of the network).
+        Trainable parameters are float32 masters. The LoRA that ``model.lora`` names becomes part of
+        the network first, or the start of its adapters. ``with_reference`` keeps what ``reference``
+        needs: a frozen copy of the network, or with adapters a copy of those that it started from.
         """
         self.with_reference = with_reference
         self.network.requires_grad_(False)
+        start = read_lora(self.model, self.pipeline) if self.model.lora is not None else None
         if self.tuning.kind == "lora":
             add_lora(self.network, self.tuning, self.lora_targets, seed)
+            if start is not None:
+                start_lora(self.network, self.tuning, start, keep=with_reference)
             return
-        if with_reference:
-            self.reference_network = copy.deepcopy(self.network)
-        for parameter in self.full_parameters():
+        if start is not None:
+            merge_file(self.network, self.full_parameters(), start)
+        trained = list(self.full_parameters())
+        if with_reference:  # which shares what is never trained
+            ids = {id(parameter) for parameter in trained}
+            memo: Any = {id(p): p for p in self.network.parameters() if id(p) not in ids}
+            self.reference_network = copy.deepcopy(self.network, memo)
+        for parameter in trained:
             parameter.requires_grad_(True)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within it, ``velocity`` is the untrained model's: adapters off, or the frozen copy."""
+        """Within it, ``velocity`` is that of the model that training started from."""
         if self.reference_network is not None:
             trained, self.network = self.network, self.reference_network
             try:
@@ -177,11 +199,11 @@ class Policy(ABC):
             finally:
                 self.network = trained
         else:
-            set_adapters(self.network, enabled=False)
+            switch(self.network, trained=False)
             try:
                 yield
             finally:
-                set_adapters(self.network, enabled=True)
+                switch(self.network, trained=True)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, in the network's own order."""

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from flowgrpo_ray.errors import ModelError
-from flowgrpo_ray.policies.loading import identity
+from flowgrpo_ray.hub import identity
 from flowgrpo_ray.types import Condition
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def fingerprint(policy: Policy) -> str:
         json.dumps(
             {
                 "family": model.family,
-                "model": identity(model, policy.index_file),
+                "model": identity(model),
                 "max_sequence_length": model.max_sequence_length,
                 "passes": policy.passes(policy.guidance),  # a negative prompt is encoded, or none
                 "dtype": str(policy.encoder_dtype),

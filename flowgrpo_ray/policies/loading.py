@@ -6,18 +6,17 @@ place that was looked at and what to do.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
 from flowgrpo_ray.errors import ModelError
+from flowgrpo_ray.hub import unavailable
 
 if TYPE_CHECKING:
-    from flowgrpo_ray.spec import ModelSpec
+    from flowgrpo_ray.spec_sections import ModelSpec
 
 
 def from_pretrained(
@@ -48,43 +47,6 @@ def from_pretrained(
         part = f"the part {subfolder!r} of " if subfolder else ""
         what = f"{part}the model cannot be loaded as {cls.__name__}"
         raise unavailable(model, what, error) from error
-
-
-def identity(model: ModelSpec, index_file: str) -> str:
-    """Which weights ``model.path`` names: of a hub model its commit, of a local folder the names,
-    sizes and times of change of its files, which cost nothing to read however large they are.
-
-    ``index_file`` is one that every model of its family has. ``ModelError`` if it is not there.
-    """
-    if model.folder is None:
-        return Path(hub_file(model, index_file)).parent.name
-    if not (model.folder / index_file).is_file():
-        raise ModelError(f"model.path = {model.path!r}: the folder holds no {index_file}")
-    files = [path for path in sorted(model.folder.rglob("*")) if path.is_file()]
-    rows = [
-        (str(p.relative_to(model.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files
-    ]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def hub_file(model: ModelSpec, name: str) -> str:
-    """Local path of one file of a hub model, fetched if need be; ``ModelError`` if it is not to be
-    had."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return hf_hub_download(model.path, name, revision=model.revision)
-    except (OSError, ValueError) as error:
-        raise unavailable(model, f"{name} of it cannot be fetched", error) from error
-
-
-def unavailable(model: ModelSpec, what: str, error: Exception) -> ModelError:
-    """The error that says what to do about a model, or a part of it, that is not to be had."""
-    return ModelError(
-        f"model.path = {model.path!r}: {what}. Give a local folder, or the id of a hub model that "
-        "this machine can reach and whose licence your token has accepted (hf auth login). "
-        f"Cause: {error}"
-    )
 
 
 def _check_parts(model: ModelSpec, unused: set[str]) -> None:

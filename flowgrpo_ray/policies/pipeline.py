@@ -9,16 +9,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from flowgrpo_ray.errors import SpecError
-from flowgrpo_ray.policies.base import Policy
+from flowgrpo_ray.policies.base import Configs, Policy
 from flowgrpo_ray.policies.loading import from_pretrained
 from flowgrpo_ray.policies.lora import lora_config, lora_state, merge_lora
 from flowgrpo_ray.types import Images
 
 TIMESTEPS = 1000  # the networks were trained on timestep = 1000 sigma
+JOINT_ATTENTION = (  # projections of image and text, as diffusers' joint attention blocks name them
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+)
 
 
 class PipelinePolicy(Policy):
@@ -28,9 +33,13 @@ class PipelinePolicy(Policy):
     """
 
     pipeline: ClassVar[str]
+    call_arguments = ("guidance_scale={guidance}",)
     transformer: ClassVar[str]
     autoencoder: ClassVar[str] = "AutoencoderKL"
     blocks: ClassVar[tuple[str, ...]]  # class names of the transformer's repeated blocks
+    config_files = ("transformer/config.json", "vae/config.json")
+    vae: Any
+    max_tokens: ClassVar[int] = 512  # the longest prompt that the pipeline takes
 
     # --- parts
 
@@ -38,6 +47,11 @@ class PipelinePolicy(Policy):
         return from_pretrained(_diffusers(self.transformer), self.model, "transformer", dtype=dtype)
 
     def load_encoder(self) -> None:
+        if self.model.max_sequence_length > self.max_tokens:
+            raise SpecError(
+                f"model.max_sequence_length = {self.model.max_sequence_length}: {self.pipeline} "
+                f"takes at most {self.max_tokens} tokens"
+            )
         unused = {"transformer": None, "vae": None}
         self.encoder = from_pretrained(
             _diffusers(self.pipeline), self.model, None, dtype=self.encoder_dtype, **unused
@@ -55,7 +69,19 @@ class PipelinePolicy(Policy):
     def block_classes(self) -> tuple[type[nn.Module], ...]:
         return tuple({type(m) for m in self.network.modules() if type(m).__name__ in self.blocks})
 
+    def skeleton(self, configs: Configs, dtype: torch.dtype) -> None:
+        network = _diffusers(self.transformer).from_config(configs["transformer/config.json"])
+        vae = _diffusers(self.autoencoder).from_config(configs["vae/config.json"])
+        # Not their own ``to``, which warns of an empty list of modules to keep in float32.
+        self.network = nn.Module.to(network, dtype).eval()
+        self.vae = nn.Module.to(vae, self.decoder_dtype).eval().requires_grad_(False)
+
     # --- noise levels and images
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along a side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def sigmas(self, steps: int, size: tuple[int, int]) -> tuple[float, ...]:
         scheduler = self.scheduler()
@@ -80,11 +106,8 @@ class PipelinePolicy(Policy):
                 f"height and width must be multiples of {multiple}"
             )
 
-    @torch.no_grad()
     def decode(self, x: Tensor) -> Images:
-        config = self.vae.config
-        latents = x.to(self.decoder_dtype) / config.scaling_factor + config.shift_factor
-        return as_images(self.vae.decode(latents, return_dict=False)[0])
+        return decode(self.vae, x)
 
     # --- export
 
@@ -107,10 +130,64 @@ class PipelinePolicy(Policy):
         ).save_pretrained(folder)
 
 
+class PackedPolicy(PipelinePolicy):
+    """A pipeline whose network sees 2 x 2 latents as one token, and whose noise levels are shifted
+    by the number of an image's tokens.
+
+    Latents are ``[b, C, h, w]`` to all others; they are packed only inside ``velocity``.
+    """
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        self.check_size(size, 2 * self.factor)
+        network: Any = self.network.config
+        return (network.in_channels // 4, size[0] // self.factor, size[1] // self.factor)
+
+    def sigmas(self, steps: int, size: tuple[int, int]) -> tuple[float, ...]:
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        _, h, w = self.latent_shape(size)
+        scheduler = self.scheduler()
+        config = scheduler.config
+        if steps == 1 and config.shift_terminal:
+            raise SpecError(
+                f"{self.model.path} cannot draw in one step, as its noise levels end at "
+                f"shift_terminal = {config.shift_terminal}: set evaluation.steps to 2 or more"
+            )
+        mu = calculate_shift(
+            h * w // 4,
+            config.base_image_seq_len,
+            config.max_image_seq_len,
+            config.base_shift,
+            config.max_shift,
+        )
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
+        return tuple(scheduler.sigmas.tolist())
+
+    def timestep(self, x: Tensor, sigma: float) -> Tensor:
+        """``[b]``: sigma, rounded as the pipelines do by way of the timestep."""
+        timestep = torch.full((len(x),), sigma, device=x.device) * TIMESTEPS
+        return timestep.to(self.dtype) / TIMESTEPS
+
+    def pack(self, x: Tensor) -> Tensor:
+        """``[b, C, h, w]`` to the network's tokens ``[b, h w / 4, 4 C]``."""
+        return _diffusers(self.pipeline)._pack_latents(x.to(self.dtype), *x.shape)
+
+    def unpack(self, tokens: Tensor, x: Tensor) -> Tensor:
+        """Tokens to the shape of ``x``, which ``pack`` was given."""
+        return _diffusers(self.pipeline)._unpack_latents(tokens, *x.shape[2:], 1).reshape(x.shape)
+
+
 def _diffusers(name: str) -> Any:
     import diffusers
 
     return getattr(diffusers, name)
+
+
+@torch.no_grad()
+def decode(vae: Any, x: Tensor) -> Images:
+    """Latents ``[b, *D]`` through an ``AutoencoderKL``, in its dtype."""
+    latents = x.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+    return as_images(vae.decode(latents, return_dict=False)[0])
 
 
 def as_images(pixels: Tensor) -> Images:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from flowgrpo_ray.errors import SpecError
-from flowgrpo_ray.policies.base import as_array
-from flowgrpo_ray.policies.pipeline import TIMESTEPS, PipelinePolicy
+from flowgrpo_ray.policies.base import Configs, as_array
+from flowgrpo_ray.policies.pipeline import JOINT_ATTENTION, TIMESTEPS, PipelinePolicy
 from flowgrpo_ray.types import Condition
 
 
@@ -20,16 +20,8 @@ class SD3Policy(PipelinePolicy):
     pipeline = "StableDiffusion3Pipeline"
     transformer = "SD3Transformer2DModel"
     blocks = ("JointTransformerBlock",)
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    config_files = (*PipelinePolicy.config_files, "text_encoder/config.json")
+    lora_targets = JOINT_ATTENTION
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Condition]:
@@ -55,15 +47,14 @@ class SD3Policy(PipelinePolicy):
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         network: Any = self.network.config
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        multiple = factor * network.patch_size
+        multiple = self.factor * network.patch_size
         self.check_size(size, multiple)
         if max(size) // multiple > network.pos_embed_max_size:
             raise SpecError(
                 f"sampling.size = {list(size)} is too large for {self.model.path}: height and "
                 f"width may be up to {network.pos_embed_max_size * multiple} pixels"
             )
-        return (network.in_channels, size[0] // factor, size[1] // factor)
+        return (network.in_channels, size[0] // self.factor, size[1] // self.factor)
 
     def velocity(self, x: Tensor, sigma: float, condition: dict[str, Tensor]) -> Tensor:
         embeds, pooled = condition["embeds"], condition["pooled"]
@@ -84,3 +75,14 @@ class SD3Policy(PipelinePolicy):
             unconditional, conditional = v.chunk(2)
             v = unconditional + self.guidance * (conditional - unconditional)
         return v
+
+    def example_condition(self, batch: int, configs: Configs) -> dict[str, Tensor]:
+        network: Any = self.network.config
+        clip = configs["text_encoder/config.json"]["max_position_embeddings"]
+        tokens = clip + self.model.max_sequence_length  # of both CLIPs, then of T5
+        embeds = torch.empty(batch, tokens, network.joint_attention_dim, dtype=self.encoder_dtype)
+        pooled = torch.empty(batch, network.pooled_projection_dim, dtype=self.encoder_dtype)
+        condition = {"embeds": embeds, "pooled": pooled}
+        if self.guidance > 1:
+            condition |= {f"negative_{n}": torch.empty_like(t) for n, t in condition.items()}
+        return condition

@@ -1,0 +1,390 @@
+"""A tiny model of every family, of its real classes with random weights, saved as its pipeline is.
+
+``MODELS`` has one row per family: a test that is parametrised over it holds for all of them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import pickle
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tiny_bagel import build_bagel
+from tiny_runs import CPU, SIZE, UNTRAINED, Batch, gradients, kept, small_spec, unit
+
+from flowgrpo_ray.policies import load_policy
+from flowgrpo_ray.sampling import rollout
+from flowgrpo_ray.spec import TrainingSpec
+from flowgrpo_ray.types import Condition, LearnerState, Schedule, WeightsTicket
+
+if TYPE_CHECKING:
+    from flowgrpo_ray.learner import Learner
+    from flowgrpo_ray.policies import Policy
+
+PROMPTS = ('red sign "407"', 'blue sign "129"', 'dark pink sign "550", of the size of a wall')
+TOKENS = 40  # more than any of them has
+
+# Of Qwen-Image's prompt template: each is a token, so that the template has its true length, 34.
+TEMPLATE_WORDS = ["system", "Describe", "user", "assistant"]
+TEMPLATE_WORDS += [
+    f" {word}"
+    for word in (
+        *("the", "image", "by", "detailing", "color", "shape", "size", "texture", "quantity"),
+        *("text", "spatial", "relationships", "of", "objects", "and", "background"),
+    )
+]
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """What tests need to know about a family.
+
+    ``pipeline_images(pipe, prompts, noise, steps, guidance, size, output="pil")`` is what plain
+    diffusers draws from ``noise [b, *D]``: uint8 images ``[b, H, W, 3]``, or the final latents
+    ``[b, *D]`` with ``output="latent"``. It is ``None`` for a family without a diffusers pipeline.
+    """
+
+    build: Callable[[Path], Any]  # writes the model into a new folder
+    overrides: tuple[str, ...]  # of the spec
+    guidances: tuple[float, ...]  # none, and some
+    pipeline_images: Callable[..., Any] | None
+    size: tuple[int, int] = SIZE
+
+    def spec(self, folder: Path, *overrides: str) -> TrainingSpec:
+        """A small spec on the model in ``folder``, float32, with ``a.b=c`` overrides."""
+        places = (f"model.path={folder}", f"sampling.size={list(self.size)}")
+        return small_spec(*self.overrides, *places, *overrides)
+
+
+# --- the models
+
+
+def build_sd3(folder: Path) -> None:
+    """A copy of the embedded model."""
+    source = small_spec().model.folder
+    assert source is not None
+    shutil.copytree(source, folder)
+
+
+def build_flux(folder: Path, *, guidance_embeds: bool = True) -> None:
+    """FLUX.1-dev, or without ``guidance_embeds`` FLUX.1-schnell."""
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    from flowgrpo_ray.tiny_base import TOKENS as CLIP_TOKENS
+    from flowgrpo_ray.tiny_base import clip_tokenizer, t5_tokenizer
+
+    torch.manual_seed(0)
+    words, pieces = clip_tokenizer(), t5_tokenizer()
+    clip = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=CLIP_TOKENS,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    t5 = T5Config(vocab_size=len(pieces), d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2)
+    network = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 6, 6),
+    )
+    _strengthen(network)
+    FluxPipeline(
+        scheduler=_scheduler(
+            use_dynamic_shifting=guidance_embeds,
+            shift=3.0 if guidance_embeds else 1.0,
+            max_image_seq_len=4096,
+            max_shift=1.15,
+        ),
+        vae=_autoencoder(),
+        text_encoder=CLIPTextModel(clip),
+        tokenizer=words,
+        text_encoder_2=T5EncoderModel(t5),
+        tokenizer_2=pieces,
+        transformer=network,
+    ).save_pretrained(folder)
+
+
+def build_qwen_image(folder: Path) -> None:
+    from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    network = QwenImageTransformer2DModel(
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+    _strengthen(network)
+    QwenImagePipeline(
+        scheduler=_scheduler(
+            use_dynamic_shifting=True,
+            shift=1.0,
+            max_image_seq_len=8192,
+            max_shift=0.9,
+            shift_terminal=0.02,
+        ),
+        vae=AutoencoderKLQwenImage(base_dim=4, num_res_blocks=1),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(_qwen_config(len(tokenizer))),
+        tokenizer=tokenizer,
+        transformer=network,
+    ).save_pretrained(folder)
+
+
+def qwen_tokenizer() -> Any:
+    """A byte is a token, and so is each word of the prompt template."""
+    from tokenizers import AddedToken
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    symbols = [*SPECIAL, *sorted(ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[])
+    tokenizer.add_tokens([AddedToken(name, special=True) for name in SPECIAL])
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in TEMPLATE_WORDS])
+    return tokenizer
+
+
+def _qwen_config(vocabulary: int) -> Any:
+    from transformers import Qwen2_5_VLConfig
+
+    layers = {"hidden_size": 32, "intermediate_size": 64}
+    text = {
+        **layers,
+        "vocab_size": vocabulary,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [2, 3, 3],
+        },
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    vision = {**layers, "depth": 1, "num_heads": 2, "out_hidden_size": 32}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+
+
+def _strengthen(network: torch.nn.Module) -> None:
+    """Larger weights than the initial ones, so that prompts and guidance show in the velocity."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(2)
+
+
+def _autoencoder() -> Any:
+    """FLUX's: 16 channels, one latent value per 8 x 8 pixels."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 8, 8, 8),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    )
+
+
+def _scheduler(**more: Any) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(base_shift=0.5, **more)
+
+
+# --- plain diffusers
+
+
+def load_pipe(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The pipeline in ``folder``."""
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pipeline_images(
+    pipe: Any,
+    prompts: Sequence[str],
+    noise: torch.Tensor,
+    steps: int,
+    guidance: float,
+    size: tuple[int, int],
+    output: str = "pil",
+) -> Any:
+    """Of the pipelines of diffusers; see ``TinyModel``."""
+    guided: dict[str, Any] = {"guidance_scale": guidance}
+    if type(pipe).__name__ == "QwenImagePipeline":
+        guided = {"true_cfg_scale": guidance}
+        if guidance > 1:
+            guided["negative_prompt"] = [" "] * len(prompts)
+    packs = hasattr(pipe, "_pack_latents")
+    made = pipe(
+        list(prompts),
+        latents=pipe._pack_latents(noise, *noise.shape) if packs else noise,
+        height=size[0],
+        width=size[1],
+        num_inference_steps=steps,
+        max_sequence_length=TOKENS,
+        output_type=output,
+        **guided,
+    ).images
+    if output != "latent":
+        return np.stack([np.asarray(image) for image in made])
+    return pipe._unpack_latents(made, *size, 8).reshape(noise.shape) if packs else made
+
+
+# --- the table
+
+
+def _row(
+    build: Callable[[Path], Any], family: str, *guidances: float, pipeline: bool = True
+) -> TinyModel:
+    overrides = (f"model.family={family}", f"model.max_sequence_length={TOKENS}")
+    return TinyModel(build, overrides, guidances, pipeline_images if pipeline else None)
+
+
+# FLUX.1 multiplies its guidance by 1000 in the network's dtype: 4 keeps its value in bfloat16.
+MODELS = {
+    "sd3": _row(build_sd3, "sd3", 1.0, 3.0),
+    "flux": _row(build_flux, "flux", 1.0, 4.0),
+    "qwen_image": _row(build_qwen_image, "qwen_image", 1.0, 4.0),
+    "bagel": _row(build_bagel, "bagel", 1.0, 4.0, pipeline=False),
+}
+PIPELINES = [family for family, model in MODELS.items() if model.pipeline_images]
+
+
+# --- small runs on them
+
+
+@cache
+def model_folder(family: str) -> Path:
+    """The family's tiny model, built once per process and removed at its end."""
+    root = tempfile.mkdtemp(prefix="fgm")
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    folder = Path(root) / family
+    MODELS[family].build(folder)
+    return folder
+
+
+def spec_of(family: str, *overrides: str) -> TrainingSpec:
+    return MODELS[family].spec(model_folder(family), *overrides)
+
+
+@cache
+def conditions_of(family: str, *overrides: str) -> Mapping[int, Condition]:
+    """Of the family's prompts, by index."""
+    encoder = load_policy(spec_of(family, *overrides), CPU, frozenset({"encoder"}))
+    return dict(enumerate(encoder.encode(PROMPTS)))
+
+
+def schedule_of(policy: Policy, window: range, steps: int = 5) -> Schedule:
+    """The policy's own noise levels; the steps in ``window`` are stochastic."""
+    eta = tuple(0.8 if step in window else 0.0 for step in range(steps))
+    return Schedule("flow_sde", policy.sigmas(steps, MODELS[policy.model.family].size), eta)
+
+
+@dataclass(frozen=True)
+class ModelBatch(Batch):
+    """A scored micro-batch of any family, with the conditions that it was sampled under."""
+
+    conditions: Mapping[int, Condition]
+
+    def into(self, learner: Learner) -> Any:
+        return learner.accumulate(
+            self.unit, self.trajectory, self.conditions, self.advantages, self.keep
+        )
+
+
+def draw_batch_of(
+    policy: Policy,
+    conditions: Mapping[int, Condition],
+    prompts: tuple[int, ...] = (0, 0, 2, 2),
+    ticket: WeightsTicket = UNTRAINED,
+    *,
+    window: range = range(1, 3),
+    index: int = 0,
+) -> ModelBatch:
+    """Sample a micro-batch, stochastic in ``window``, and invent advantages for it."""
+    samples = tuple(range(index * len(prompts), (index + 1) * len(prompts)))
+    of = unit(schedule_of(policy, window), prompts, samples, index=index)
+    size = MODELS[policy.model.family].size
+    trajectory, _ = rollout(policy, of, conditions, size, ticket)
+    advantages = np.random.default_rng(index).normal(size=of.batch).astype(np.float32)
+    return ModelBatch(of, trajectory, advantages, np.ones(of.batch, bool), conditions)
+
+
+# --- a learner of one rank or of two
+
+
+def train_once(
+    spec: TrainingSpec, mine: Sequence[Batch], of: Sequence[Batch]
+) -> tuple[dict[str, Any], LearnerState]:
+    """Gradient and new state of one update from this rank's ``mine`` of the micro-batches."""
+    from flowgrpo_ray.learner import Learner
+
+    learner = Learner(spec, CPU)
+    for batch in mine:
+        batch.into(learner)
+    gradient = {name: g.numpy().copy() for name, g in gradients(learner).items()}
+    learner.step(kept(of), len(of[0].unit.schedule.stochastic_steps))
+    return gradient, learner.state()
+
+
+def train_as_rank(rank: int, folder: Path) -> dict[Any, Any]:
+    """What that one of two ranks makes of each case in ``cases.pickle``, which names the address
+    to meet at too."""
+    import torch.distributed as dist
+
+    from flowgrpo_ray.learner import join_group
+
+    address, cases = pickle.loads((folder / "cases.pickle").read_bytes())
+    join_group(rank, 2, address, CPU)
+    results = {
+        name: train_once(spec, batches[rank::2], batches) for name, (spec, batches) in cases.items()
+    }
+    dist.destroy_process_group()
+    return results
+
+
+def train_as_second_rank(_: int, folder: Path) -> None:
+    """The process of rank 1. Its imports take longer than its work, so it waits for that."""
+    import flowgrpo_ray.learner  # noqa: F401
+
+    torch.set_num_threads(1)
+    (folder / "ready").touch()
+    while not (folder / "cases.pickle").exists():
+        time.sleep(0.02)
+    train_as_rank(1, folder)
