@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from flowgrpo_ray.checkpoint import list_checkpoints, load_checkpoint
+from flowgrpo_ray import __version__
+from flowgrpo_ray.checkpoint import Progress, list_checkpoints, load_checkpoint
 from flowgrpo_ray.errors import RunFolderError, SpecError
+from flowgrpo_ray.model_card import Exported, model_card
 from flowgrpo_ray.policies import Policy, load_policy
 from flowgrpo_ray.policies.encodings import EncodingCache
 from flowgrpo_ray.prompts import Prompt
@@ -18,7 +21,7 @@ from flowgrpo_ray.run_folder import RunFolder
 from flowgrpo_ray.sampling import rollout
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.spec_file import load_spec
-from flowgrpo_ray.types import Images, Schedule, WeightsTicket, WorkUnit
+from flowgrpo_ray.types import Images, LearnerState, Schedule, WeightsTicket, WorkUnit
 from flowgrpo_ray.weights import load_arrays
 
 WEIGHTS = ("ema", "last")
@@ -36,21 +39,36 @@ def open_target(target: str) -> tuple[TrainingSpec, RunFolder | None]:
 def load_trained(
     spec: TrainingSpec, folder: RunFolder | None, weights: str, iteration: int | None = None
 ) -> Policy:
-    """The policy with a checkpoint's weights (the newest, or that of ``iteration``), or untrained.
+    """The policy with a checkpoint's weights (the newest, or that of ``iteration``), or untrained
+    (with ``model.lora``, if the spec names one).
 
     ``weights`` is ``ema`` (the same as ``last`` in a run without averaging) or ``last``.
     """
+    if folder is not None:
+        return _trained(spec, _checkpoint(folder, iteration)[0], weights)
+    policy = _load(spec)
+    if spec.model.lora is not None:
+        policy.tune(spec.seed, with_reference=False)
+    return policy
+
+
+def _load(spec: TrainingSpec) -> Policy:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy = load_policy(spec, device, frozenset({"network", "decoder"}))
-    if folder is None:
-        return policy
+    return load_policy(spec, device, frozenset({"network", "decoder"}))
+
+
+def _checkpoint(folder: RunFolder, iteration: int | None) -> tuple[LearnerState, Progress]:
     found = list_checkpoints(folder.checkpoints)
     if iteration is not None:
         found = [path for path in found if path.name.endswith(f"-{iteration:06d}")]
     if not found:
         which = "no checkpoint" if iteration is None else f"no checkpoint of iteration {iteration}"
         raise RunFolderError(f"{folder.path} holds {which} yet; train it first")
-    state, _ = load_checkpoint(found[-1])
+    return load_checkpoint(found[-1])
+
+
+def _trained(spec: TrainingSpec, state: LearnerState, weights: str) -> Policy:
+    policy = _load(spec)
     policy.tune(spec.seed, with_reference=False)
     chosen = state.ema if weights == "ema" and state.ema else state.weights
     load_arrays(policy.trainable(), chosen)
@@ -96,13 +114,18 @@ def export(
     weights: str,
     iteration: int | None = None,
 ) -> None:
-    """Write a trained model as diffusers loads it: LoRA weights, or a whole pipeline folder."""
+    """Write a trained model into the new folder ``out``: LoRA weights or all, and a model card."""
     if what == "lora" and spec.tuning.kind != "lora":
         raise SpecError(f"{folder.path} trained the full network; export it with --format pipeline")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"{out} is a file or not empty; export into a new folder")
-    policy = load_trained(spec, folder, weights, iteration)
+    state, progress = _checkpoint(folder, iteration)
+    policy = _trained(spec, state, weights)
     if what == "lora":
         policy.save_lora(out)
     else:
         policy.save_pipeline(out)
+    versions = {name: version(name) for name in ("torch", "diffusers", "peft")}
+    versions = {"flowgrpo_ray": __version__, **versions}
+    card = model_card(spec, Exported(what, weights, policy.call_arguments, progress, versions))
+    (out / "README.md").write_text(card, encoding="utf-8")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +28,11 @@ from flowgrpo_ray.objective import (
     kl_to_reference,
     masked_loss,
 )
+from flowgrpo_ray.optimizer import LossScale, Optimizer
 from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.sampling import Replayed, batch_condition, replay
-from flowgrpo_ray.spec import KlSpec, Objective, TrainingSpec
+from flowgrpo_ray.spec import TrainingSpec
+from flowgrpo_ray.spec_sections import KlSpec, Objective
 from flowgrpo_ray.types import (
     Condition,
     Float32,
@@ -40,9 +43,8 @@ from flowgrpo_ray.types import (
     WeightsTicket,
     WorkUnit,
 )
-from flowgrpo_ray.weights import digest, full, like, load_arrays, to_arrays
+from flowgrpo_ray.weights import full, gather, load_arrays, to_arrays
 
-FIRST_SCALE, SCALE_HOLDS = 2.0**16, 2000  # of float16 losses; what torch.amp.GradScaler takes
 FLOOR_MARGIN = 4.0  # the floor is measured on one micro-batch; later ones may lie this much above
 
 
@@ -57,32 +59,26 @@ class Learner:
 
     def __init__(self, spec: TrainingSpec, device: torch.device) -> None:
         self.spec, self.device = spec, device
-        self.world = dist.get_world_size()
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.policy = load_policy(spec, device, frozenset({"network"}))
         self.policy.tune(spec.seed, with_reference=False)
+        if spec.cluster.learner.activation_checkpointing:
+            network: Any = self.policy.network
+            network.enable_gradient_checkpointing()
         self._shard()
         self.parameters = self.policy.trainable()
-        settings = spec.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            eps=settings.eps,
-            fused=True,  # one call for all parameters: seven times as fast over the tiny model
-        )
-        self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if spec.ema else {}
-        self.updates = 0
+        home = torch.device("cpu") if spec.cluster.learner.offload_optimizer else None
+        self.optimizer = Optimizer(self.parameters, spec.optimizer, spec.ema, home)
+        self.scale = LossScale(self.policy.dtype)
         self.published = WeightsTicket(version=-1, digest="")
-        self.loss_scale = FIRST_SCALE if self.policy.dtype == torch.float16 else 1.0
-        self.scale_held = 0
         self.ratio_floor = 0.0
         self._gate_armed = False
 
     def _shard(self) -> None:
         mesh = init_device_mesh(self.device.type, (self.world,))
+        kinds = self.policy.block_classes()
         for block in self.policy.network.modules():
-            if isinstance(block, self.policy.block_classes()):
+            if isinstance(block, kinds):
                 fully_shard(block, mesh=mesh)
         fully_shard(self.policy.network, mesh=mesh)
 
@@ -91,15 +87,16 @@ class Learner:
     def publish(
         self, version: int, *, averaged: bool = False
     ) -> tuple[WeightsTicket, dict[str, Float32]]:
-        """The weights to sample with next, as a ticket and arrays; collective over the ranks.
+        """The weights to sample with next, as a ticket and, of rank 0, arrays; collective.
 
         ``averaged`` publishes the EMA weights, for evaluation; training must publish again.
         """
-        source = self.ema if averaged and self.ema else self.parameters
-        whole = {name: full(p) for name, p in source.items()}
-        self.published = WeightsTicket(version, digest(whole))
+        averages = self.optimizer.ema
+        source = averages if averaged and averages else self.parameters
+        found, arrays = gather(source, keep=self.rank == 0)
+        self.published = WeightsTicket(version, found)
         self._gate_armed = True
-        return self.published, to_arrays(whole)
+        return self.published, arrays
 
     # --- one iteration
 
@@ -135,7 +132,7 @@ class Learner:
                 loss = loss + self.spec.objective.kl.beta * kl
             if self._gate_armed:
                 self._check_ratio(term.log_ratio.detach(), unit, trajectory)
-            (loss * self.loss_scale).backward()
+            (loss * self.scale.value).backward()
             ratios.append(term.log_ratio.detach()[kept].double())
             low += int(term.low[kept].sum())
             high += int(term.high[kept].sum())
@@ -166,7 +163,7 @@ class Learner:
         self._gate_armed = False
         norm = None
         overflow = False
-        scale = self.loss_scale
+        scale = self.scale.value
         if samples > 0:
             gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
             mean = self.world / (samples * steps * scale)  # FSDP took the mean over ranks
@@ -174,11 +171,9 @@ class Learner:
             limit = self.spec.optimizer.grad_norm
             whole = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
             norm = float(full(whole))
-            overflow = self._rescale(norm)
+            overflow = self.scale.overflowed(norm, self.optimizer.updates + 1)
         if norm is not None and not overflow:
             self.optimizer.step()
-            self.updates += 1
-            self._average()
         self.optimizer.zero_grad()
         return StepStats(
             grad_norm=None if overflow else norm,
@@ -187,36 +182,6 @@ class Learner:
             overflow=overflow,
             loss_scale=scale,
         )
-
-    def _rescale(self, norm: float) -> bool:
-        """Whether float16 gradients overflowed, which halves the loss scale and costs an update.
-
-        The scale doubles after ``SCALE_HOLDS`` updates without. In other dtypes a gradient that is
-        not finite ends the run.
-        """
-        scales = self.policy.dtype == torch.float16
-        if np.isfinite(norm):
-            self.scale_held += scales
-            if self.scale_held == SCALE_HOLDS:
-                self.loss_scale, self.scale_held = self.loss_scale * 2, 0
-            return False
-        if scales and self.loss_scale > 1:
-            self.loss_scale, self.scale_held = self.loss_scale / 2, 0
-            return True
-        raise ContractError(
-            f"the gradient of update {self.updates + 1} is not finite (norm {norm}); lower "
-            "optimizer.learning_rate, or use model.dtype: float32"
-        )
-
-    def _average(self) -> None:
-        """EMA with decay ``min((1 + n) / (10 + n), d)`` after ``n`` updates."""
-        spec = self.spec.ema
-        if spec is None or self.updates % spec.every:
-            return
-        decay = min((1 + self.updates) / (10 + self.updates), spec.decay)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                self.ema[name].lerp_(parameter.detach(), 1 - decay)
 
     # --- the ratio contract
 
@@ -277,36 +242,27 @@ class Learner:
     # --- state
 
     def state(self) -> LearnerState:
-        """All that a checkpoint holds; collective over the ranks."""
-        moments: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
-        for name, parameter in self.parameters.items():
-            of_parameter = self.optimizer.state.get(parameter, {})
-            for moment, tensors in moments.items():
-                if moment in of_parameter:
-                    tensors[name] = of_parameter[moment]
+        """All that a checkpoint holds; collective, with arrays on rank 0 alone."""
+        keep = self.rank == 0
+        moments = self.optimizer.moments.items()
         return LearnerState(
-            weights=to_arrays(self.parameters),
-            ema=to_arrays(self.ema),
-            exp_avg=to_arrays(moments["exp_avg"]),
-            exp_avg_sq=to_arrays(moments["exp_avg_sq"]),
-            updates=self.updates,
-            loss_scale=self.loss_scale,
-            scale_held=self.scale_held,
+            weights=to_arrays(self.parameters, keep=keep),
+            ema=to_arrays(self.optimizer.ema, keep=keep),
+            **{name: to_arrays(shelf, keep=keep) for name, shelf in moments},
+            updates=self.optimizer.updates,
+            loss_scale=self.scale.value,
+            scale_held=self.scale.held,
         )
 
     def load_state(self, state: LearnerState) -> None:
         """Continue from ``state``, which may come from another number of ranks."""
         load_arrays(self.parameters, state.weights)
-        load_arrays(self.ema, state.ema)
-        self.updates = state.updates
-        self.loss_scale, self.scale_held = state.loss_scale, state.scale_held
-        for name in state.exp_avg:
-            parameter = self.parameters[name]
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(state.updates), device=self.device),
-                "exp_avg": like(torch.tensor(state.exp_avg[name]), parameter.detach()),
-                "exp_avg_sq": like(torch.tensor(state.exp_avg_sq[name]), parameter.detach()),
-            }
+        assert self.optimizer.ema.keys() == state.ema.keys()
+        self.optimizer.ema.load(state.ema)
+        for name, shelf in self.optimizer.moments.items():
+            shelf.load(getattr(state, name))
+        self.optimizer.updates = state.updates
+        self.scale.value, self.scale.held = state.loss_scale, state.scale_held
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,20 @@ def digest(parameters: Mapping[str, Tensor]) -> str:
     Each tensor is summed as integers times an odd number per position, modulo 2^64, so one changed
     or moved value changes the sum; it guards against stale weights, not against an adversary.
     """
+    return gather(parameters, keep=False)[0]
+
+
+def gather(parameters: Mapping[str, Tensor], *, keep: bool) -> tuple[str, dict[str, Float32]]:
+    """The digest of whole parameters and, to ``keep``, their arrays on the CPU; collective over the
+    ranks that hold shards. Only one whole tensor is on the device at a time."""
     total = hashlib.blake2b(digest_size=16)
+    arrays: dict[str, Float32] = {}
     for name in sorted(parameters):
-        tensor = parameters[name].detach()
+        tensor = full(parameters[name])
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {_checksum(tensor)}".encode())
-    return total.hexdigest()
+        if keep:
+            arrays[name] = tensor.cpu().numpy().copy()
+    return total.hexdigest(), arrays
 
 
 def _checksum(tensor: Tensor) -> int:
@@ -58,9 +67,13 @@ def like(whole: Tensor, target: Tensor) -> Tensor:
     return whole
 
 
-def to_arrays(parameters: Mapping[str, Tensor]) -> dict[str, Float32]:
-    """Whole arrays on the CPU, copied: later updates of the parameters do not reach them."""
-    return {name: full(p).cpu().numpy().copy() for name, p in parameters.items()}
+def to_arrays(parameters: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Float32]:
+    """Whole arrays on the CPU, copied: later updates of the parameters do not reach them.
+
+    Collective, one tensor at a time; without ``keep`` this rank takes part and has no arrays.
+    """
+    whole = ((name, full(parameter)) for name, parameter in parameters.items())
+    return {name: tensor.cpu().numpy().copy() for name, tensor in whole if keep}
 
 
 @torch.no_grad()

@@ -6,13 +6,18 @@ The run folders are made without Ray: real updates of a learner, a checkpoint, a
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 from tiny_runs import (
     CPU,
     LORA,
@@ -32,10 +37,12 @@ from flowgrpo_ray.cli import app
 from flowgrpo_ray.errors import RunFolderError, SpecError
 from flowgrpo_ray.inference import export, generate, load_trained, open_target
 from flowgrpo_ray.learner import Learner
+from flowgrpo_ray.model_card import Exported, model_card
+from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.rewards.sign_colour import SignColourReward
 from flowgrpo_ray.run_folder import RunFolder
 from flowgrpo_ray.sampling import INITIAL, draw_noise
-from flowgrpo_ray.spec_file import dump_spec
+from flowgrpo_ray.spec_file import dump_spec, load_spec
 from flowgrpo_ray.types import Images, Schedule, WorkUnit
 
 STEPS = 4  # of SMALL's evaluation
@@ -66,7 +73,16 @@ def runs(tmp_path_factory) -> Mapping[str, RunFolder]:
             learner, batches = Learner(spec, CPU), draw_batches(spec, 1)
             for iteration in (1, 2):
                 update(learner, batches)
-                progress = Progress(iteration, 4, 1.0, 0, spec.identity(), "")
+                progress = Progress(
+                    iteration,
+                    images=4 * iteration,
+                    seconds=1.0,
+                    failed_groups=0,
+                    spec_identity=spec.identity(),
+                    prompts_digest="",
+                    eval_before={"sign_colour": 0.25},
+                    eval_last={"sign_colour": 0.5 + iteration / 8},
+                )
                 save_checkpoint(folder.checkpoints, learner.state(), progress, keep=2)
     return folders
 
@@ -86,15 +102,19 @@ def load_pipeline(path: Path) -> Any:
     return pipe
 
 
+def noise(place: int) -> torch.Tensor:
+    """What ``generate`` starts from for the prompt at ``place``."""
+    of = Schedule("flow_sde", (0.0,) * (STEPS + 1), (0.0,) * STEPS)
+    return draw_noise(WorkUnit(SEED, "eval", 0, 0, (place,), (0,), of), INITIAL, (4, 8, 12))
+
+
 def pipeline_images(pipe: Any) -> Images:
     """Plain diffusers from the same noise, prompt by prompt."""
     images: list[np.ndarray] = []
     for place, prompt in enumerate(PROMPTS[:2]):
-        of = Schedule("flow_sde", (0.0,) * (STEPS + 1), (0.0,) * STEPS)
-        noise = draw_noise(WorkUnit(SEED, "eval", 0, 0, (place,), (0,), of), INITIAL, (4, 8, 12))
         made = pipe(
             prompt,
-            latents=noise,
+            latents=noise(place),
             height=SIZE[0],
             width=SIZE[1],
             num_inference_steps=STEPS,
@@ -197,6 +217,99 @@ def test_a_file_in_the_place_of_the_folder_is_an_error(runs, tmp_path):
     assert out.read_text() == "mine"
 
 
+# --- the model card
+
+
+def parts_of(card: str) -> tuple[dict[str, Any], str, str, str]:
+    """Front matter, prose, the code that loads the model if there is any, the spec."""
+    empty, matter, body = card.split("---\n", 2)
+    assert not empty
+    blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```$", body, re.M | re.S))
+    prose = body.partition("```")[0]
+    return yaml.safe_load(matter), prose, blocks.get("python", ""), blocks["yaml"]
+
+
+@pytest.mark.parametrize(
+    ("run", "what", "weights", "iteration"),
+    [("lora", "lora", "ema", 2), ("lora", "pipeline", "last", 1), ("full", "pipeline", "ema", 2)],
+)
+def test_the_model_card_tells_what_was_exported(runs, run, what, weights, iteration, tmp_path):
+    spec, out = runs[run].read_spec(), tmp_path / "out"
+    export(spec, runs[run], out, what, weights, iteration)
+    card = (out / "README.md").read_text()
+    matter, prose, _, yaml_spec = parts_of(card)
+    assert matter["library_name"] == "diffusers"
+    assert matter["pipeline_tag"] == "text-to-image"
+    assert ("lora" in matter["tags"]) == (what == "lora")
+    assert "license" not in matter
+    assert "license of the base model applies" in prose.replace("\n", " ")
+    kind = {"ema": "averaged (EMA) weights", "last": "weights of the last update"}[weights]
+    assert f"{kind} after iteration {iteration} ({4 * iteration} images)" in prose
+    assert f"torch {version('torch')}, diffusers {version('diffusers')}" in prose
+    assert f"| sign_colour | 1 | 0.2500 | {0.5 + iteration / 8:.4f} |" in card
+    (tmp_path / "spec.yaml").write_text(yaml_spec)
+    assert load_spec(str(tmp_path / "spec.yaml")) == spec
+
+
+@pytest.mark.parametrize(("run", "what"), [("lora", "lora"), ("full", "pipeline")])
+def test_the_code_of_the_model_card_draws_the_same_image(runs, run, what, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    export(runs[run].read_spec(), runs[run], out, what, "ema")
+    code = parts_of((out / "README.md").read_text())[2]
+    assert code.count('"your prompt",') == 1
+    assert f"height={SIZE[0]},\n    width={SIZE[1]}," in code
+    monkeypatch.chdir(out)
+    exec(
+        code.replace('"your prompt"', "prompt, latents=noise"),
+        {
+            "prompt": PROMPTS[0],
+            "noise": noise(0),
+        },
+    )
+    drawn = np.asarray(Image.open("image.png"))
+    assert_equal_but_for_rounding(drawn, trained(runs[run])[0])
+
+
+CARD = Exported(
+    "lora", "last", ("guidance_scale={guidance}",), Progress(3, 9, 1.0, 0, "", ""), {"torch": "1"}
+)
+
+
+def test_the_card_of_a_hub_model_names_base_revision_and_start():
+    spec = small_spec(
+        LORA, "model.path=owner/base", "model.revision=abc", "model.lora=owner/start", "ema=null"
+    )
+    matter, prose, code, _ = parts_of(model_card(spec, CARD))
+    assert matter["base_model"] == "owner/base"
+    assert "`owner/base` and the LoRA `owner/start`" in prose
+    assert "from_pretrained('owner/base', revision='abc', dtype=torch.float32)" in code
+    assert "| sign_colour | 1 | not measured | not measured |" in model_card(spec, CARD)
+    averaged = replace(CARD, weights="ema")
+    assert "weights of the last update" in model_card(spec, averaged), "a run without averages"
+
+
+def test_the_code_of_the_card_sets_the_shift_of_the_spec(runs, tmp_path, monkeypatch):
+    spec = small_spec("model.shift=3")
+    export(runs["full"].read_spec(), runs["full"], tmp_path / "out", "pipeline", "ema")
+    code = parts_of(model_card(spec, replace(CARD, what="pipeline")))[2]
+    monkeypatch.chdir(tmp_path / "out")
+    found: dict[str, Any] = {}
+    exec(code.partition("image =")[0], found)
+    found["pipe"].scheduler.set_timesteps(STEPS)
+    sigmas = load_policy(spec, CPU, frozenset()).sigmas(STEPS, SIZE)
+    assert tuple(found["pipe"].scheduler.sigmas.tolist()) == sigmas
+
+
+@pytest.mark.parametrize(("what", "says"), [("lora", "`model.lora`"), ("pipeline", "`model.path`")])
+def test_the_card_of_a_model_without_pipeline_says_how_to_go_on_with_it(what, says):
+    spec = small_spec(LORA, "model.family=bagel", "model.path=owner/base")
+    card = model_card(spec, replace(CARD, what=what, arguments=()))
+    matter, prose, code, _ = parts_of(card)
+    assert says in prose
+    assert not code
+    assert matter.get("library_name") == ("peft" if what == "lora" else None)
+
+
 # --- opening a run
 
 
@@ -223,8 +336,6 @@ def invoke(*arguments: object) -> Any:
 
 
 def test_sample_writes_the_grid_that_it_says(runs, tmp_path):
-    from PIL import Image
-
     out = tmp_path / "grid.png"
     result = invoke(
         "sample", runs["lora"].path, *PROMPTS[:2], "--out", out, "--seed", SEED, "--columns", 1
@@ -272,9 +383,9 @@ def test_export_writes_what_fits_the_run_and_says_how_to_load_it(runs, run, what
     assert str(out) in result.stdout
     names = {path.name for path in out.iterdir()}
     if what == "lora":
-        assert names == {"pytorch_lora_weights.safetensors"}
+        assert names == {"pytorch_lora_weights.safetensors", "README.md"}
     else:
-        assert {"model_index.json", "transformer", "vae", "scheduler"} <= names
+        assert {"README.md", "model_index.json", "transformer", "vae", "scheduler"} <= names
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones(runs, tmp_path):

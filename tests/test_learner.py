@@ -36,7 +36,7 @@ from tiny_runs import (
     update,
 )
 
-from flowgrpo_ray import learner as learner_module
+from flowgrpo_ray import optimizer as optimizer_module
 from flowgrpo_ray.checkpoint import Progress, load_checkpoint, save_checkpoint
 from flowgrpo_ray.errors import ContractError
 from flowgrpo_ray.learner import Learner, join_group
@@ -476,7 +476,7 @@ def test_an_update_does_not_depend_on_the_scale(scale):
     spec = small_spec(LORA, KL, "optimizer.grad_norm=1e-2")
     batches = draw_batches(spec, 2)
     plain, scaled = Learner(spec, CPU), Learner(spec, CPU)
-    scaled.loss_scale = scale
+    scaled.scale.value = scale
     for _ in range(2):
         for batch in batches:
             assert batch.into(plain).policy_loss_sum == batch.into(scaled).policy_loss_sum
@@ -485,7 +485,7 @@ def test_an_update_does_not_depend_on_the_scale(scale):
         steps = [learner.step(kept(batches), 2) for learner in (plain, scaled)]
         assert steps[0].grad_norm == steps[1].grad_norm
         assert [step.loss_scale for step in steps] == [1, scale]
-    scaled.loss_scale = 1.0
+    scaled.scale.value = 1.0
     assert state_digests(scaled.state()) == state_digests(plain.state())
 
 
@@ -494,18 +494,18 @@ def test_an_overflow_costs_an_update_and_halves_the_scale():
     spec = small_spec(LORA, "model.dtype=float16", "ema={decay: 0.5, every: 1}", grpo("0.9"))
     batches = draw_batches(spec, 1)
     learner, other = Learner(spec, CPU), Learner(spec, CPU)
-    assert learner.loss_scale == 2.0**16
+    assert learner.scale.value == 2.0**16
     assert update(learner, batches) == replace(update(other, batches), seconds=ANY)
-    learner.loss_scale = 2.0**100
+    learner.scale.value = 2.0**100
     before = state_digests(learner.state())
     stats = update(learner, batches)
     assert (stats.overflow, stats.grad_norm, stats.loss_scale) == (True, None, 2.0**100)
     after = state_digests(learner.state())
     changed = {name for name, of in after.items() if of != before[name]}
     assert changed == {"loss_scale", "scale_held"}
-    assert (learner.loss_scale, learner.scale_held) == (2.0**99, 0)
+    assert (learner.scale.value, learner.scale.held) == (2.0**99, 0)
     assert not gradients(learner)
-    learner.loss_scale, learner.scale_held = 2.0**16, 1
+    learner.scale.value, learner.scale.held = 2.0**16, 1
     stats = update(learner, batches)
     assert not stats.overflow
     assert stats == replace(update(other, batches), seconds=ANY)
@@ -513,25 +513,25 @@ def test_an_overflow_costs_an_update_and_halves_the_scale():
 
 
 def test_the_scale_doubles_after_enough_updates_without_overflow(monkeypatch):
-    monkeypatch.setattr(learner_module, "SCALE_HOLDS", 2)
+    monkeypatch.setattr(optimizer_module, "SCALE_HOLDS", 2)
     spec = small_spec(LORA, "model.dtype=float16", grpo("0.9"))
     batches = draw_batches(spec, 1)
     learner = Learner(spec, CPU)
-    learner.loss_scale = 2.0**10
+    learner.scale.value = 2.0**10
     scales = [update(learner, batches).loss_scale for _ in range(2)]
     assert scales == [2.0**10, 2.0**10]
-    assert (learner.loss_scale, learner.scale_held) == (2.0**11, 0)
+    assert (learner.scale.value, learner.scale.held) == (2.0**11, 0)
     update(learner, batches)
-    learner.loss_scale = 2.0**100
+    learner.scale.value = 2.0**100
     assert update(learner, batches).overflow
-    assert (learner.loss_scale, learner.scale_held) == (2.0**99, 0)  # it counts anew
+    assert (learner.scale.value, learner.scale.held) == (2.0**99, 0)  # it counts anew
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_gradient_that_is_not_finite_stops_the_run(dtype):
     """In float16 once the scale is 1: then it is not the scale that makes it so."""
     learner = Learner(small_spec(LORA, f"model.dtype={dtype}"), CPU)
-    learner.loss_scale = 1.0
+    learner.scale.value = 1.0
     (batch,) = draw_batches(learner.spec, 1)
     bad = replace(batch, advantages=np.full(4, np.inf, np.float32))
     bad.into(learner)
@@ -635,7 +635,7 @@ def test_saved_and_continued_is_the_same_as_never_stopped(
     tuning, ema, dtype, tmp_path, monkeypatch
 ):
     """Down to the scale of float16 losses, which doubles after the second update."""
-    monkeypatch.setattr(learner_module, "SCALE_HOLDS", 2)
+    monkeypatch.setattr(optimizer_module, "SCALE_HOLDS", 2)
     spec = small_spec(TUNINGS[tuning], KL, ema, f"model.dtype={dtype}")
     batches = draw_batches(spec, 2)
     whole = Learner(spec, CPU)
@@ -650,7 +650,7 @@ def test_saved_and_continued_is_the_same_as_never_stopped(
     for _ in range(2):
         update(second, batches)
     assert state_digests(second.state()) == state_digests(whole.state())
-    assert whole.loss_scale == (2.0**17 if dtype == "float16" else 1.0)
+    assert whole.scale.value == (2.0**17 if dtype == "float16" else 1.0)
     assert second.publish(3)[0] == whole.publish(3)[0]
 
 
@@ -670,6 +670,8 @@ CASES = {
     "lora-grpo-kl": (LORA, KL),
     "lora-dppo": (LORA, DPPO),
 }
+FRUGAL = "cluster.learner={offload_optimizer: true, activation_checkpointing: true}"
+CASES |= {f"{name}-frugal": (*CASES[name], FRUGAL) for name in ("full-guard-kl", "lora-grpo-kl")}
 OVERFLOW = (LORA, "model.dtype=float16")
 
 
@@ -721,6 +723,15 @@ def test_two_ranks_train_as_one_process(ranks, case):
     assert largest_difference(one.state.weights, two.state.weights) < 1e-6
     assert largest_difference(one.state.ema, two.state.ema) < 1e-6
     assert one.state.updates == two.state.updates == 2
+
+
+@pytest.mark.parametrize("case", ["full-guard-kl", "lora-grpo-kl"])
+def test_what_saves_memory_changes_no_bit(ranks, case):
+    """Offloaded moments and averages, recomputed activations; on one rank and on two."""
+    for plain, frugal in zip(ranks[case], ranks[f"{case}-frugal"], strict=True):
+        assert largest_difference(plain.gradient, frugal.gradient) == 0.0
+        assert frugal.grad_norms == plain.grad_norms
+        assert state_digests(frugal.state) == state_digests(plain.state)
 
 
 @pytest.mark.parametrize("case", CASES)
