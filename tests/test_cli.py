@@ -82,7 +82,9 @@ def test_plan_counts_the_work(run):
     }
     assert "256 to train on, 64 held out" in out
     assert "0 GPUs" in out
-    assert re.search(r"memory of the network's [\d.]+ M parameters", out)
+    assert "memory (1.70 M parameters, 1.70 M trained)" in out
+    assert re.search(r"learner rank, update\W+\d+\.\d\d", out)
+    assert "GiB; " not in out, "no verdict on a spec without GPUs"
 
 
 def test_plan_counts_guidance_and_all_steps(run):
@@ -95,6 +97,90 @@ def test_plan_counts_guidance_and_all_steps(run):
     assert counts["forwards of one image, sampling"] == 2 * 960
     assert counts["forwards and backwards, training"] == 2 * 96 * 9
     assert counts["forwards of the KL reference"] == 0
+
+
+GPU_ACTORS = ("--set", "cluster={rollout: {gpus: 1}, learner: {gpus: 1}}")
+
+
+def test_plan_as_json_has_the_numbers(run):
+    status, out, _ = run("plan", "tiny-ocr", "--json", *GPU_ACTORS)
+    assert status == 0
+    found = json.loads(out)
+    assert found["work"]["rollout_forwards"] == 960
+    assert found["reserved"]["gpus"] == 2
+    stages = found["footprint"]["learner"]
+    assert stages.keys() == {"loading", "update", "publishing"}
+    largest = max(sum(parts.values()) for parts in stages.values())
+    assert found["needed"]["learner rank"] == largest / 2**30
+
+
+def test_plan_without_the_models_configs_says_so(run):
+    status, out, _ = run("plan", "tiny-ocr", "--set", "model.path=owner/name")
+    assert status == 0
+    assert table(out)["images"] == [96, 5760]
+    assert "memory: unknown, the configs of owner/name are not on this disk" in squeezed(out)
+
+
+@pytest.mark.parametrize("gpu", ["h1000", "-1", "nan", "inf"])
+def test_plan_for_a_gpu_that_is_none(run, gpu: str):
+    status, _, err = run("plan", "tiny-ocr", "--gpu", gpu)
+    assert status == 2
+    assert f"--gpu '{gpu}': write a number of GiB, or one of a10g" in squeezed(err)
+
+
+def footprint_of(worker: int, rank: int, stage: str = "update") -> Any:
+    """A model that needs so many GiB, in a stage of either."""
+    from flowgrpo_ray.footprint import Footprint
+
+    rollout = {"sampling": {"weights": worker * 2**30}, "encoding": {"weights": 1}}
+    learner = {"loading": {"weights": 1}, stage: {"weights": rank * 2**30 - 1, "more": 1}}
+    return Footprint(1, 1, 1, 1, rollout, learner, 0, encoders_known=True)
+
+
+def verdicts(gpu: tuple[str, float] | None, footprint: Any, *overrides: str) -> list[str]:
+    from flowgrpo_ray.cli import plan
+
+    spec = load_spec("tiny-ocr", [GPU_ACTORS[1], *overrides])
+    return list(plan.verdicts(spec, footprint, gpu))
+
+
+def test_verdicts_compare_with_a_gpu_or_name_one():
+    worker, rank, advice = verdicts(("h100", 79), footprint_of(79, 80))
+    assert worker == "rollout worker: 79.0 GiB; fits h100 (79 GiB)"
+    assert rank == "learner rank: 80.0 GiB; DOES NOT FIT h100 (79 GiB)"
+    for key in ("activation_checkpointing=true", "offload_optimizer=true", "learner.count", "lora"):
+        assert key in advice
+    worker, rank = verdicts(None, footprint_of(22, 40))
+    assert worker.endswith("the smallest GPU that has it: a10g (22 GiB)")
+    assert rank.endswith("the smallest GPU that has it: l40s (44 GiB)")
+    assert "no known GPU has it" in verdicts(None, footprint_of(1, 140))[1]
+
+
+def test_advice_leaves_out_what_is_done_or_would_not_help():
+    done = "cluster.learner={gpus: 1, activation_checkpointing: true, offload_optimizer: true}"
+    lora = "tuning={kind: lora, rank: 4, alpha: 8}"
+    _, _, advice = verdicts(("a10g", 22), footprint_of(1, 30), done, lora)
+    for key in ("activation_checkpointing", "offload_optimizer", "tuning"):
+        assert key not in advice
+    assert "micro_batch" in advice
+    _, _, advice = verdicts(("a10g", 22), footprint_of(1, 30, "publishing"))
+    assert "activation_checkpointing" not in advice
+    _, advice, _ = verdicts(("a10g", 22), footprint_of(30, 1))
+    assert "objective.kl=null" in advice
+    assert "learner" not in advice
+
+
+def test_actors_that_share_a_gpu_need_it_together():
+    from flowgrpo_ray.cli.plan import needed
+
+    def of(rollout: float, learner: float) -> dict[str, float]:
+        keys = f"cluster={{rollout: {{gpus: {rollout}}}, learner: {{gpus: {learner}}}}}"
+        return needed(load_spec("tiny-ocr", [keys]), footprint_of(10, 30))
+
+    assert of(0.4, 0.4) == {"rollout worker + learner rank": 40}
+    assert of(0.5, 1) == {"rollout worker": 20, "learner rank": 30}
+    assert of(0, 1) == {"learner rank": 30}
+    assert of(0, 0) == {}
 
 
 def test_recipes_lists_each_with_its_line(run):

@@ -22,12 +22,12 @@ ROOT = Path(flowgrpo_ray.__file__).parent
 # A module may import modules of lower layers only. A package (policies, rewards, cluster) is one
 # entry; its files may import each other. A new module: give it the lowest layer that works.
 LAYERS = [
-    {"errors", "types", "flow", "signs", "bottleneck"},
-    {"environments", "images"},
+    {"errors", "families", "types", "flow", "signs", "bottleneck", "dry_run"},
+    {"environments", "hub", "images", "spec_sections"},
     {"objective", "sampling", "rewards", "tracking", "checkpoint", "watch", "validation"},
     {"spec", "policies", "report", "weights", "calibration", "scoring"},
-    {"spec_file", "prompts"},
-    {"metrics", "preflight", "learner"},
+    {"spec_file", "prompts", "optimizer"},
+    {"metrics", "preflight", "learner", "model_card", "footprint"},
     {"run_folder"},
     {"inference", "tiny_base"},
     {"cluster", "console"},
@@ -45,11 +45,11 @@ OWNERS = {
     "rapidocr": {"rewards"},
     "fastapi": {"cluster"},
     "typer": {"cli"},
-    "safetensors": {"checkpoint", "policies", "rewards"},
-    "pydantic": {"spec", "spec_file", "cluster"},
+    "safetensors": {"checkpoint", "policies", "rewards", "footprint"},
+    "pydantic": {"spec_sections", "spec", "spec_file", "cluster"},
     "torch": {
-        *("flow", "objective", "sampling", "policies", "weights", "learner", "inference"),
-        *("tiny_base", "metrics", "cluster", "rewards"),
+        *("flow", "objective", "sampling", "policies", "weights", "optimizer", "learner"),
+        *("dry_run", "footprint", "inference", "tiny_base", "metrics", "cluster", "rewards"),
     },
 }
 

@@ -22,10 +22,12 @@ from flowgrpo_ray.errors import (
     RunFolderError,
     SpecError,
 )
-from flowgrpo_ray.preflight import check_run, estimate
+from flowgrpo_ray.footprint import count_work
+from flowgrpo_ray.preflight import check_run
 from flowgrpo_ray.run_folder import RunFolder
-from flowgrpo_ray.spec import FlowDppo, FlowGrpo, GrpoGuard, TrainingSpec
+from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.spec_file import RECIPES, dump_spec, load_spec, recipe_names, validate
+from flowgrpo_ray.spec_sections import FlowDppo, FlowGrpo, GrpoGuard
 
 SAMPLING = (
     "sampling={size: [32, 48], steps: 10, eta: 0.8, group_size: 12, groups: 8, micro_batch: 24, "
@@ -375,20 +377,29 @@ def test_model_folder_that_is_none(tmp_path: Path):
     check_run(spec("model.path=owner/name"))  # a hub id: this machine cannot know
 
 
-@pytest.mark.parametrize("family", ["flux", "qwen_image", "bagel"])
-def test_a_family_without_adapter_is_refused_before_anything_starts(family: str):
-    with pytest.raises(ModelError, match=rf"model\.family = '{family}'.*no adapter.*train sd3"):
-        check_run(spec(f"model.family={family}", "model.path=owner/name"))
+def test_an_unknown_family_is_an_error_that_lists_the_known():
+    with pytest.raises(SpecError, match=r"model\.family: 'sd4' .*sd3, flux, qwen_image, bagel"):
+        spec("model.family=sd4")
+
+
+def test_a_folder_of_another_family_is_an_error():
+    with pytest.raises(ModelError, match=r"holds no llm_config\.json.*'bagel'"):
+        check_run(spec("model.family=bagel"))
+
+
+def test_a_lora_that_is_not_there_is_an_error(tmp_path: Path):
+    with pytest.raises(ModelError, match=r"model\.lora = .*no such file or folder"):
+        check_run(spec(f"model.lora={tmp_path / 'nowhere'}"))
+    check_run(spec("model.lora=owner/name"))  # a hub id: this machine cannot know
 
 
 def test_epochs_and_windows_count_in_the_estimate():
     """96 images; 2 updates and 3 trained steps an epoch; the reference is asked while sampling."""
-    found = estimate(
+    found = count_work(
         spec(
             "objective={kind: flow_dppo, epochs: 4, kl: {beta: 0.1}}",
             "sampling.window={kind: progressive, length: 3, iterations: 5}",
         ),
-        gpus=0,
         held_out=0,
     )
     assert (found.updates, found.trained_forwards) == (8, 96 * 3 * 4)

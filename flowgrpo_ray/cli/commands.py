@@ -158,43 +158,19 @@ def _as_options(overrides: list[str] | None) -> str:
 
 
 @app.command()
-def plan(spec: SpecArgument, overrides: SetOption = None) -> None:
-    """Check a spec and print what it will do: images, forwards, updates, GPUs, memory."""
-    from flowgrpo_ray.preflight import check_run, estimate
-    from flowgrpo_ray.spec import required_resources
+def plan(
+    spec: SpecArgument,
+    overrides: SetOption = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|GIB", help="say whether this GPU is enough, as h100 or 80"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the numbers as JSON")] = False,
+) -> None:
+    """Check a spec and print what it will do: images, forwards, FLOPs, GPUs, memory."""
+    from flowgrpo_ray.cli.plan import show_plan
 
-    resolved = load_spec(spec, overrides or [])
-    prompts, held_out = check_run(resolved)
-    cpus, gpus = required_resources(resolved)
-    work = estimate(resolved, gpus, len(held_out))
-    n = resolved.iterations
-    table = Table(title=f"{resolved.name} (spec {resolved.digest()})", title_justify="left")
-    for column in ("", "per iteration", f"in {n} iterations"):
-        table.add_column(column, justify="left" if not column else "right")
-    for label, count in (
-        ("images", work.images),
-        ("micro-batches", work.micro_batches),
-        ("forwards of one image, sampling", work.rollout_forwards),
-        ("forwards and backwards, training", work.trained_forwards),
-        ("forwards of the KL reference", work.reference_forwards),
-        ("optimizer updates", work.updates),
-    ):
-        table.add_row(label, f"{count:,}", f"{count * n:,}")
-    console.print(table)
-    console.print(f"prompts: {len(prompts):,} to train on, {len(held_out):,} held out")
-    console.print(f"reserved in Ray: {cpus:g} CPUs, {gpus:g} GPUs")
-    if work.learner_bytes is None or work.network_parameters is None:
-        console.print(f"memory: unknown, the weights of {resolved.model.path} are not on this disk")
-        return
-    console.print(
-        f"memory of the network's {work.network_parameters / 1e6:,.1f} M parameters: "
-        f"{_gib(work.rollout_bytes or 0)} in a rollout worker, {_gib(work.learner_bytes)} over "
-        "the learner ranks (weights, gradients, optimizer, averages; activations not counted)"
-    )
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+    show_plan(load_spec(spec, overrides or []), gpu, as_json, console)
 
 
 @app.command()
@@ -263,7 +239,10 @@ def export(
     weights: WeightsOption = "ema",
     iteration: IterationOption = None,
 ) -> None:
-    """Write a trained model for diffusers: LoRA safetensors, or a full pipeline folder."""
+    """Write a trained model for diffusers: LoRA safetensors, or a full pipeline folder.
+
+    Its README.md is a model card, with the code that loads it.
+    """
     from flowgrpo_ray.inference import export as write
     from flowgrpo_ray.run_folder import RunFolder
 
@@ -271,8 +250,7 @@ def export(
     spec = folder.read_spec()
     what = what or ("lora" if spec.tuning.kind == "lora" else "pipeline")
     write(spec, folder, out, what, weights, iteration)
-    loader = "pipe.load_lora_weights" if what == "lora" else "DiffusionPipeline.from_pretrained"
-    console.print(f"{what} written; load it with {loader}({str(out)!r})", soft_wrap=True)
+    console.print(f"{what} written; how to load it: {out / 'README.md'}", soft_wrap=True)
 
 
 @app.command()
