@@ -20,12 +20,18 @@ import sys, torch
 from flowgrpo_ray.errors import ModelError
 from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.policies.encodings import EncodingCache
+from flowgrpo_ray.preflight import check_access
 from flowgrpo_ray.hub import identity
 from flowgrpo_ray.spec_file import load_spec
 paths, overrides = sys.argv[1].split(), sys.argv[2:]
 for path in paths:
     model = f"model={{family: sd3, path: {path}, dtype: float32, max_sequence_length: 10}}"
     spec = load_spec("tiny-ocr", [*overrides, model])
+    try:
+        check_access(spec.model)
+        print(f"before:{path} passes")
+    except ModelError as error:
+        print(f"before:{path} ModelError", error)
     try:
         policy = load_policy(spec, torch.device("cpu"))
         policy.sigmas(4, (32, 48))
@@ -37,7 +43,8 @@ for path in paths:
 
 
 def load(paths: str, address: str | None, home: Path) -> dict[str, str]:
-    """What a fresh process says of each model of ``paths``; without an address, offline."""
+    """What a fresh process says of each model of ``paths``, also before a run (``before:PATH``);
+    without an address, offline."""
     environment = {
         **os.environ,
         **({"HF_ENDPOINT": address} if address else {"HF_HUB_OFFLINE": "1"}),
@@ -56,7 +63,7 @@ def load(paths: str, address: str | None, home: Path) -> dict[str, str]:
     )
     assert done.returncode == 0, done.stderr
     said = (line.partition(" ") for line in done.stdout.splitlines())
-    return {path: rest for path, _, rest in said if path in paths.split()}
+    return {path: rest for path, _, rest in said if path.removeprefix("before:") in paths.split()}
 
 
 def test_models_come_from_the_hub_or_with_advice(tmp_path):
@@ -65,9 +72,11 @@ def test_models_come_from_the_hub_or_with_advice(tmp_path):
         weights = [path for path in asked if path.endswith("diffusion_pytorch_model.safetensors")]
     assert weights, "they came over the socket"
     assert said[REPO] == f"{COMMIT} encoded 1"
+    assert said[f"before:{REPO}"] == "passes"
     for path in (GATED, "owner/nowhere"):
-        assert said[path].startswith(f"ModelError model.path = '{path}'")
-        assert "hf auth login" in said[path]
+        for message in (said[path], said[f"before:{path}"]):
+            assert message.startswith(f"ModelError model.path = '{path}'")
+            assert "hf auth login" in message
 
     # The machine is offline. What was fetched is enough; what was not is an error with advice.
     said = load(f"{REPO} owner/other", None, tmp_path)
