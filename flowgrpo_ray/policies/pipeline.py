@@ -33,13 +33,14 @@ class PipelinePolicy(Policy):
     """
 
     pipeline: ClassVar[str]
-    call_arguments = ("guidance_scale={guidance}",)
     transformer: ClassVar[str]
     autoencoder: ClassVar[str] = "AutoencoderKL"
     blocks: ClassVar[tuple[str, ...]]  # class names of the transformer's repeated blocks
-    config_files = ("transformer/config.json", "vae/config.json")
-    vae: Any
     max_tokens: ClassVar[int] = 512  # the longest prompt that the pipeline takes
+    call_arguments = ("guidance_scale={guidance}",)
+    config_files = ("transformer/config.json", "vae/config.json")
+
+    vae: Any
 
     # --- parts
 
