@@ -88,7 +88,8 @@ class PlainLoop:
         of_unit = {}
         for block in plan.blocks:
             indices = [unit.index for unit in block]
-            of_unit |= signals(block, [scores[i] for i in indices], self.spec.objective)
+            of_block = [scores[i] for i in indices]
+            of_unit |= signals(block, of_block, self.spec.advantages, self.spec.weights)
         for update in plan.updates:
             self._update([(sampled[u.index], of_unit[u.index]) for u in update.units])
         ended = time.perf_counter()
