@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -111,16 +110,13 @@ class PlainLoop:
         for (unit, trajectory, _), signal in batches:
             advantage, keep = torch.tensor(signal.advantages), torch.tensor(signal.keep)
             condition = batch_condition(self.policy, self.conditions, unit.prompts)
-            references = torch.tensor(trajectory.reference_means) if spec.kl else None
-            steps = replay(self.policy, trajectory, unit.schedule, condition)
-            for step, new, x_next, old in steps:
-                log_ratio = new.log_prob(x_next) - old
-                loss = clipped_loss(log_ratio, advantage, spec.clip_low, spec.clip_high)
+            sigma = unit.schedule.sigma
+            for step in replay(self.policy, trajectory, unit.schedule, condition):
+                loss = clipped_loss(step.log_ratio, advantage, spec.clip_low, spec.clip_high)
                 loss = loss * unit.batch
-                if spec.kl is not None:
-                    mean = references[:, step - unit.schedule.stochastic_steps.start]
-                    dt = unit.schedule.sigma[step + 1] - unit.schedule.sigma[step]
-                    kl = kl_to_reference(new, replace(new, mean=mean), dt, spec.kl.form)
+                if step.reference is not None:
+                    dt = sigma[step.step + 1] - sigma[step.step]
+                    kl = kl_to_reference(step.new, step.reference, dt, spec.kl.form)
                     loss = loss + spec.kl.beta * (kl * keep).sum()
                 loss.backward()
                 terms += int(keep.sum())
@@ -136,8 +132,8 @@ def serve_plain(spec: TrainingSpec, connection: Connection) -> None:
     """In a process of its own: one iteration per request."""
     loop = PlainLoop(spec)
     connection.send("ready")
-    while (iteration := connection.recv()) is not None:
-        connection.send(loop.iterate(iteration))
+    while True:
+        connection.send(loop.iterate(connection.recv()))
 
 
 class Silent:
@@ -152,11 +148,12 @@ def plain_process(spec: TrainingSpec) -> Iterator[Connection]:
     here, there = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(target=serve_plain, args=(spec, there))
     process.start()
-    assert here.recv() == "ready"
+    there.close()  # so that its death ends our waiting
     try:
+        assert here.recv() == "ready"
         yield here
     finally:
-        here.send(None)
+        process.terminate()
         process.join()
 
 

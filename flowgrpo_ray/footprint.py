@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from flowgrpo_ray.dry_run import Cost, give_shapes, measure, scaled, without_data
 from flowgrpo_ray.errors import ModelError
 from flowgrpo_ray.optimizer import MOMENTS
+from flowgrpo_ray.paths import PACKAGE
 from flowgrpo_ray.policies import policy_class
 from flowgrpo_ray.policies.base import DTYPES, Configs, Policy
 from flowgrpo_ray.spec import TrainingSpec
-from flowgrpo_ray.spec_sections import PACKAGE, ModelSpec
+from flowgrpo_ray.spec_sections import ModelSpec
 
 FLOAT32_BYTES = 4
 GATHERED_BLOCKS = 2  # whole at once under FSDP: the one at work, and the next that is prefetched
@@ -170,7 +171,7 @@ def costs(spec: TrainingSpec, policy: Policy, configs: Configs) -> tuple[Cost, C
     """
     learner, sampling = spec.cluster.learner, spec.sampling
     vae: nn.Module = policy.vae  # type: ignore[attr-defined]
-    most = max(sampling.micro_batch, spec.evaluation.micro_batch)
+    most = largest_batch(spec)
     with without_data(gpu=learner.gpus > 0):
         give_shapes(policy.network)
         give_shapes(vae)
@@ -198,6 +199,11 @@ def _velocity_cost(
     return scaled(run, policy.network, policy.block_classes())
 
 
+def largest_batch(spec: TrainingSpec) -> int:
+    """Images that a rollout worker samples at once, in training or evaluation."""
+    return max(spec.sampling.micro_batch, spec.evaluation.micro_batch)
+
+
 def _tensor(images: Any) -> Tensor:
     assert isinstance(images, Tensor)  # within ``without_data`` arrays are tensors
     return images
@@ -214,10 +220,9 @@ def estimate(spec: TrainingSpec) -> Footprint | None:
     policy = skeleton(spec, configs)
     encoders = encoder_bytes(spec.model)
     sampled, trained, decoded = costs(spec, policy, configs)
-    sampling, batch = spec.sampling, spec.sampling.micro_batch
-    largest = max(batch, spec.evaluation.micro_batch)
+    sampling = spec.sampling
     sampled_steps = sampling.steps + (sampling.trained_steps if spec.objective.kl else 0)
-    per_image = (sampled.forward * sampled_steps + decoded.forward) / largest
+    per_image = (sampled.forward * sampled_steps + decoded.forward) / largest_batch(spec)
     trained_steps = sampling.trained_steps * spec.objective.epochs
     return Footprint(
         parameters=_numbers(policy.network.parameters()) - _adapters(policy),
@@ -255,7 +260,7 @@ def rollout_parts(
 def learner_parts(spec: TrainingSpec, policy: Policy, trained: Cost) -> dict[str, Parts]:
     """Bytes in one learner rank, by stage."""
     held = learner_state(spec, policy)
-    kinds = policy.block_classes()  # which walks the network
+    kinds = policy.block_classes()
     blocks = [block for block in policy.network.modules() if isinstance(block, kinds)]
     sizes = [_bytes(block.parameters()) for block in blocks]
     gradients = [_bytes(p for p in block.parameters() if p.requires_grad) for block in blocks]
@@ -301,9 +306,8 @@ def latent_bytes(spec: TrainingSpec, policy: Policy) -> int:
     """Of a micro-batch's trajectory in float32: latents, and the means that its objective needs."""
     sampling = spec.sampling
     steps = sampling.trained_steps
-    kept = (
-        steps + 1 + steps * ((spec.objective.kind != "flow_grpo") + (spec.objective.kl is not None))
-    )
+    means = spec.objective.compares_means + (spec.objective.kl is not None)
+    kept = steps + 1 + steps * means
     size = math.prod(policy.latent_shape(sampling.size))
     return sampling.micro_batch * kept * size * FLOAT32_BYTES
 

@@ -23,11 +23,9 @@ def identity(model: ModelSpec) -> str:
 
     ``ModelError`` if the model is not to be had.
     """
-    index = FAMILIES[model.family].index
+    index = model_file(model, FAMILIES[model.family].index)
     if model.folder is None:
-        return Path(hub_file(model, index)).parent.name
-    if not (model.folder / index).is_file():
-        raise ModelError(f"model.path = {model.path!r}: the folder holds no {index}")
+        return index.parent.name
     files = [path for path in sorted(model.folder.rglob("*")) if path.is_file()]
     rows = [
         (str(p.relative_to(model.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files
@@ -35,13 +33,24 @@ def identity(model: ModelSpec) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def hub_file(model: ModelSpec, name: str) -> str:
-    """Local path of one file of a hub model, fetched if need be; ``ModelError`` if it is not to be
-    had."""
+def model_file(model: ModelSpec, name: str) -> Path:
+    """One file of the model, fetched from the hub if need be; ``ModelError`` if it is not there."""
+    if model.folder is None:
+        return hub_file(model, name)
+    path = model.folder / name
+    if not path.is_file():
+        raise ModelError(
+            f"model.path = {model.path!r}: the folder holds no {name}. Copy the whole model folder"
+        )
+    return path
+
+
+def hub_file(model: ModelSpec, name: str) -> Path:
+    """The local copy of one file of a hub model, fetched if need be."""
     from huggingface_hub import hf_hub_download
 
     try:
-        return hf_hub_download(model.path, name, revision=model.revision)
+        return Path(hf_hub_download(model.path, name, revision=model.revision))
     except (OSError, ValueError) as error:
         raise unavailable(model, f"{name} of it cannot be fetched", error) from error
 

@@ -102,9 +102,8 @@ def _code(spec: TrainingSpec, exported: Exported) -> str:
     lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
     lines.append('place = "."  # this folder, or its id on the hub')
     if exported.what == "lora":
-        base = str(model.folder) if model.folder is not None else model.path
         revision = f", revision={model.revision!r}" if model.revision else ""
-        source = f"{base!r}{revision}"
+        source = f"{model.source!r}{revision}"
     else:
         source = "place"
     lines.append(f"pipe = DiffusionPipeline.from_pretrained({source}, dtype=torch.{model.dtype})")

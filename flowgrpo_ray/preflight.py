@@ -6,6 +6,7 @@ from flowgrpo_ray.environments import python_of
 from flowgrpo_ray.errors import ModelError
 from flowgrpo_ray.families import FAMILIES
 from flowgrpo_ray.hub import hub_file
+from flowgrpo_ray.paths import local_path
 from flowgrpo_ray.prompts import Prompt, load_prompt_sets
 from flowgrpo_ray.rewards import check_options
 from flowgrpo_ray.spec import TrainingSpec
@@ -31,7 +32,7 @@ def check_model(model: ModelSpec) -> None:
     """``ModelError`` for a local folder that holds no model of the family, or a LoRA that is not
     there; hub ids pass."""
     if model.lora is not None:
-        local = model.model_copy(update={"path": model.lora}).folder
+        local = local_path(model.lora)
         if local is not None and not local.exists():
             raise ModelError(
                 f"model.lora = {model.lora!r}: there is no such file or folder (a hub id is "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from flowgrpo_ray.errors import PromptError
+from flowgrpo_ray.paths import builtin_path
 from flowgrpo_ray.rewards import prompt_check
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.spec_sections import (
@@ -22,7 +23,6 @@ from flowgrpo_ray.spec_sections import (
     ProgressiveWindow,
     RandomWindow,
     SamplingSpec,
-    builtin_path,
 )
 from flowgrpo_ray.types import Schedule, WorkUnit
 

@@ -15,8 +15,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from flowgrpo_ray.errors import SpecError
+from flowgrpo_ray.paths import PACKAGE
 from flowgrpo_ray.spec import TrainingSpec
-from flowgrpo_ray.spec_sections import PACKAGE
 
 RECIPES = PACKAGE / "recipes"
 

@@ -7,21 +7,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from flowgrpo_ray.families import FAMILIES
-
-PACKAGE = Path(__file__).parent
-BUILTIN = "builtin:"
-
-
-def builtin_path(path: str) -> Path | None:
-    """``builtin:x`` names the file or folder ``x`` of the package's assets; else ``None``."""
-    if not path.startswith(BUILTIN):
-        return None
-    return PACKAGE / "assets" / path.removeprefix(BUILTIN)
+from flowgrpo_ray.paths import local_path
 
 
 class Strict(BaseModel):
@@ -63,12 +54,12 @@ class ModelSpec(Strict):
     @property
     def folder(self) -> Path | None:
         """The local folder, or ``None`` for a hub id."""
-        builtin = builtin_path(self.path)
-        if builtin is not None:
-            return builtin
-        path = Path(self.path).expanduser()
-        looks_local = self.path.startswith((".", "/", "~")) or self.path.count("/") != 1
-        return path if path.exists() or looks_local else None
+        return local_path(self.path)
+
+    @property
+    def source(self) -> str:
+        """What ``from_pretrained`` takes: the local folder, or the hub id."""
+        return self.path if self.folder is None else str(self.folder)
 
 
 class FullTuning(Strict):
@@ -253,6 +244,8 @@ class KlSpec(Strict):
 class ObjectiveSpec(Strict):
     """What all objectives share."""
 
+    compares_means: ClassVar[bool] = True  # with those of the sampling policy
+
     updates: int = Field(default=2, ge=1, description="optimizer updates per pass over the samples")
     epochs: int = Field(default=1, ge=1, description="passes over an iteration's samples")
     kl: KlSpec | None = None
@@ -261,6 +254,7 @@ class ObjectiveSpec(Strict):
 class FlowGrpo(ObjectiveSpec):
     """Clipped policy gradient on group advantages (Flow-GRPO)."""
 
+    compares_means: ClassVar[bool] = False
     kind: Literal["flow_grpo"]
     clip_low: float = Field(default=1e-4, gt=0, lt=1)
     clip_high: float = Field(default=1e-4, gt=0)

@@ -39,7 +39,7 @@ def gather(parameters: Mapping[str, Tensor], *, keep: bool) -> tuple[str, dict[s
         tensor = full(parameters[name])
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {_checksum(tensor)}".encode())
         if keep:
-            arrays[name] = tensor.cpu().numpy().copy()
+            arrays[name] = _array(tensor)
     return total.hexdigest(), arrays
 
 
@@ -73,7 +73,11 @@ def to_arrays(parameters: Mapping[str, Tensor], *, keep: bool = True) -> dict[st
     Collective, one tensor at a time; without ``keep`` this rank takes part and has no arrays.
     """
     whole = ((name, full(parameter)) for name, parameter in parameters.items())
-    return {name: tensor.cpu().numpy().copy() for name, tensor in whole if keep}
+    return {name: _array(tensor) for name, tensor in whole if keep}
+
+
+def _array(tensor: Tensor) -> Float32:
+    return tensor.cpu().numpy().copy()
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from flowgrpo_ray.checkpoint import list_checkpoints
-from flowgrpo_ray.spec_sections import builtin_path
+from flowgrpo_ray.paths import builtin_path
 from flowgrpo_ray.tracking import read_rows
 
 ITERATIONS = 8

@@ -22,7 +22,7 @@ ROOT = Path(flowgrpo_ray.__file__).parent
 # A module may import modules of lower layers only. A package (policies, rewards, cluster) is one
 # entry; its files may import each other. A new module: give it the lowest layer that works.
 LAYERS = [
-    {"errors", "families", "types", "flow", "signs", "bottleneck", "dry_run"},
+    {"errors", "families", "paths", "types", "flow", "signs", "bottleneck", "dry_run"},
     {"environments", "hub", "images", "spec_sections"},
     {"objective", "sampling", "rewards", "tracking", "checkpoint", "watch", "validation"},
     {"spec", "policies", "report", "weights", "calibration", "scoring"},

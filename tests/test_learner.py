@@ -79,7 +79,7 @@ def published(learner: Learner, version: int, *overrides: str) -> tuple[Policy, 
     worker = sampler(small_spec(*overrides))
     load_arrays(worker.trainable(), arrays)
     assert digest(worker.trainable()) == ticket.digest
-    means = learner.spec.objective.kind != "flow_grpo"
+    means = learner.spec.objective.compares_means
     return worker, draw_batch(worker, unit(schedule(range(1, 3))), ticket, keep_means=means)
 
 

@@ -188,7 +188,7 @@ def draw_batches(spec: TrainingSpec, count: int = 4) -> list[Batch]:
     of = schedule(range(1, 3), likelihood=spec.sampling.likelihood)
     unequal = np.array(of.sigma, np.float32) ** 1.5  # the tiny model's own steps are all equal
     of = replace(of, sigma=tuple(unequal.tolist()))
-    means = spec.objective.kind != "flow_grpo"
+    means = spec.objective.compares_means
     return [
         draw_batch(policy, unit(of, *pair, index=i), masked=[i] if i == 1 else (), keep_means=means)
         for i, pair in enumerate(pairs)

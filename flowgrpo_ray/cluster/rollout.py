@@ -90,7 +90,7 @@ class RolloutWorker:
             by_prompt,
             self.spec.sampling.size,
             ticket,
-            keep_means=self.spec.objective.kind != "flow_grpo",
+            keep_means=self.spec.objective.compares_means,
         )
         images = self.policy.decode(x)
         return trajectory, images, time.perf_counter() - started

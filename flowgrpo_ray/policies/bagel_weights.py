@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flowgrpo_ray.errors import ModelError
-from flowgrpo_ray.hub import hub_file, unavailable
+from flowgrpo_ray.hub import model_file, unavailable
 
 if TYPE_CHECKING:
     from flowgrpo_ray.policies.bagel_network import BagelNetwork
@@ -37,23 +37,11 @@ WIDTHS = (128, 256, 512, 512)  # of the autoencoder, which is FLUX's
 LATENT_SCALE, LATENT_SHIFT = 0.3611, 0.1159
 
 
-def find(model: ModelSpec, name: str) -> Path:
-    """One file of the model, fetched from the hub if need be; ``ModelError`` if it is not there."""
-    if model.folder is None:
-        return Path(hub_file(model, name))
-    path = model.folder / name
-    if not path.is_file():
-        raise ModelError(
-            f"model.path = {model.path!r}: the folder holds no {name}. Copy the whole model folder"
-        )
-    return path
-
-
 @contextmanager
 def _opened(model: ModelSpec, name: str) -> Iterator[Any]:
     """A safetensors file, whose tensors are read one by one."""
     try:
-        with safe_open(find(model, name), framework="pt") as file:
+        with safe_open(model_file(model, name), framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
         raise unavailable(model, f"{name} of it cannot be read", error) from error
@@ -63,7 +51,7 @@ def load_tokenizer(model: ModelSpec) -> Any:
     """The tokenizer; ``ModelError`` if it lacks one of the four marks around prompts and images."""
     from transformers import Qwen2Tokenizer
 
-    paths = [find(model, name) for name in TOKENIZER]
+    paths = [model_file(model, name) for name in TOKENIZER]
     try:
         tokenizer = Qwen2Tokenizer.from_pretrained(paths[0].parent)
     except (OSError, ValueError) as error:
@@ -86,7 +74,7 @@ def load_network(model: ModelSpec, dtype_of: Callable[[str], torch.dtype]) -> Ba
 
     tokenizer = load_tokenizer(model)
     try:
-        config = Qwen2Config.from_json_file(find(model, CONFIG))
+        config = Qwen2Config.from_json_file(model_file(model, CONFIG))
     except (OSError, ValueError) as error:
         raise unavailable(model, f"{CONFIG} of it is no Qwen2 config", error) from error
     start, end = tokenizer.convert_tokens_to_ids(list(IMAGE_MARKS))
@@ -156,7 +144,7 @@ def save_model(model: ModelSpec, trained: Mapping[str, Tensor], folder: Path) ->
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
-        shutil.copyfile(find(model, name), folder / name)
+        shutil.copyfile(model_file(model, name), folder / name)
     with _opened(model, NETWORK) as file:
         tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
         metadata = file.metadata()

@@ -38,11 +38,10 @@ def from_pretrained(
         options["dtype"] = dtype
     if model.revision is not None:
         options["revision"] = model.revision
-    place = str(model.folder) if model.folder is not None else model.path
     try:
         if model.folder is not None and subfolder is None:
             _check_parts(model, {name for name, part in more.items() if part is None})
-        return cls.from_pretrained(place, **options)
+        return cls.from_pretrained(model.source, **options)
     except (OSError, SafetensorError) as error:
         part = f"the part {subfolder!r} of " if subfolder else ""
         what = f"{part}the model cannot be loaded as {cls.__name__}"

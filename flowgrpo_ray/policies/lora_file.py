@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flowgrpo_ray.errors import ModelError
+from flowgrpo_ray.paths import local_path
 
 if TYPE_CHECKING:
     from flowgrpo_ray.spec_sections import ModelSpec
@@ -82,7 +83,7 @@ def read_lora(model: ModelSpec, pipeline: str) -> LoraFile:
 def _downloaded(model: ModelSpec) -> Path:
     """The local file or folder; what looks like a hub id is downloaded, as ``model.path`` is."""
     assert model.lora is not None
-    local = model.model_copy(update={"path": model.lora}).folder
+    local = local_path(model.lora)
     if local is not None:
         return local
     from huggingface_hub import snapshot_download

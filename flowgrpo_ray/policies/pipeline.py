@@ -6,6 +6,7 @@ how latents are scaled; parts are loaded from the folders that ``from_pretrained
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -68,7 +69,8 @@ class PipelinePolicy(Policy):
         self.vae = vae.to(self.device).eval().requires_grad_(False)
 
     def block_classes(self) -> tuple[type[nn.Module], ...]:
-        return tuple({type(m) for m in self.network.modules() if type(m).__name__ in self.blocks})
+        module = importlib.import_module(_diffusers(self.transformer).__module__)
+        return tuple(getattr(module, name) for name in self.blocks)
 
     def skeleton(self, configs: Configs, dtype: torch.dtype) -> None:
         network = _diffusers(self.transformer).from_config(configs["transformer/config.json"])
