@@ -79,8 +79,8 @@ class RunDisplay:
         self.console.print(f"held-out after {iteration:>4} iterations:  {means}", highlight=False)
 
     def note(self, message: str) -> None:
-        """Something the person should know."""
-        self.console.print(message, highlight=False)
+        """Something the person should know, as it is: a prompt in it may hold square brackets."""
+        self.console.print(message, highlight=False, markup=False)
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:

@@ -119,19 +119,23 @@ class TrainingSpec(Strict):
         free = {"name", "iterations", "cluster", "checkpoint", "tracking", "watch"}
         kept = self.model_dump(mode="json", exclude=free)
         for reward in kept["rewards"].values():
-            for place in ("replicas", "cpus", "gpus", "golden", "deadline_s", "retries"):
+            for place in ("replicas", "cpus", "gpus", "resources"):
                 del reward[place]
+            for care in ("golden", "deadline_s", "retries"):
+                del reward[care]
         return kept
 
 
-def required_resources(spec: TrainingSpec) -> tuple[float, float]:
-    """CPUs and GPUs that the run's actors and reward replicas reserve together."""
-    kinds = [
-        (spec.cluster.rollout.count, spec.cluster.rollout.cpus, spec.cluster.rollout.gpus),
-        (spec.cluster.learner.count, spec.cluster.learner.cpus, spec.cluster.learner.gpus),
-        *((r.replicas, r.cpus, r.gpus) for r in spec.rewards.values()),
-    ]
-    return sum(n * cpus for n, cpus, _ in kinds), sum(n * gpus for n, _, gpus in kinds)
+def required_resources(spec: TrainingSpec) -> dict[str, float]:
+    """What the run's actors and reward replicas reserve together: ``CPU``, ``GPU``, custom ones."""
+    rollout, learner = spec.cluster.rollout, spec.cluster.learner
+    kinds = [(rollout.count, rollout), (learner.count, learner)]
+    kinds += [(reward.replicas, reward) for reward in spec.rewards.values()]
+    total = {"CPU": 0.0, "GPU": 0.0}
+    for count, kind in kinds:
+        for name, amount in {"CPU": kind.cpus, "GPU": kind.gpus, **kind.resources}.items():
+            total[name] = total.get(name, 0.0) + count * amount
+    return total
 
 
 def _digest(value: Any) -> str:

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from flowgrpo_ray.families import FAMILIES
 from flowgrpo_ray.paths import local_path
@@ -206,6 +206,22 @@ class SamplingSpec(Strict):
         return self.steps - 1 if isinstance(self.window, AllSteps) else self.window.length
 
 
+def _custom(name: str) -> str:
+    if name in ("CPU", "GPU", "memory", "object_store_memory"):
+        raise ValueError(f"{name!r} is no custom resource; cpus and gpus are keys of their own")
+    return name
+
+
+ResourceName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.:-]*$"), AfterValidator(_custom)]
+Resources = Annotated[
+    dict[ResourceName, Annotated[float, Field(gt=0)]],
+    Field(
+        description="custom Ray resources that each reserves, to place it on machines that have "
+        "them, as {rollout_node: 0.001}"
+    ),
+]
+
+
 class RewardSpec(Strict):
     """One reward, served by its own deployment."""
 
@@ -221,6 +237,7 @@ class RewardSpec(Strict):
     replicas: int = Field(default=1, ge=1)
     cpus: float = Field(default=0.25, ge=0, description="per replica")
     gpus: float = Field(default=0, ge=0, description="per replica")
+    resources: Resources = Field(default_factory=dict)
     golden: bool = Field(
         default=True, description="refuse it unless it ranks its own golden images rightly"
     )
@@ -349,6 +366,7 @@ class ActorsSpec(Strict):
     count: int = Field(default=1, ge=1, description="processes")
     cpus: float = Field(default=1, ge=0, description="that Ray reserves for each")
     gpus: float = Field(default=0, ge=0, description="that Ray reserves; 0 runs on the CPU")
+    resources: Resources = Field(default_factory=dict)
     threads: int = Field(default=1, ge=1, description="torch threads of each, on the CPU")
 
 
@@ -361,6 +379,15 @@ class LearnerSpec(ActorsSpec):
     offload_optimizer: bool = Field(
         default=False, description="keep AdamW's moments and the averages in the host's memory"
     )
+
+    @model_validator(mode="after")
+    def _one_rank_per_gpu(self) -> LearnerSpec:
+        if self.count > 1 and 0 < self.gpus <= 0.5:
+            raise ValueError(
+                f"count = {self.count} with gpus = {self.gpus}: Ray would put two ranks on one "
+                "GPU, which NCCL refuses; give each more than 0.5"
+            )
+        return self
 
 
 class ClusterSpec(Strict):

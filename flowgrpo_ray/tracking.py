@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +27,7 @@ SUMMARY = "summary.json"
 SAMPLES = "samples"
 
 Row = dict[str, Any]
+Mirror = Callable[[str, Row], None]  # of a file's name and a row
 
 
 class RunRecorder:
@@ -39,6 +40,7 @@ class RunRecorder:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._tensorboard = _TensorBoard(self.folder / "tensorboard") if tensorboard else None
         self._wandb = _start_wandb(wandb, self.folder) if wandb else None
+        self.mirrors: list[Mirror] = []  # see each row as well, once it is on disk
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a `train` or `eval` row to metrics.jsonl; a number that is not finite is null."""
@@ -102,6 +104,8 @@ class RunRecorder:
             os.fsync(file.fileno())  # a checkpoint is never newer on disk than the rows before it
         if row["kind"] == "start":
             return
+        for mirror in self.mirrors:
+            mirror(name, plain)
         values = dict(scalars(plain, prefix + row["kind"]))
         if self._tensorboard:
             self._tensorboard.add(values, plain["iteration"])

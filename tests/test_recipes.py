@@ -174,7 +174,7 @@ def read(spec: TrainingSpec) -> Published:
         std=spec.advantages.std,
         learning_rate=spec.optimizer.learning_rate,
         ema=None if spec.ema is None else (spec.ema.decay, spec.ema.every),
-        gpus=round(required_resources(spec)[1]),
+        gpus=round(required_resources(spec)["GPU"]),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Awaitable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,7 +30,8 @@ def place(cluster: ClusterSpec) -> PlacementGroup:
 
 
 def _bundle(kind: ActorsSpec) -> dict[str, float]:
-    return {"CPU": kind.cpus, "GPU": kind.gpus} if kind.gpus else {"CPU": kind.cpus}
+    bundle = {"CPU": kind.cpus, "GPU": kind.gpus, **kind.resources}
+    return {resource: amount for resource, amount in bundle.items() if amount}
 
 
 def launch(
@@ -46,14 +48,16 @@ def launch(
             name=name,
             num_cpus=kind.cpus,
             num_gpus=kind.gpus,
+            resources=kind.resources,
             scheduling_strategy=strategy,
         )
         .remote(*args)
     )
 
 
-def set_up_process(kind: ActorsSpec) -> torch.device:
-    """In an actor: quiet libraries, its threads and its device."""
+def set_up_process(kind: ActorsSpec, name: str, run: str) -> torch.device:
+    """In an actor: who it is, for its log; quiet libraries, its threads and its device."""
+    print(f"{name} of run {run}: pid {os.getpid()} on {socket.gethostname()}", flush=True)
     os.environ["OMP_NUM_THREADS"] = str(kind.threads)  # before torch is imported
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -74,7 +78,7 @@ async def within(seconds: float, what: str, calls: Iterable[Awaitable[T]]) -> li
     except TimeoutError:
         raise ClusterError(
             f"{what} not ready after cluster.ready_timeout_s = {seconds:g} s; the actors' logs say "
-            "why (a missing package, no free GPU, a slow model download)"
+            "why (a missing package, a slow download), and ray status what waits for resources"
         ) from None
 
 

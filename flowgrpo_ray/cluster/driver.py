@@ -12,12 +12,11 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from ray import ObjectRef
 
-from flowgrpo_ray.bottleneck import Adviser, Stage, find_bottleneck
 from flowgrpo_ray.checkpoint import (
     Progress,
     checkpoint_iteration,
@@ -27,10 +26,13 @@ from flowgrpo_ray.checkpoint import (
 from flowgrpo_ray.cluster import reward_deploy
 from flowgrpo_ray.cluster.actors import all_or_none, place
 from flowgrpo_ray.cluster.learner_group import Contribution, LearnerGroup
+from flowgrpo_ray.cluster.live import Display
 from flowgrpo_ray.cluster.reward_args import args_of
 from flowgrpo_ray.cluster.reward_client import Patience, RewardClient
 from flowgrpo_ray.cluster.rollout import RolloutPool, Sampled
+from flowgrpo_ray.cluster.stages import StageReader
 from flowgrpo_ray.cluster.stream import Stream
+from flowgrpo_ray.cluster.telemetry import Telemetry
 from flowgrpo_ray.errors import ContractError, RewardError
 from flowgrpo_ray.metrics import Scores, Signal, mean_and_std, train_row, unscored
 from flowgrpo_ray.prompts import Prompt, plan_evaluation, plan_iteration, prompts_digest
@@ -40,15 +42,6 @@ from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.tracking import RunRecorder, StartClock, save_samples
 from flowgrpo_ray.types import LearnerState, WeightsTicket, WorkUnit
 from flowgrpo_ray.watch import Divergence, Watch, describe
-
-
-class Display(Protocol):
-    """What the driver tells the person who watches."""
-
-    def stage(self, stage: str) -> None: ...
-    def iteration(self, row: dict[str, Any], seconds: float) -> None: ...
-    def evaluation(self, iteration: int, rewards: dict[str, float | None]) -> None: ...
-    def note(self, message: str) -> None: ...
 
 
 class Trainer:
@@ -73,7 +66,7 @@ class Trainer:
         self.diverged: Divergence | None = None  # why the watch ended the run
         self.ratio_floor: float | None = None
         self.own_rewards: list[str] = []
-        self._adviser = Adviser()
+        self._stages = StageReader(spec.cluster)
         self._earlier_seconds = 0.0  # of the attempts that this one continues
         self.progress = Progress(
             iteration=0,
@@ -83,19 +76,26 @@ class Trainer:
             spec_identity=spec.identity(),
             prompts_digest=prompts_digest([*prompts, *held_out]),
         )
+        self.telemetry = Telemetry(spec, folder, display)
+        recorder.mirrors.append(self.telemetry.see)
 
     # --- the run
 
     async def train(self, resume: tuple[LearnerState, Progress] | None) -> Progress:
         """Train to ``spec.iterations``, or until ``stop``; where it ends is checkpointed."""
-        await self.start()
         if resume:
-            state, self.progress = resume
+            self.progress = resume[1]
             self._earlier_seconds = self.progress.seconds
+        async with self.telemetry:
+            return await self._train(resume and resume[0])
+
+    async def _train(self, state: LearnerState | None) -> Progress:
+        await self.start()
+        if state:
             await self.learners.load_state(state)
         await self.measure_floor()
         self.clock.lap("ratio floor")
-        if not resume and not self.stopping:
+        if not state and not self.stopping:
             await self.evaluate()
             self.clock.lap("first evaluation")
         self.recorder.log_timing(self.clock.row())
@@ -115,6 +115,15 @@ class Trainer:
         """Finish the iteration, checkpoint it and return."""
         self.stopping = True
 
+    def status(self) -> dict[str, Any]:
+        """For live.json; called from another thread."""
+        state = "running" if self.telemetry.pool else "starting"
+        return {
+            "state": "stopping" if self.stopping else state,
+            "iteration": self.progress.iteration,
+            **self.telemetry.status(),
+        }
+
     async def start(self) -> None:
         """Bring up learner, rollout workers and rewards, all at once; encode every new prompt."""
         self.display.stage("starting learner, rollout workers and rewards")
@@ -122,6 +131,7 @@ class Trainer:
         self.learners = LearnerGroup(self.spec, self.group)
         self.rollouts = RolloutPool(self.spec, self.group)
         await all_or_none(self._start_rewards(), self.learners.start(), self._start_rollouts())
+        self.telemetry.pool = self.rollouts
         self.clock.lap("actors")
 
     async def _start_rewards(self) -> None:
@@ -131,7 +141,8 @@ class Trainer:
             reward_deploy.deploy, args, http_port=cluster.reward_http_port
         )
         self.own_rewards = [name for name in names if name not in reused]
-        await asyncio.to_thread(reward_deploy.wait, names, deadline_s=cluster.ready_timeout_s)
+        deadline = cluster.ready_timeout_s
+        await asyncio.to_thread(reward_deploy.wait, names, deadline_s=deadline, present=reused)
         for arg in args:
             if arg.name in reused:
                 await reward_deploy.check_same(arg)
@@ -140,7 +151,8 @@ class Trainer:
             {
                 name: Patience(deadline_s=reward.deadline_s, retries=reward.retries)
                 for name, reward in self.spec.rewards.items()
-            }
+            },
+            self.telemetry.traffic,
         )
 
     async def _start_rollouts(self) -> None:
@@ -208,42 +220,21 @@ class Trainer:
         row = train_row(self.spec, plan, ticket, results, updates)
         self._look_for_divergence(row)
         self.recorder.log(row)
-        busy = {"publish": published, **stream.seconds}
-        busy["train"] = sum(s.seconds for stats, _ in updates for s in stats)
-        busy["step"] = sum(step.seconds for _, step in updates)
+        stages = {"publish": published, **stream.seconds}
+        stages["train"] = sum(s.seconds for stats, _ in updates for s in stats)
+        ranks = self.spec.cluster.learner.count  # they step together
+        stages["step"] = ranks * sum(step.seconds for _, step in updates)
+        where, advice = self._stages.read(stages, seconds, self.rewards.take_stats())
+        speed = row["images"] / seconds
         self._record_time(
-            "train",
-            iteration,
-            seconds,
-            images_per_second=row["images"] / seconds,
-            stages=busy,
-            **self._look_at_rewards(busy),
+            "train", iteration, seconds, images_per_second=speed, stages=stages, **where
         )
+        if advice:
+            self.display.note(advice)
         scores = [result.scores for result in results]
         self._advance(iteration, row, scores)
         self._tell_missing(row, scores)
         self.display.iteration(row, seconds)
-
-    def _look_at_rewards(self, busy: Mapping[str, float]) -> dict[str, Any]:
-        """What the clock says of the rewards and of the slowest stage; advises on replicas."""
-        stats, cluster = self.rewards.take_stats(), self.spec.cluster
-        rewards = {name: Stage(s.busy_s, len(s.replicas), s.calls) for name, s in stats.items()}
-        others = {
-            "sampling": Stage(busy["sample"], cluster.rollout.count),
-            "training": Stage(busy["train"] + busy["step"], cluster.learner.count),
-        }
-        slowest = find_bottleneck(rewards, others)
-        advice = self._adviser.see(slowest, rewards)
-        if advice:
-            self.display.note(advice)
-        return {
-            "rewards": {name: s.as_json() for name, s in stats.items()},
-            "bottleneck": {
-                "stage": slowest.stage,
-                "seconds": slowest.load,
-                "replicas": slowest.replicas,
-            },
-        }
 
     def _tell_missing(self, row: Mapping[str, Any], scores: Sequence[Scores]) -> None:
         """Note every reward whose deployment gave up."""
@@ -391,6 +382,7 @@ class Trainer:
             self.spec.checkpoint.keep,
             self.watch.protected,
         )
+        self.telemetry.saved()
 
     def _record_time(self, kind: str, iteration: int, seconds: float, **more: Any) -> None:
         self.recorder.log_timing({"kind": kind, "iteration": iteration, "seconds": seconds, **more})

@@ -35,8 +35,12 @@ class LearnerRank:
     learner: Learner
 
     def __init__(self, spec: TrainingSpec, rank: int) -> None:
-        self.device = set_up_process(spec.cluster.learner)
+        self.name = f"learner-{rank}"
+        self.device = set_up_process(spec.cluster.learner, self.name, spec.name)
         self.spec, self.rank = spec, rank
+
+    def __repr__(self) -> str:
+        return self.name  # what Ray calls this actor in its logs and its dashboard
 
     def address(self) -> str:
         """Where the ranks meet: this node and a free port of it."""

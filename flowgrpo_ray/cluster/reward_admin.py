@@ -21,11 +21,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from ray.exceptions import AuthenticationError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from flowgrpo_ray.cluster.reward_args import RewardServiceArgs
 from flowgrpo_ray.cluster.reward_types import ReplicaStats, app_name
+from flowgrpo_ray.cluster.session import refused
 from flowgrpo_ray.environments import python_of
 from flowgrpo_ray.errors import ClusterError, RewardError, SpecError
 from flowgrpo_ray.rewards import check_options, nearest
@@ -42,6 +44,8 @@ def connection(address: str | None) -> Iterator[ServeSubmissionClient]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except AuthenticationError as error:
+        raise ClusterError(refused(address, error)) from error
     except ConnectionError as error:
         raise ClusterError(
             f"no Ray cluster answers at {address!r}: start one with ray start --head, or name one "
@@ -49,7 +53,10 @@ def connection(address: str | None) -> Iterator[ServeSubmissionClient]:
         ) from error
     try:
         if not context.dashboard_url:
-            raise ClusterError(f"the cluster at {address!r} runs without its dashboard")
+            raise ClusterError(
+                f"the cluster at {address!r} runs without its dashboard: start its "
+                "head without --include-dashboard=false"
+            )
         yield ServeSubmissionClient(f"http://{context.dashboard_url}")
     finally:
         ray.shutdown()
@@ -243,7 +250,10 @@ def wait_for(client: ServeSubmissionClient, names: list[str], deadline_s: float)
         if not waiting:
             return
         if time.monotonic() > end:
-            raise RewardError(f"not running after {deadline_s:g} s: {waiting}")
+            raise RewardError(
+                f"not running after {deadline_s:g} s: {waiting}. ray status shows what waits for "
+                "resources; a slow download wants a larger --deadline"
+            )
         time.sleep(0.5)
 
 

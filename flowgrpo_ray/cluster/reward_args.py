@@ -4,7 +4,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flowgrpo_ray.spec_sections import RewardSpec
+from flowgrpo_ray.spec_sections import Resources, RewardSpec
 
 
 class Strict(BaseModel):
@@ -55,6 +55,8 @@ class RewardServiceArgs(Strict):
     cpus: float = Field(default=0.25, ge=0)
     """CPUs, and below GPUs, that Ray sets aside for one replica."""
     gpus: float = Field(default=0.0, ge=0)
+    resources: Resources = {}
+    """Custom Ray resources that each replica reserves: it runs on machines that have them."""
     max_batch_images: int = Field(default=64, ge=1)
     """Images that the reward is given at once; calls are merged up to it, or cut."""
     batch_wait_ms: float = Field(default=2.0, ge=0)
@@ -101,4 +103,5 @@ def args_of(name: str, reward: RewardSpec) -> RewardServiceArgs:
         replicas=reward.replicas,
         cpus=reward.cpus,
         gpus=reward.gpus,
+        resources=reward.resources,
     )

@@ -49,6 +49,23 @@ class RewardStats:
         return {**vars(self), "replicas": len(self.replicas)}
 
 
+@dataclass
+class Traffic:
+    """What a client saw of one reward since it began."""
+
+    queue: int = 0  # calls that wait for their answer
+    calls: int = 0  # that were answered
+    seconds: float = 0.0  # of these, from the call to the answer, retries included
+    failures: int = 0  # attempts that failed or were not answered in time
+
+    def answered(self, images: int, seconds: float) -> None:
+        self.calls += 1
+        self.seconds += seconds
+
+    def failed(self) -> None:
+        self.failures += 1
+
+
 @dataclass(frozen=True)
 class Scored:
     """Scores per reward, float32 [b], and why those of a reward are missing."""
@@ -60,8 +77,11 @@ class Scored:
 class RewardClient:
     """Calls the deployments of these rewards; for asyncio."""
 
-    def __init__(self, rewards: Mapping[str, Patience]) -> None:
+    def __init__(
+        self, rewards: Mapping[str, Patience], traffic: Mapping[str, Traffic] | None = None
+    ) -> None:
         self._patience = dict(rewards)
+        self._traffic = traffic or {name: Traffic() for name in rewards}
         self._handles: dict[str, DeploymentHandle] = {}
         self._stats = {name: RewardStats() for name in rewards}
         for name in rewards:
@@ -74,7 +94,7 @@ class RewardClient:
         self, images: ObjectRef | np.ndarray, prompts: Sequence[str], metadata: Metadata
     ) -> Scored:
         """Scores of images uint8 [b, H, W, 3], or of what `images` refers to."""
-        calls = [self._score_one(name, images, prompts, metadata) for name in self._handles]
+        calls = [self._waited_for(name, images, prompts, metadata) for name in self._handles]
         rewards: dict[str, np.ndarray] = {}
         failures: dict[str, str] = {}
         for name, outcome in zip(self._handles, await asyncio.gather(*calls), strict=True):
@@ -90,6 +110,15 @@ class RewardClient:
         taken = self._stats
         self._stats = {name: RewardStats() for name in taken}
         return taken
+
+    async def _waited_for(
+        self, name: str, images: Any, prompts: Sequence[str], metadata: Metadata
+    ) -> np.ndarray | str:
+        self._traffic[name].queue += 1
+        try:
+            return await self._score_one(name, images, prompts, metadata)
+        finally:
+            self._traffic[name].queue -= 1
 
     async def _score_one(
         self, name: str, images: Any, prompts: Sequence[str], metadata: Metadata
@@ -113,13 +142,16 @@ class RewardClient:
                 cause = getattr(error, "cause", None) or error
                 last = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
             else:
+                seconds = time.perf_counter() - began
                 stats.calls += 1
                 stats.images += len(prompts)
-                stats.seconds += time.perf_counter() - began
+                stats.seconds += seconds
+                self._traffic[name].answered(len(prompts), seconds)
                 stats.busy_s += answer.busy_s
                 stats.replicas.add(answer.replica)
                 return np.where(np.isfinite(answer.scores), answer.scores, np.float32(np.nan))
             stats.failures += 1
+            self._traffic[name].failed()
         return (
             f"{app_name(name)} failed {1 + patience.retries} times, last with {last}; "
             f"first prompt: {prompts[0]!r}"

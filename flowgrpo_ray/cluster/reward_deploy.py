@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ray import serve
-from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ReplicaState
 
 from flowgrpo_ray.cluster.reward_args import RewardServiceArgs
 from flowgrpo_ray.cluster.reward_service import app, quiet
@@ -93,8 +93,12 @@ def _status(
     return overview.status if overview else None
 
 
-def wait(names: Sequence[str], *, deadline_s: float) -> None:
-    """Returns when the applications of all these rewards run; RewardError if one cannot."""
+def wait(names: Sequence[str], *, deadline_s: float, present: Collection[str] = ()) -> None:
+    """Returns when the applications of all these rewards run; RewardError if one cannot.
+
+    Of those `present`, which are not this run's, one replica is enough: others may be missing for
+    want of a machine.
+    """
     end = time.monotonic() + deadline_s
     while True:
         applications = serve.status().applications
@@ -105,13 +109,23 @@ def wait(names: Sequence[str], *, deadline_s: float) -> None:
                 raise RewardError(f"{name}: no such application on this cluster")
             if overview.status == ApplicationStatus.DEPLOY_FAILED:
                 raise RewardError(f"{name}: {overview.status.value}: {_messages(overview)}")
-            if overview.status != ApplicationStatus.RUNNING:
+            shared = name in map(app_name, present)
+            if overview.status != ApplicationStatus.RUNNING and not (shared and _usable(overview)):
                 waiting[name] = f"{overview.status.value} {_messages(overview)}".strip()
         if not waiting:
             return
         if time.monotonic() > end:
-            raise RewardError(f"not running after {deadline_s:g} s: {waiting}")
+            raise RewardError(
+                f"not running after {deadline_s:g} s: {waiting}. ray status shows what waits for "
+                "resources; a slow download wants a larger cluster.ready_timeout_s"
+            )
         time.sleep(0.1)
+
+
+def _usable(overview: ApplicationStatusOverview) -> bool:
+    """Whether each deployment of an application has a replica that runs."""
+    states = [deployment.replica_states for deployment in overview.deployments.values()]
+    return bool(states) and all(of.get(ReplicaState.RUNNING, 0) for of in states)
 
 
 def _messages(overview: ApplicationStatusOverview) -> str:
@@ -125,5 +139,5 @@ def start_rewards(
 ) -> list[str]:
     """Deploys all rewards at once and waits until they run; names of those found there already."""
     present = deploy(args, http_port=http_port)
-    wait([arg.name for arg in args], deadline_s=deadline_s)
+    wait([arg.name for arg in args], deadline_s=deadline_s, present=present)
     return present

@@ -20,6 +20,8 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
+from flowgrpo_ray.cluster import metric_table as table
+from flowgrpo_ray.cluster.exporter import Exporter
 from flowgrpo_ray.cluster.reward_args import RewardServiceArgs
 from flowgrpo_ray.cluster.reward_http import Limits, build_api
 from flowgrpo_ray.cluster.reward_types import Answer, Metadata, ReplicaStats
@@ -78,6 +80,8 @@ class RewardReplica:
         self._busy_s = 0.0
         self._latencies: deque[float] = deque(maxlen=1000)
         self._last_error = ""
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._export = Exporter(table.OF_REPLICAS, reward=args.name, replica=replica)
         merge: Any = self._merge  # @serve.batch added two setters
         merge.set_max_batch_size(args.max_batch_images)
         merge.set_batch_wait_timeout_s(args.batch_wait_ms / 1000)
@@ -109,6 +113,7 @@ class RewardReplica:
 
     async def check_health(self) -> None:
         """Serve asks this every few seconds, and replaces a replica that raises."""
+        self._export.set(table.REPLICA_QUEUE, self._ongoing)
         if self._working_since is not None:
             took = time.monotonic() - self._working_since
             if took > self._args.hang_s:
@@ -161,13 +166,19 @@ class RewardReplica:
             scored = await self._score_parts(images, prompts, metadata)
         except Exception as error:
             self._failures += 1
+            self._export.add(table.REPLICA_FAILURES, 1)
             self._last_error = f"{type(error).__name__}: {error}"
             raise
         finally:
             self._ongoing -= 1
+        seconds = time.monotonic() - began
         self._calls += 1
         self._images += len(images)
-        self._latencies.append(time.monotonic() - began)
+        self._latencies.append(seconds)
+        self._export.add(table.REPLICA_CALLS, 1)
+        self._export.add(table.REPLICA_IMAGES, len(images))
+        self._export.add(table.REPLICA_SECONDS, seconds)
+        self._export.observe(table.REPLICA_LATENCY, seconds)
         return scored
 
     async def _score_parts(
@@ -238,6 +249,7 @@ class RewardReplica:
         scores = checked(self._reward(images, prompts, metadata), len(images))
         seconds = time.monotonic() - began
         self._busy_s += seconds
+        self._export.add(table.REPLICA_BUSY, seconds)
         return _Scored(scores, seconds)
 
     def _check(self, prompts: Sequence[str], metadata: Metadata) -> None:
@@ -292,7 +304,11 @@ HttpRewardReplica = serve.ingress()(RewardReplica)
 
 def app(args: RewardServiceArgs) -> serve.Application:
     """The application of one reward: the `import_path` of a Serve config file."""
-    actor: dict[str, Any] = {"num_cpus": args.cpus, "num_gpus": args.gpus}
+    actor: dict[str, Any] = {
+        "num_cpus": args.cpus,
+        "num_gpus": args.gpus,
+        "resources": args.resources,
+    }
     if args.environment is not None:
         # Checked here, because Ray waits for ever for an interpreter that is not there.
         actor["runtime_env"] = {"py_executable": python_of(args.environment)}

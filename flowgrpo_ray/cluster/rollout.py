@@ -28,14 +28,18 @@ class RolloutWorker:
 
     policy: Policy
 
-    def __init__(self, spec: TrainingSpec) -> None:
-        self.device = set_up_process(spec.cluster.rollout)
+    def __init__(self, spec: TrainingSpec, rank: int) -> None:
+        self.name = f"rollout-{rank}"
+        self.device = set_up_process(spec.cluster.rollout, self.name, spec.name)
         if self.device.type == "cpu":
             # On shared cores those downstream go first: the learner, which alone works at the end
             # of an iteration, starts sooner.
             os.nice(10)
         self.spec = spec
         self.loaded: WeightsTicket | None = None
+
+    def __repr__(self) -> str:
+        return self.name  # what Ray calls this actor in its logs and its dashboard
 
     def start(self) -> None:
         """Load the model; not in the constructor, whose errors Ray wraps beyond recognition."""
@@ -113,9 +117,11 @@ class RolloutPool:
         first = spec.cluster.learner.count
         kind = spec.cluster.rollout
         self.workers: list[Any] = [
-            launch(RolloutWorker, kind, group, first + rank, f"rollout-{rank}", spec)
+            launch(RolloutWorker, kind, group, first + rank, f"rollout-{rank}", spec, rank)
             for rank in range(kind.count)
         ]
+        self.versions: dict[Any, int] = {}  # of the weights that a worker holds
+        self.in_flight = dict.fromkeys(self.workers, 0)  # units that a worker was given
         self._encoder_of: dict[str, Any] = {}  # the worker that encoded a prompt
         self._free: asyncio.Queue[Any] = asyncio.Queue()
         for worker in self.workers * IN_FLIGHT:
@@ -159,7 +165,7 @@ class RolloutPool:
         found = await within(
             self.spec.cluster.ready_timeout_s,
             "rollout workers",
-            [worker.load.remote(ticket, arrays) for worker in self.workers],
+            [self._load(worker, ticket, arrays) for worker in self.workers],
         )
         for rank, digest in enumerate(found):
             if digest != ticket.digest:
@@ -168,15 +174,23 @@ class RolloutPool:
                     f"{ticket.version} was published with {ticket.digest}"
                 )
 
+    async def _load(self, worker: Any, ticket: WeightsTicket, arrays: ObjectRef) -> str:
+        digest = await worker.load.remote(ticket, arrays)
+        if digest == ticket.digest:
+            self.versions[worker] = ticket.version
+        return digest
+
     async def sample(
         self, unit: WorkUnit, ticket: WeightsTicket, conditions: Sequence[ObjectRef]
     ) -> Sampled:
         """Sample one unit; ``conditions`` are those of its distinct prompts, in order."""
         worker = await self._free.get()
+        self.in_flight[worker] += 1
         try:
             trajectory, images, seconds = worker.sample.options(num_returns=3).remote(
                 unit, ticket, *conditions
             )
             return Sampled(trajectory, images, await seconds)
         finally:
+            self.in_flight[worker] -= 1
             self._free.put_nowait(worker)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowgrpo_ray.cluster.live import Display, Live
 from flowgrpo_ray.cluster.session import joined, ray_session
 from flowgrpo_ray.errors import ClusterError, RunFolderError
 from flowgrpo_ray.preflight import check_access, check_environments, check_run
@@ -22,7 +23,7 @@ from flowgrpo_ray.types import LearnerState
 
 if TYPE_CHECKING:
     from flowgrpo_ray.checkpoint import Progress
-    from flowgrpo_ray.cluster.driver import Display, Trainer
+    from flowgrpo_ray.cluster.driver import Trainer
     from flowgrpo_ray.watch import Divergence
 
 
@@ -52,7 +53,9 @@ def train(
         check_environments(spec)
         check_access(spec.model)
     folder = RunFolder.claim(root, spec, resume=resume)
-    try:
+    with contextlib.ExitStack() as ending:
+        ending.callback(folder.release)
+        display = live = ending.enter_context(Live(folder, spec, display))
         saved = folder.latest() if resume else None
         digest = prompts_digest([*prompts, *held_out])
         if saved and saved[1].prompts_digest != digest:
@@ -72,6 +75,7 @@ def train(
 
             trainer = Trainer(spec, prompts, held_out, folder, recorder, display, clock)
             trainer.watch.replay(recorder.metrics())
+            live.follow(trainer)
             try:
                 progress = asyncio.run(_until_stopped(trainer, saved))
             except RayActorError as error:
@@ -87,8 +91,6 @@ def train(
         recorder.write_summary(summary)
         write_report(folder.path)
         return Outcome(folder.path, summary, stopped, trainer.diverged)
-    finally:
-        folder.release()
 
 
 def _rewind(

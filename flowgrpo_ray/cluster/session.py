@@ -43,9 +43,12 @@ def joined() -> bool:
 @contextmanager
 def _joined(spec: TrainingSpec) -> Iterator[None]:
     import ray
+    from ray.exceptions import AuthenticationError
 
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    except AuthenticationError as error:
+        raise ClusterError(refused(os.environ["RAY_ADDRESS"], error)) from error
     except ConnectionError as error:
         raise ClusterError(
             f"RAY_ADDRESS = {os.environ['RAY_ADDRESS']!r}: no cluster answers there. Start one "
@@ -58,17 +61,27 @@ def _joined(spec: TrainingSpec) -> Iterator[None]:
         ray.shutdown()
 
 
+def refused(address: str, error: Exception) -> str:
+    """What to tell a person whose token a cluster does not take."""
+    return (
+        f"the Ray cluster at {address!r} wants its token: put it in RAY_AUTH_TOKEN, or the path of "
+        f"its file in RAY_AUTH_TOKEN_PATH, with RAY_AUTH_MODE=token. Cause: {error}"
+    )
+
+
 @contextmanager
 def _private(spec: TrainingSpec, logs: Path) -> Iterator[None]:
     check_local_gpus(spec)
     os.environ.update(private_environment())
     import ray
 
-    cpus, _ = required_resources(spec)
+    needed = required_resources(spec)
     temporary = Path(tempfile.mkdtemp(prefix="flowgrpo-", dir="/tmp"))  # short: it holds sockets
     try:
         ray.init(
-            num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
+            num_cpus=max(os.cpu_count() or 1, math.ceil(needed["CPU"])),
+            # This one machine stands for all that the spec places by custom resources.
+            resources={k: math.ceil(n) for k, n in needed.items() if k not in ("CPU", "GPU")},
             include_dashboard=spec.cluster.dashboard,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -105,23 +118,28 @@ def check_resources(spec: TrainingSpec) -> None:
     import ray
 
     have = ray.cluster_resources()
-    for resource, needed, keys in zip(
-        ("CPU", "GPU"), required_resources(spec), ("cpus", "gpus"), strict=True
-    ):
+    for resource, needed in required_resources(spec).items():
         if needed > have.get(resource, 0) + 1e-9:
-            raise ClusterError(_too_few(spec, resource, keys, needed, have.get(resource, 0)))
+            raise ClusterError(_too_few(spec, resource, needed, have.get(resource, 0)))
 
 
 def check_local_gpus(spec: TrainingSpec) -> None:
     """The same for GPUs before a private cluster starts, from the driver files of this machine."""
-    _, needed = required_resources(spec)
+    needed = required_resources(spec)["GPU"]
     have = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if needed > have:
-        raise ClusterError(_too_few(spec, "GPU", "gpus", needed, have))
+        raise ClusterError(_too_few(spec, "GPU", needed, have))
 
 
-def _too_few(spec: TrainingSpec, resource: str, key: str, needed: float, have: float) -> str:
+def _too_few(spec: TrainingSpec, resource: str, needed: float, have: float) -> str:
     cluster = spec.cluster
+    if resource not in ("CPU", "GPU"):
+        return (
+            f"the spec's `resources` ask for {needed:g} {resource} and the cluster has {have:g}: "
+            f"start the machines that are meant with ray start --resources "
+            f"'{{\"{resource}\": 1}}', or lower or leave out that key"
+        )
+    key = f"{resource.lower()}s"
     rewards = ", ".join(f"rewards.{name}.{key}" for name in spec.rewards)
     return (
         f"the spec asks for {needed:g} {resource}s and the cluster has {have:g}: lower "

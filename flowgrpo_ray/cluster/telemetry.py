@@ -1,0 +1,210 @@
+"""What a running driver tells the outside: metrics through Ray, and its part of live.json.
+
+It only looks. Nothing here changes what is trained, and nothing that goes wrong here ends a run:
+the console says it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray._private.worker import get_dashboard_url  # Ray has no public name for it
+from ray.exceptions import RayError
+from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
+
+from flowgrpo_ray.cluster import metric_table as table
+from flowgrpo_ray.cluster.exporter import Exporter
+from flowgrpo_ray.cluster.live import Display, last_checkpoint
+from flowgrpo_ray.cluster.metric_table import FROM_ROWS, OF_DRIVER, Metric, Tags
+from flowgrpo_ray.cluster.reward_client import Traffic
+from flowgrpo_ray.cluster.reward_types import app_name
+from flowgrpo_ray.cluster.rollout import RolloutPool
+from flowgrpo_ray.run_folder import RunFolder
+from flowgrpo_ray.spec import TrainingSpec
+
+BEAT_S = 1.0  # Ray exports what was set since the last time, so gauges are set again and again
+SERVE_S = 5.0  # between two questions to Serve
+
+Values = list[tuple[Metric, Tags, float]]
+
+
+class ExportedTraffic(Traffic):
+    """Counts the calls of one reward, for Ray as well."""
+
+    def __init__(self, reward: str, export: Exporter) -> None:
+        super().__init__()
+        self._tags, self._export = {"reward": reward}, export
+        for metric in (table.CALLS, table.IMAGES, table.FAILURES, table.SECONDS):
+            export.add(metric, 0, self._tags)
+
+    def answered(self, images: int, seconds: float) -> None:
+        super().answered(images, seconds)
+        self._export.add(table.CALLS, 1, self._tags)
+        self._export.add(table.IMAGES, images, self._tags)
+        self._export.add(table.SECONDS, seconds, self._tags)
+        self._export.observe(table.LATENCY, seconds, self._tags)
+
+    def failed(self) -> None:
+        super().failed()
+        self._export.add(table.FAILURES, 1, self._tags)
+
+
+class Telemetry:
+    """Of one run on a connected cluster; works in the background while it is entered."""
+
+    def __init__(self, spec: TrainingSpec, folder: RunFolder, display: Display) -> None:
+        self._spec, self._folder, self._display = spec, folder, display
+        rows = [metric for metrics in FROM_ROWS.values() for metric in metrics]
+        self._export = Exporter([*rows, *OF_DRIVER], run=spec.name)
+        self._last: dict[str, Values] = {}  # gauges, by the kind of row that they come from
+        self._deployments: dict[str, dict[str, Any]] = {}
+        self.traffic = {name: ExportedTraffic(name, self._export) for name in spec.rewards}
+        self.pool: RolloutPool | None = None  # once all actors are up
+        self._ray: dict[str, Any] | None = None
+        self.saved()
+
+    async def __aenter__(self) -> Telemetry:
+        self._ray = _where()
+        self._tasks = [asyncio.create_task(w) for w in (self._beating(), self._asking())]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self._beat()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            self._display.note(f"metrics and live.json are no longer fed: {task.exception()!r}")
+
+    # --- what happens
+
+    def see(self, file: str, row: Mapping[str, Any]) -> None:
+        """A row was written to ``file`` (metrics.jsonl): its numbers replace those of the last row
+        of its kind. One that is null is not exported, so its curve has a gap."""
+        kind = f"{file.removesuffix('.jsonl')}.{row['kind']}"
+        gauges: Values = []
+        for metric in FROM_ROWS.get(kind, ()):
+            for tags, value in metric.read(row):
+                if metric.kind == "counter":
+                    self._export.add(metric, value, tags)
+                else:
+                    gauges.append((metric, tags, value))
+        self._last[kind] = gauges
+        self._beat()
+
+    def saved(self) -> None:
+        """Look for the last checkpoint."""
+        self._checkpoint = last_checkpoint(self._folder.checkpoints)
+
+    async def _beating(self) -> None:
+        while True:
+            self._beat()
+            await asyncio.sleep(BEAT_S)
+
+    def _beat(self) -> None:
+        """Set every gauge."""
+        for values in self._last.values():
+            for metric, tags, value in values:
+                self._export.set(metric, value, tags)
+        checkpoint, workers = self._checkpoint or {}, self._workers()
+        now: dict[Metric, Any] = {
+            table.ITERATIONS: self._spec.iterations,
+            table.CHECKPOINT_TIME: checkpoint.get("at"),
+            table.CHECKPOINT_ITERATION: checkpoint.get("iteration"),
+            table.WEIGHTS_VERSION: {w["name"]: w["weights_version"] for w in workers},
+            table.IN_FLIGHT: {w["name"]: w["in_flight"] for w in workers},
+            table.QUEUE: {name: traffic.queue for name, traffic in self.traffic.items()},
+            table.REPLICAS: {name: d["replicas"] for name, d in self._deployments.items()},
+            table.TARGET: {name: d["target"] for name, d in self._deployments.items()},
+        }
+        for metric, row in now.items():
+            for tags, value in metric.read(row):
+                self._export.set(metric, value, tags)
+
+    async def _asking(self) -> None:
+        """Keep asking Serve for the deployments; in a thread, since Serve has no other way."""
+        trouble = ""
+        while True:
+            if self.pool:
+                try:
+                    self._deployments = await asyncio.to_thread(_deployments, [*self.traffic])
+                    trouble = ""
+                except (RayError, RayServeException) as error:
+                    self._deployments = {}
+                    if str(error) != trouble:
+                        self._display.note(f"Serve does not tell its replicas: {error}")
+                    trouble = str(error)
+            await asyncio.sleep(SERVE_S if self.pool else BEAT_S)
+
+    # --- what live.json says
+
+    def status(self) -> dict[str, Any]:
+        """The part of live.json that is known here; called from another thread."""
+        return {
+            "ray": self._ray,
+            "checkpoint": self._checkpoint,
+            "workers": self._workers(),
+            "rewards": {name: self._reward(name) for name in self.traffic},
+        }
+
+    def _workers(self) -> list[dict[str, Any]]:
+        pool = self.pool
+        if pool is None:
+            return []
+        return [
+            {
+                "name": f"rollout-{rank}",
+                "weights_version": pool.versions.get(worker),
+                "in_flight": pool.in_flight[worker],
+            }
+            for rank, worker in enumerate(pool.workers)
+        ]
+
+    def _reward(self, name: str) -> dict[str, Any]:
+        traffic = self.traffic[name]
+        unknown = {"state": "UNKNOWN", "replicas": 0, "target": 0}
+        return {
+            "deployment": app_name(name),
+            **self._deployments.get(name, unknown),
+            "queue": traffic.queue,
+            "calls": traffic.calls,
+            "failures": traffic.failures,
+            "mean_latency_s": traffic.seconds / traffic.calls if traffic.calls else None,
+        }
+
+
+def _deployments(names: list[str]) -> dict[str, dict[str, Any]]:
+    """State, running replicas and their target of each reward's deployment that Serve knows."""
+    client = _get_global_client()  # serve.status() does not tell the target
+    applications = client.get_serve_details()["applications"] if client else {}
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        application = applications.get(app_name(name), {"status": "UNKNOWN", "deployments": {}})
+        deployment = application["deployments"].get(name, {})
+        states = [replica["state"] for replica in deployment.get("replicas", [])]
+        found[name] = {
+            "state": application["status"],
+            "replicas": states.count("RUNNING"),
+            "target": deployment.get("target_num_replicas", 0),
+        }
+    return found
+
+
+def _where() -> dict[str, Any]:
+    """The cluster, and the job that this driver is, if it is one."""
+    dashboard = get_dashboard_url()
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return {
+        "address": ray.get_runtime_context().gcs_address,
+        "dashboard": f"http://{dashboard}" if dashboard else None,
+        "job": job.get("metadata", {}).get("job_submission_id"),
+    }
