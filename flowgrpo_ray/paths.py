@@ -1,8 +1,11 @@
-"""What a path in a spec names: a file of this package, a local file or folder, or a hub id."""
+"""What a path names: a file of this package, a local file or folder, a hub id; where runs go."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+from flowgrpo_ray.errors import SpecError
 
 PACKAGE = Path(__file__).parent
 BUILTIN = "builtin:"
@@ -23,3 +26,26 @@ def local_path(path: str) -> Path | None:
     local = Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     return local if local.exists() or looks_local else None
+
+
+def in_job() -> bool:
+    """Whether this process is the driver of a Ray job, which runs in a copy of its folder."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def runs_root(given: Path | None) -> Path:
+    """The folder of the run folders: what was given, else FLOWGRPO_RUNS, else a default.
+
+    ``SpecError`` for a relative one in a Ray job: the folder that a job runs in is deleted.
+    """
+    named = given or (Path(text) if (text := os.environ.get("FLOWGRPO_RUNS")) else None)
+    if not in_job():
+        return named or Path("runs")
+    root = (named or Path("~/flowgrpo-runs")).expanduser()
+    if not root.is_absolute():
+        key = "--runs" if given else "FLOWGRPO_RUNS"
+        raise SpecError(
+            f"{key} = {str(root)!r}: in a Ray job this must be an absolute path, on storage that "
+            "outlives the job; Ray deletes the folder that a job runs in"
+        )
+    return root

@@ -13,11 +13,15 @@ from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.spec_sections import ModelSpec
 
 
-def check_run(spec: TrainingSpec) -> tuple[list[Prompt], list[Prompt]]:
-    """The training and held-out prompts, after every check that needs no cluster."""
+def check_run(spec: TrainingSpec, *, elsewhere: bool = False) -> tuple[list[Prompt], list[Prompt]]:
+    """The training and held-out prompts, after every check that needs no cluster.
+
+    A run that will be ``elsewhere`` may use models in folders that this machine does not have.
+    """
     for name, reward in spec.rewards.items():
         check_options(reward.reward or name, reward.options)
-    check_model(spec.model)
+    if not (elsewhere and spec.model.path.startswith("/")):
+        check_model(spec.model)
     return load_prompt_sets(spec)
 
 

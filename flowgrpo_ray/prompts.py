@@ -88,14 +88,19 @@ def load_prompts(path: str, key: str) -> list[Prompt]:
             try:
                 prompts.append(parse(line.strip()))
             except ValueError as error:
-                raise PromptError(f"{key} = {path!r}: line {number}: {error}") from error
+                raise PromptError(
+                    f"{key} = {path!r}: line {number} holds no prompt: {error}"
+                ) from error
     if not prompts:
         raise PromptError(f"{key} = {path!r}: the file holds no prompts")
     return prompts
 
 
 def _parse_json(line: str) -> Prompt:
-    row: Any = json.loads(line)
+    try:
+        row: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):  # pyright: ignore[reportUnknownMemberType]
         raise ValueError('expected a JSON object with a string under "prompt"')
     metadata = cast(dict[str, Any], row)

@@ -1,123 +1,107 @@
-"""One self-contained HTML page per run: every number of the run folder, and its pictures.
+"""What a run folder says, as one JSON document, and the report: a page with it inside.
 
-`report_data` gathers the folder into one JSON document; `assets/report.html` draws it. The page
-asks the network for nothing, so it can be mailed, archived or opened from a disk.
+`describe_run` reads all but the rows and pictures; the monitor sends those piece by piece, a report
+holds them whole.
 """
 
+from __future__ import annotations
+
 import base64
-import html
 import io
-import json
-from importlib import resources
+import time
 from itertools import groupby
 from pathlib import Path
 
 from flowgrpo_ray.checkpoint import checkpoint_iteration, newest_checkpoint
 from flowgrpo_ray.errors import RunFolderError
+from flowgrpo_ray.page import whole_page
+from flowgrpo_ray.run_state import LIVE, read_json, state_of
 from flowgrpo_ray.tracking import METRICS, SAMPLES, SUMMARY, TIMINGS, Row, read_rows, write_atomic
 from flowgrpo_ray.watch import Reading, describe, readings_of
 
 REPORT = "report.html"
-LARGEST_TILE = 256  # pixels; larger evaluation samples are embedded at this size
-MOST_EVALUATIONS = 16  # evaluations whose pictures are embedded, first and last among them
+SPEC = "spec.yaml"
+LARGEST_TILE = 256  # pixels; larger evaluation samples are shown at this size
+MOST_EVALUATIONS = 16  # evaluations whose pictures a report holds, first and last among them
+
+Shot = tuple[Path, Row]  # the grid of one evaluation, and its sidecar
 
 _SAMPLE_KEYS = ("iteration", "prompts", "scores", "tile", "columns")
-_FILES = {
+FILES = {
     METRICS: "rewards, importance ratios, losses, groups; the same bytes after a resume",
     TIMINGS: "seconds and images per second, by this run's own clock",
     SUMMARY: "the headline, written when the run ends",
-    "spec.yaml": "the training spec with every default filled in",
+    LIVE: "what the run does now, its workers, rewards and queues",
+    SPEC: "the training spec with every default filled in",
     SAMPLES: "the evaluation images, with their prompts and scores",
 }
 
 
 def write_report(folder: str | Path) -> Path:
     """Write report.html into a run folder, finished or not, and return its path."""
-    page = render_page(report_data(folder))
+    page = whole_page(report_data(folder))
     path = Path(folder) / REPORT
     write_atomic(path, page.encode())
     return path
 
 
-def render_page(data: Row) -> str:
-    """The template with `data` inside. `<` is escaped, so no text of the run can end the script."""
-    template = resources.files("flowgrpo_ray").joinpath("assets/report.html").read_text("utf-8")
-    document = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    title = html.escape(f"{data['name']} · run report")
-    return template.replace("{{title}}", title, 1).replace("{{run_data}}", document, 1)
-
-
 def report_data(folder: str | Path) -> Row:
     """Everything the page shows, as one JSON document. What is missing is said in `notes`."""
     folder = Path(folder)
-    rows = _metrics(folder)
+    if not folder.is_dir():
+        raise RunFolderError(f"no run folder at {folder}: give the folder that a run writes to.")
+    metrics, timings = rows_of(folder / METRICS), rows_of(folder / TIMINGS)
+    if not metrics:
+        raise RunFolderError(
+            f"{folder} has no rows in {METRICS}: wait for the run's first iteration, "
+            "or give the folder that a run writes to."
+        )
     notes: list[str] = []
-    timings = _timings(folder, notes)
-    summary = _summary(folder, notes)
-    train = [row for row in rows if row.get("kind") == "train"]
-    evals = [row for row in rows if row.get("kind") == "eval"]
-    if not train:
-        notes.append(f"{METRICS} holds no training iteration yet.")
-    if not evals:
-        notes.append(f"{METRICS} holds no evaluation yet.")
-    wall = _wall(timings)
+    shots = find_shots(folder, notes)
+    samples = _embedded(shots, notes)
+    data = describe_run(folder, metrics, timings, notes)
+    return {**data, "metrics": metrics, "timings": timings, "samples": samples}
+
+
+def rows_of(path: Path) -> list[Row]:
+    """The rows of a file that need not be there yet."""
+    return read_rows(path) if path.exists() else []
+
+
+def describe_run(folder: Path, metrics: list[Row], timings: list[Row], notes: list[str]) -> Row:
+    """All of the document but its rows and samples. What is missing is added to `notes`."""
+    summary, live = (_object(folder / name, notes) for name in (SUMMARY, LIVE))
+    now = time.time()
+    state = state_of(live, summary, now)
+    train = [row for row in metrics if row.get("kind") == "train"]
+    evals = [row for row in metrics if row.get("kind") == "eval"]
+    if live is None and not (folder / SUMMARY).exists():
+        notes.append(f"{SUMMARY} is not there: the run is going on, or stopped before its end.")
+    if metrics and not timings:
+        notes.append(f"{TIMINGS} is missing or empty: the page shows no times.")
     return {
         "name": (summary or {}).get("name") or folder.resolve().name,
-        "finished": summary is not None,
-        "headline": _headline(summary or {}, train, evals, wall),
+        "state": state,
+        "now": now,
+        "live": live,
+        "headline": _headline(summary or {}, train, evals, timings),
         "rewards": _reward_names(summary or {}, train, evals),
         "watch": _watch(folder, train),
-        "train": train,
-        "evals": evals,
-        "timings": timings,
-        "wall": wall,
-        "samples": _samples(folder, notes),
-        "spec": _text(folder / "spec.yaml", notes),
+        "spec": _text(folder / SPEC, notes),
         "summary": summary,
         "files": _files(folder),
         "notes": notes,
     }
 
 
-def _metrics(folder: Path) -> list[Row]:
-    if not folder.is_dir():
-        raise RunFolderError(f"no run folder at {folder}: give the folder that a run writes to.")
-    path = folder / METRICS
-    rows = read_rows(path) if path.exists() else []
-    if not rows:
-        raise RunFolderError(
-            f"{folder} has no rows in {METRICS}: wait for the run's first iteration, "
-            "or give the folder that a run writes to."
-        )
-    return rows
-
-
-def _timings(folder: Path, notes: list[str]) -> list[Row]:
-    path = folder / TIMINGS
-    rows = read_rows(path) if path.exists() else []
-    if not rows:
-        notes.append(f"{TIMINGS} is missing or empty: the page shows no times.")
-    return rows
-
-
-def _wall(timings: list[Row]) -> list[tuple[int, float]]:
-    """(iteration, seconds since the first one began), evaluations included, starts not."""
-    elapsed, points = 0.0, {0: 0.0}
-    for row in timings:
-        if row.get("kind") in ("train", "eval"):
-            elapsed += row.get("seconds") or 0.0
-        if row.get("kind") == "train":
-            points[row["iteration"]] = round(elapsed, 6)
-    return sorted(points.items()) if len(points) > 1 else []
-
-
-def _headline(summary: Row, train: list[Row], evals: list[Row], wall: list) -> Row:
+def _headline(summary: Row, train: list[Row], evals: list[Row], timings: list[Row]) -> Row:
     """The summary where the run has ended; otherwise the same numbers as far as it got."""
     first = evals[0] if evals else {}
     last = evals[-1] if len(evals) > 1 else {}
     before = summary.get("eval_before") or _means(first)
     after = summary.get("eval_after") or _means(last)
     gates = [row["log_ratio"]["gate"] for row in train if _has_gate(row)]
+    timed = [row["seconds"] for row in timings if row.get("kind") in ("train", "eval")]
     return {
         "rewards": [
             {"name": name, "before": before.get(name), "after": after.get(name)}
@@ -127,7 +111,7 @@ def _headline(summary: Row, train: list[Row], evals: list[Row], wall: list) -> R
         "weights": (last or first).get("weights"),
         "iterations": summary.get("iterations", len(train)),
         "images": summary.get("images", sum(row.get("images") or 0 for row in train)),
-        "seconds": summary.get("seconds", wall[-1][1] if wall else None),
+        "seconds": summary.get("seconds", sum(timed) if timed else None),
         "updates": sum(row.get("updates") or 0 for row in train),
         "gate": max((abs(gate) for gate in gates), default=None),
         "gates": len(gates),
@@ -176,29 +160,17 @@ def _means(row: Row) -> dict[str, float | None]:
 def _reward_names(summary: Row, train: list[Row], evals: list[Row]) -> list[str]:
     """In the summary's order, then as first met."""
     names = dict.fromkeys(summary.get("eval_before") or {})
-    for row in [*train, *evals]:
+    for row in [*evals[:1], *train]:
         names |= dict.fromkeys(row.get("rewards") or {})
     return list(names)
 
 
-def _summary(folder: Path, notes: list[str]) -> Row | None:
-    path = folder / SUMMARY
-    if not path.exists():
-        notes.append(f"{SUMMARY} is not there: the run is going on, or stopped before its end.")
-        return None
-    return _json_object(path, notes)
-
-
-def _json_object(path: Path, notes: list[str]) -> Row | None:
+def _object(path: Path, notes: list[str]) -> Row | None:
     try:
-        value = json.loads(path.read_text("utf-8"))
+        return read_json(path)
     except ValueError as cause:
-        notes.append(f"{path.name} is not readable as JSON ({cause}) and was left out.")
+        notes.append(f"{path.name} is not readable ({cause}) and was left out.")
         return None
-    if not isinstance(value, dict):
-        notes.append(f"{path.name} does not hold a JSON object and was left out.")
-        return None
-    return value
 
 
 def _text(path: Path, notes: list[str]) -> str | None:
@@ -208,11 +180,14 @@ def _text(path: Path, notes: list[str]) -> str | None:
     return None
 
 
-def _samples(folder: Path, notes: list[str]) -> list[Row]:
-    """The evaluations' pictures, each as a data address beside its prompts and scores."""
-    found = []
+# --- pictures
+
+
+def find_shots(folder: Path, notes: list[str]) -> list[Shot]:
+    """The evaluations whose picture and sidecar are whole, oldest first."""
+    found: list[Shot] = []
     for path in sorted((folder / SAMPLES).glob("iteration-*.json")):
-        sidecar = _json_object(path, notes)
+        sidecar = _object(path, notes)
         if sidecar is None:
             continue
         missing = [key for key in _SAMPLE_KEYS if key not in sidecar]
@@ -221,16 +196,53 @@ def _samples(folder: Path, notes: list[str]) -> list[Row]:
             notes.append(f"{path.name} was left out: {lack} is missing.")
             continue
         found.append((path.with_suffix(".png"), sidecar))
-    if not found:
-        notes.append(f"{SAMPLES}/ holds no evaluation images yet.")
-    chosen = spread(found, MOST_EVALUATIONS)
-    if len(chosen) < len(found):
-        notes.append(f"{len(chosen)} of the {len(found)} evaluations' images are embedded here.")
-    if any(max(sidecar["tile"]) > LARGEST_TILE for _, sidecar in chosen):
+    return found
+
+
+def shown_tile(sidecar: Row) -> list[int]:
+    """Height and width of a sample as the page shows it, at most `LARGEST_TILE` pixels."""
+    height, width = sidecar["tile"]
+    scale = min(1.0, LARGEST_TILE / max(height, width))
+    return [round(height * scale), round(width * scale)]
+
+
+def shown_picture(picture: Path, sidecar: Row) -> tuple[bytes, str]:
+    """The grid as the page shows it, and its media type: the exact pixels of a small model's
+    samples, those of a large one scaled down."""
+    tile = shown_tile(sidecar)
+    if tile == sidecar["tile"]:
+        return picture.read_bytes(), "image/png"
+    from PIL import Image
+
+    height, width = sidecar["tile"]
+    with Image.open(picture) as grid:
+        size = (tile[1] * (grid.width // width), tile[0] * (grid.height // height))
+        small = grid.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=90)
+    return buffer.getvalue(), "image/jpeg"
+
+
+def shown(sidecar: Row, address: str) -> Row:
+    """One evaluation for the page, its picture at `address`."""
+    tile = shown_tile(sidecar)
+    return {**sidecar, "tile": tile, "original_tile": sidecar["tile"], "image": address}
+
+
+def _embedded(shots: list[Shot], notes: list[str]) -> list[Row]:
+    chosen = spread(shots, MOST_EVALUATIONS)
+    if len(chosen) < len(shots):
+        notes.append(f"{len(chosen)} of the {len(shots)} evaluations' images are embedded here.")
+    if any(shown_tile(sidecar) != sidecar["tile"] for _, sidecar in chosen):
         notes.append(
             f"Images are scaled down to {LARGEST_TILE} pixels; {SAMPLES}/ holds them as generated."
         )
-    return [_embed(picture, sidecar) for picture, sidecar in chosen]
+    return [shown(sidecar, _data_address(picture, sidecar)) for picture, sidecar in chosen]
+
+
+def _data_address(picture: Path, sidecar: Row) -> str:
+    content, kind = shown_picture(picture, sidecar)
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def spread(items: list, most: int) -> list:
@@ -240,29 +252,10 @@ def spread(items: list, most: int) -> list:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def _embed(picture: Path, sidecar: Row) -> Row:
-    """The exact pixels of a small model; those of a large one scaled down to `LARGEST_TILE`."""
-    height, width = sidecar["tile"]
-    content, kind, tile = picture.read_bytes(), "png", [height, width]
-    if max(height, width) > LARGEST_TILE:
-        from PIL import Image
-
-        scale = LARGEST_TILE / max(height, width)
-        tile = [round(height * scale), round(width * scale)]
-        with Image.open(picture) as grid:
-            size = (tile[1] * (grid.width // width), tile[0] * (grid.height // height))
-            small = grid.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        small.save(buffer, format="JPEG", quality=90)
-        content, kind = buffer.getvalue(), "jpeg"
-    address = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    return {**sidecar, "tile": tile, "original_tile": [height, width], "image": address}
-
-
 def _files(folder: Path) -> list[Row]:
     """Where the numbers come from: each source, its size in bytes, and what it says."""
     files = []
-    for name, says in _FILES.items():
+    for name, says in FILES.items():
         path = folder / name
         size = None
         if path.is_dir():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from flowgrpo_ray.checkpoint import Progress, list_checkpoints, load_checkpoint
 from flowgrpo_ray.errors import RunFolderError
@@ -44,8 +46,10 @@ class RunFolder:
         folder = cls(root / spec.name)
         held = folder.read_spec() if folder.spec_file.exists() else None
         if held and held.identity() != spec.identity():
+            odd = difference(held.essence(), spec.essence())
+            odd = odd or "it was written by another version of this program"
             raise RunFolderError(
-                f"{folder.path} already holds another run's spec: {_difference(held, spec)}. "
+                f"{folder.path} already holds another run's spec: {odd}. "
                 "Choose another name (--set name=...)"
             )
         if held and not resume and folder.started:
@@ -87,13 +91,13 @@ class RunFolder:
         os.close(self._lock_file)
 
 
-def _difference(held: TrainingSpec, asked: TrainingSpec) -> str:
-    """The first key that differs, for an error."""
-    old, new = _flat(held.essence()), _flat(asked.essence())
+def difference(held: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
+    """The first key that differs in parts of two specs, for an error."""
+    old, new = _flat(held), _flat(asked)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             return f"{key} is {old.get(key)!r} there and {new.get(key)!r} here"
-    return "it was written by another version of this program"
+    return None
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, object]:

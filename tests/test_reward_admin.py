@@ -3,18 +3,12 @@
 A real `ray start --head` with its dashboard, the real command line, traffic meanwhile.
 """
 
-import contextlib
 import json
-import os
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
-import psutil
+import clusters
 import pytest
 import yaml
 
@@ -23,18 +17,7 @@ from flowgrpo_ray.errors import RewardEnvironmentError, SpecError
 
 HERE = Path(__file__).parent
 DEPLOYMENTS = HERE.parent / "deployments"
-BIN = Path(sys.executable).parent
 FILES = sorted(DEPLOYMENTS.glob("*.yaml"))
-
-
-def _free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def _write(path, port, *applications):
@@ -56,63 +39,11 @@ def _write(path, port, *applications):
     return path
 
 
-class Cluster:
-    """A cluster of one node in processes of its own, and the shell of somebody who uses it."""
-
-    def __init__(self, folder, http_port):
-        self.http_port = http_port
-        port, dashboard, client = _free_ports(3)
-        self.environment = os.environ | {
-            "RAY_ADDRESS": f"127.0.0.1:{port}",
-            "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "PYTHONPATH": str(HERE),
-            "COLUMNS": "200",
-        }
-        start = [BIN / "ray", "start", "--head", "--block", "--num-cpus=8", f"--port={port}"]
-        start += ["--node-ip-address=127.0.0.1", f"--dashboard-port={dashboard}"]
-        start += [f"--ray-client-server-port={client}", f"--temp-dir={folder}"]
-        without_address = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
-        self.process = subprocess.Popen(
-            start, env=without_address, stdout=subprocess.DEVNULL, start_new_session=True
-        )
-
-    def shell(self, *command, status=0):
-        """What a command prints; with its errors, where it fails."""
-        run = subprocess.run(
-            [BIN / command[0], *command[1:]],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=200,
-        )
-        assert run.returncode == status, run.stdout + run.stderr
-        return run.stdout + (run.stderr if status else "")
-
-    def rewards(self, *command, status=0):
-        return self.shell("flowgrpo-ray", "rewards", *map(str, command), status=status)
-
-    def status(self):
-        return {row["name"]: row for row in json.loads(self.rewards("status", "--json"))}
-
-    def end(self):
-        """All processes of the cluster at once: asked to leave, Ray's take half a minute."""
-        head = psutil.Process(self.process.pid)
-        for process in [head, *head.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.process.wait()
-
-
 @pytest.fixture
 def cluster():
-    (http_port,) = _free_ports(1)
-    folder = tempfile.mkdtemp(prefix="fgr", dir="/tmp")  # short: socket paths have a limit
-    running = Cluster(folder, http_port)
-    yield running
-    running.end()
-    shutil.rmtree(folder, ignore_errors=True)
+    with clusters.cluster({"CPU": 8}) as running:
+        running.wait_until_it_answers()
+        yield running
 
 
 def test_rewards_are_deployed_scaled_and_removed_while_they_are_used(cluster, tmp_path):
@@ -121,7 +52,6 @@ def test_rewards_are_deployed_scaled_and_removed_while_they_are_used(cluster, tm
     others = _write(
         tmp_path / "b.yaml", cluster.http_port, (probe, 2), (probe | {"name": "alone"}, 1)
     )
-    _wait_for(cluster)
     assert "no rewards are deployed" in cluster.rewards("status")
     cluster.shell("serve", "deploy", str(colours))  # the file is what Serve itself takes
     shown = cluster.rewards("deploy", others)
@@ -172,19 +102,6 @@ def test_rewards_are_deployed_scaled_and_removed_while_they_are_used(cluster, tm
     assert "no reward 'nobody' is deployed on this cluster; deployed: " in said
     assert "alone is removed" in cluster.rewards("remove", "alone")
     assert cluster.status().keys() == {"sign_colour", "probe"}
-
-
-def _wait_for(cluster):
-    """`ray start --head` returns from its --block only at the end: ask until it answers."""
-    for _ in range(30):
-        with socket.socket() as knock:
-            port = int(cluster.environment["RAY_DASHBOARD_ADDRESS"].rpartition(":")[2])
-            if knock.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        cluster.process.poll()
-        assert cluster.process.returncode is None
-        time.sleep(1)
-    raise AssertionError("the cluster does not start")
 
 
 # --- config files

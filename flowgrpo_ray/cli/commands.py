@@ -17,8 +17,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flowgrpo_ray.cli.monitor import monitor
 from flowgrpo_ray.cli.rewards import rewards_app
 from flowgrpo_ray.errors import FlowGrpoError, SpecError
+from flowgrpo_ray.paths import in_job, runs_root
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.spec_file import RECIPES, load_spec, recipe_names
 
@@ -34,6 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(rewards_app, name="rewards")
+app.command()(monitor)
 console = Console()
 
 SpecArgument = Annotated[
@@ -57,6 +60,13 @@ WeightsOption = Annotated[
 StepsOption = Annotated[
     int | None, typer.Option(min=1, help="denoising steps; default: evaluation.steps of the spec")
 ]
+RunsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="folder that holds the run folders; default: FLOWGRPO_RUNS, else runs, and in a Ray "
+        "job ~/flowgrpo-runs"
+    ),
+]
 IterationOption = Annotated[
     int | None, typer.Option(min=0, help="of the checkpoint; default: newest")
 ]
@@ -69,7 +79,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="continue the run of this name from its checkpoint")
     ] = False,
-    runs: Annotated[Path, typer.Option(help="folder that holds the run folders")] = Path("runs"),
+    runs: RunsOption = None,
     validate: Annotated[
         int | None,
         typer.Option(
@@ -85,6 +95,9 @@ def train(
     from flowgrpo_ray.console import RunDisplay, summary_table
 
     resolved = load_spec(spec, overrides or [])
+    runs = runs_root(runs)
+    if in_job():
+        console.print(f"run folder: {runs / resolved.name}", soft_wrap=True, highlight=False)
     if validate is not None:
         resolved = _validation_run(resolved, validate, runs, resume)
     try:
@@ -95,6 +108,8 @@ def train(
         raise typer.Exit(130) from None
     done = outcome.summary["iterations"]
     again = f"flowgrpo-ray train {spec}{_as_options(overrides)} --runs {runs} --resume"
+    if in_job():
+        again = "the same submission (a plain ray job submit wants --resume with train)"
     if outcome.stopped:
         saved = f"stopped after iteration {done}, saved" if done else "stopped before iteration 1"
         if outcome.diverged:
@@ -123,6 +138,42 @@ def train(
         else f"next:   flowgrpo-ray export {outcome.folder} --out {resolved.name}-export",
         soft_wrap=True,
         highlight=False,
+    )
+
+
+@app.command()
+def submit(
+    spec: SpecArgument,
+    overrides: SetOption = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="of the cluster's dashboard, as http://head:8265; default: RAY_API_SERVER_ADDRESS "
+            "or RAY_ADDRESS, else the cluster that runs here"
+        ),
+    ] = None,
+    runs: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder on the cluster that holds the run folders, an absolute path; default: "
+            "FLOWGRPO_RUNS there, else ~/flowgrpo-runs"
+        ),
+    ] = None,
+    stop_wait: Annotated[
+        int,
+        typer.Option(min=1, help="seconds a stopped job has to finish its iteration and save"),
+    ] = 600,
+    wait: Annotated[bool, typer.Option("--wait", help="follow the job until it ends")] = False,
+) -> None:
+    """Train as a job of a Ray cluster; submitting the same run again continues it.
+
+    The spec is checked here first. Uploaded are the spec, its prompt files and the modules of your
+    reward classes, nothing else.
+    """
+    from flowgrpo_ray.cli.submit import submit_run
+
+    raise typer.Exit(
+        submit_run(load_spec(spec, overrides or []), address, runs, stop_wait, wait, console)
     )
 
 
@@ -165,12 +216,19 @@ def plan(
         str | None,
         typer.Option(metavar="NAME|GIB", help="say whether this GPU is enough, as h100 or 80"),
     ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="a short run of this spec: say how long all of it takes"),
+    ] = None,
+    gpu_hour: Annotated[
+        float | None, typer.Option(min=0, help="price of an hour of one GPU, with --measured")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the numbers as JSON")] = False,
 ) -> None:
-    """Check a spec and print what it will do: images, forwards, FLOPs, GPUs, memory."""
+    """Check a spec and print what it will do: images, forwards, FLOPs, GPUs, memory, hours."""
     from flowgrpo_ray.cli.plan import show_plan
 
-    show_plan(load_spec(spec, overrides or []), gpu, as_json, console)
+    show_plan(load_spec(spec, overrides or []), gpu, as_json, console, measured, gpu_hour)
 
 
 @app.command()

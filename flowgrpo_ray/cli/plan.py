@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -12,7 +14,10 @@ from rich.table import Table
 
 from flowgrpo_ray.errors import SpecError
 from flowgrpo_ray.preflight import check_run
+from flowgrpo_ray.run_folder import RunFolder, difference
 from flowgrpo_ray.spec import TrainingSpec, required_resources
+from flowgrpo_ray.spec_sections import ActorsSpec
+from flowgrpo_ray.tracking import TIMINGS, read_rows
 
 if TYPE_CHECKING:
     from flowgrpo_ray.footprint import Footprint, Work
@@ -30,24 +35,39 @@ GPUS = {
 }
 
 
-def show_plan(spec: TrainingSpec, gpu: str | None, as_json: bool, console: Console) -> None:
-    """Check ``spec`` and print what it will do; ``gpu`` is a name of ``GPUS`` or GiB."""
+def show_plan(
+    spec: TrainingSpec,
+    gpu: str | None,
+    as_json: bool,
+    console: Console,
+    measured: Path | None = None,
+    price: float | None = None,
+) -> None:
+    """Check ``spec`` and print what it will do; ``gpu`` is a name of ``GPUS`` or GiB, ``measured``
+    a run to take times from, ``price`` that of an hour of a GPU."""
     prompts, held_out = check_run(spec)
     device = None if gpu is None else (gpu, gpu_memory(gpu))
+    if price is not None and measured is None:
+        raise SpecError("--gpu-hour: name a run to take times from with --measured RUN")
+    cost = None if measured is None else cost_of(spec, measured, price)
     from flowgrpo_ray.footprint import count_work, estimate, gpu_here
 
     work, footprint = count_work(spec, len(held_out)), estimate(spec)
-    cpus, gpus = required_resources(spec)
+    reserved = required_resources(spec)
     if as_json:
         found: dict[str, Any] = {"name": spec.name, "spec": spec.digest(), "work": asdict(work)}
-        found |= {"reserved": {"cpus": cpus, "gpus": gpus}}
+        found |= {"reserved": reserved}
         found |= {"footprint": None if footprint is None else asdict(footprint)}
         found |= {"needed": None if footprint is None else needed(spec, footprint)}
+        found |= {"cost": cost}
         print(json.dumps(found, indent=2))
         return
     console.print(_counts(spec, work, footprint))
     console.print(f"prompts: {len(prompts):,} to train on, {len(held_out):,} held out")
-    console.print(f"reserved in Ray: {cpus:g} CPUs, {gpus:g} GPUs")
+    console.print("reserved in Ray: " + ", ".join(f"{n:g} {name}" for name, n in reserved.items()))
+    if cost is not None:
+        for line in _cost_lines(cost):
+            console.print(line, highlight=False, soft_wrap=True)
     if footprint is None:
         console.print(
             f"memory: unknown, the configs of {spec.model.path} are not on this disk; give a local "
@@ -86,14 +106,19 @@ def needed(spec: TrainingSpec, footprint: Footprint) -> dict[str, float]:
 
     Actors that reserve a part of a GPU share it, and each needs all of its memory.
     """
-    kinds = {
-        "rollout worker": (spec.cluster.rollout.gpus, largest(footprint.rollout)[1] / GIB),
-        "learner rank": (spec.cluster.learner.gpus, largest(footprint.learner)[1] / GIB),
-    }
-    on_gpu = {name: kind for name, kind in kinds.items() if kind[0] > 0}
-    if len(on_gpu) == 2 and sum(part for part, _ in on_gpu.values()) <= 1:
-        return {" + ".join(on_gpu): sum(size for _, size in on_gpu.values())}
-    return {name: int(1 / part) * size for name, (part, size) in on_gpu.items()}
+    rollout, learner = spec.cluster.rollout, spec.cluster.learner
+    worker, rank = (largest(s)[1] / GIB for s in (footprint.rollout, footprint.learner))
+    beside = _sharing(rollout, 1 - learner.gpus)
+    if rollout.gpus and learner.gpus and beside:
+        workers = "rollout worker" if beside == 1 else f"{beside} rollout workers"
+        return {f"{workers} + learner rank": beside * worker + rank}
+    kinds = {"rollout worker": (rollout, worker), "learner rank": (learner, rank)}
+    return {n: _sharing(kind, 1) * size for n, (kind, size) in kinds.items() if kind.gpus}
+
+
+def _sharing(kind: ActorsSpec, part: float) -> int:
+    """How many actors of a kind may come to lie in this part of one GPU."""
+    return min(kind.count, int(part / kind.gpus + 1e-9)) if kind.gpus else 0
 
 
 def verdicts(
@@ -137,6 +162,60 @@ def advice(spec: TrainingSpec, footprint: Footprint, name: str) -> Iterator[str]
             most = max(("sampling", "evaluation"), key=lambda part: getattr(spec, part).micro_batch)
             yield f"a smaller {most}.micro_batch"
     yield "a GPU with more memory, or one for each actor"
+
+
+# --- time and price
+
+COMPARED = {
+    *("model", "tuning", "sampling", "rewards", "advantages", "objective", "evaluation", "cluster")
+}
+
+
+def cost_of(spec: TrainingSpec, run: Path, price: float | None) -> dict[str, Any]:
+    """Hours of ``spec`` at the speed of ``run``, which must have done the same work on the same
+    division of machines; ``SpecError`` if it has not."""
+    held = RunFolder.existing(run).read_spec()
+    if odd := difference(_timed(held), _timed(spec)):
+        raise SpecError(
+            f"measured in {run}: {odd}. Measure this spec: train it under another name for a few "
+            "iterations"
+        )
+    timings = run / TIMINGS
+    rows = read_rows(timings) if timings.exists() else []
+    starts, trains, evals = (
+        [row["seconds"] for row in rows if row["kind"] == kind]
+        for kind in ("start", "train", "eval")
+    )
+    if not starts or len(trains) < 2 or not evals:
+        raise SpecError(f"measured in {run}: it needs 2 iterations and an evaluation at least")
+    start, each, evaluation = starts[-1], median(trains[1:]), evals[-1]  # the first warms up
+    evaluations = 1 + -(-spec.iterations // spec.evaluation.every)
+    after_start = (evaluations - 1) * evaluation  # the first one is a phase of the start
+    hours = (start + spec.iterations * each + after_start) / 3600
+    reserved = required_resources(spec)
+    found = {"run": str(run), "start_s": start, "iteration_s": each, "evaluation_s": evaluation}
+    found |= {"iterations": spec.iterations, "evaluations": evaluations, "hours": hours}
+    found |= {"gpu_hours": hours * reserved["GPU"], "cpu_hours": hours * reserved["CPU"]}
+    return found | {"price": None if price is None else hours * reserved["GPU"] * price}
+
+
+def _timed(spec: TrainingSpec) -> dict[str, Any]:
+    """The part of a spec that the time of an iteration or an evaluation depends on."""
+    values = spec.model_dump(mode="json", include=COMPARED)
+    del values["evaluation"]["every"]
+    values["cluster"] = {kind: values["cluster"][kind] for kind in ("rollout", "learner")}
+    return values
+
+
+def _cost_lines(cost: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"measured in {cost['run']}: {cost['iteration_s']:.3g} s an iteration, "
+        f"{cost['evaluation_s']:.3g} s an evaluation, {cost['start_s']:.3g} s to start"
+    )
+    total = f"{cost['iterations']:,} iterations and {cost['evaluations']:,} evaluations: "
+    total += f"{cost['hours']:.3g} hours, {cost['gpu_hours']:.3g} GPU-hours, "
+    total += f"{cost['cpu_hours']:.3g} CPU-hours"
+    yield total if cost["price"] is None else f"{total}, GPUs for {cost['price']:,.2f}"
 
 
 # --- tables

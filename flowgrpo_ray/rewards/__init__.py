@@ -64,7 +64,10 @@ def resolve(reward: str) -> type:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise SpecError(f"reward {reward!r}: cannot import {module_name!r}: {error}") from error
+        raise SpecError(
+            f"reward {reward!r}: cannot import {module_name!r}: {error}. For a module in this "
+            "folder set PYTHONPATH=$PWD"
+        ) from error
     found = getattr(module, class_name, None)
     if not inspect.isclass(found):
         classes = [name for name, _ in inspect.getmembers(module, inspect.isclass)]
