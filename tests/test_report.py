@@ -2,117 +2,21 @@
 
 import json
 import re
-import shutil
-import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageFont
+from browser import Browser, needs_browser
+from sample_runs import HOSTILE, make_run, train_row, write_live
 
 from flowgrpo_ray.errors import RunFolderError
-from flowgrpo_ray.report import LARGEST_TILE, render_page, report_data, spread, write_report
+from flowgrpo_ray.page import SCRIPTS, STYLE, asset
+from flowgrpo_ray.report import LARGEST_TILE, report_data, spread, write_report
+from flowgrpo_ray.run_state import state_of
 from flowgrpo_ray.tracking import RunRecorder, read_rows, save_samples
 from flowgrpo_ray.watch import Reading
-
-HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>"
-COLOURS = {"red": (196, 52, 44), "green": (46, 140, 84), "blue": (44, 92, 180), "black": (40,) * 3}
-STAGES = {"publish": 0.05, "sample": 1.2, "score": 0.5, "train": 0.9, "step": 0.02}
-
-
-def sign(text: str, colour: tuple[int, int, int], quality: float, seed: int, size: int = 40):
-    """A shop sign with digits; the lower the quality, the more of it is noise."""
-    rng = np.random.default_rng(seed)
-    image = Image.new("RGB", (size, size), (226, 224, 216))
-    draw = ImageDraw.Draw(image)
-    draw.rounded_rectangle((2, size // 5, size - 3, size - size // 5), 4, fill=colour)
-    font = ImageFont.load_default(size * 0.52)
-    draw.text((size / 2, size / 2), text, "white", font, anchor="mm")
-    noise = rng.normal(128, 60, (size, size, 3))
-    mixed = np.asarray(image) * quality + noise * (1 - quality)
-    return mixed.clip(0, 255).astype(np.uint8)
-
-
-def evaluate(folder: Path, iteration: int, skill: float, count: int, size: int = 40) -> dict:
-    """Samples of one evaluation; the same seed per prompt at every iteration."""
-    prompts, images, ocr, colour = [], [], [], []
-    for index in range(count):
-        rng = np.random.default_rng([7, index])
-        name = list(COLOURS)[index % len(COLOURS)]
-        text = str(rng.integers(10, 100))
-        quality = float(np.clip(skill + rng.normal(0, 0.16), 0.05, 0.97))
-        prompts.append(f'a {name} shop sign that reads "{text}"')
-        images.append(sign(text, COLOURS[name], quality, index, size))
-        ocr.append(round(min(1.0, quality * 1.1) * 2) / 2)
-        colour.append(quality)
-    scores = {"ocr": ocr, "sign_colour": [None, *colour[1:]]}
-    save_samples(folder, iteration, np.stack(images), prompts, scores)
-    known = {"ocr": ocr, "sign_colour": colour[1:]}
-    return {k: {"mean": float(np.mean(v)), "std": float(np.std(v))} for k, v in known.items()}
-
-
-def train_row(iteration: int, skill: float, rng: np.random.Generator) -> dict:
-    ocr, colour = (float(np.clip(skill + rng.normal(0, 0.03), 0, 1)) for _ in range(2))
-    return {
-        "kind": "train",
-        "iteration": iteration,
-        "images": 96,
-        "reward": {"mean": 0.8 * ocr + 0.2 * colour, "std": 0.3 - 0.2 * skill},
-        "rewards": {
-            "ocr": {"mean": ocr, "std": 0.34 - 0.2 * skill},
-            "sign_colour": {"mean": colour, "std": 0.2 - 0.1 * skill},
-        },
-        "groups": {"total": 8, "no_spread": int(rng.binomial(8, skill / 4)), "dropped": 0},
-        "log_ratio": {
-            "gate": 0.0,
-            "max_abs": float(rng.gamma(6, 0.006)),
-            "mean": float(rng.normal(0, 1e-4)),
-            "std": float(rng.gamma(8, 6e-4)),
-        },
-        "clip_fraction": {"low": float(rng.beta(2, 30)), "high": float(rng.beta(2, 34))},
-        "loss": float(rng.normal(-0.002, 0.004)),
-        "policy_loss": float(rng.normal(-0.003, 0.004)),
-        "kl": 0.0004 * iteration * float(rng.gamma(20, 0.05)),
-        "grad_norm": [float(rng.gamma(9, 0.05)), float(rng.gamma(8, 0.05))],
-        "updates": 2,
-        "learning_rate": 3e-4 * min(1, iteration / 5),
-        "window": [1, 3],
-        "weights": {"version": iteration, "digest": f"9f{iteration:06x}"},
-    }
-
-
-def make_run(
-    folder: Path, iterations: int = 12, every: int = 4, prompts: int = 12, finished: bool = True
-) -> Path:
-    """A run folder as the driver leaves it, of a run that learns to write digits."""
-    rng = np.random.default_rng(3)
-    recorder = RunRecorder(folder, tensorboard=False)
-    phases = {"import": 2.1, "ray": 8.0, "actors": 12.0, "models": 5.4, "rewards": 3.5}
-    recorder.log_timing({"kind": "start", "seconds": 31.0, "phases": phases})
-
-    def evaluation(iteration: int, skill: float) -> dict:
-        rewards = evaluate(folder, iteration, skill, prompts)
-        row = {"kind": "eval", "iteration": iteration, "prompts": prompts, "weights": "ema"}
-        recorder.log({**row, "rewards": rewards})
-        recorder.log_timing({"kind": "eval", "iteration": iteration, "seconds": 1.1})
-        return {name: value["mean"] for name, value in rewards.items()}
-
-    before = after = evaluation(0, 0.3)
-    for iteration in range(1, iterations + 1):
-        skill = 0.95 - 0.65 * float(np.exp(-3 * iteration / iterations))
-        recorder.log(train_row(iteration, skill, rng))
-        stages = {name: value * float(rng.gamma(60, 1 / 60)) for name, value in STAGES.items()}
-        seconds = 0.72 * sum(stages.values())
-        row = {"kind": "train", "iteration": iteration, "seconds": seconds, "stages": stages}
-        recorder.log_timing({**row, "images_per_second": 96 / seconds})
-        if iteration % every == 0 or iteration == iterations:
-            after = evaluation(iteration, skill)
-    (folder / "spec.yaml").write_text("name: tiny-ocr\nmodel:\n  base: tiny-sd3  # embedded\n")
-    if finished:
-        summary = {"name": "tiny-ocr", "eval_before": before, "eval_after": after}
-        counts = {"seconds": 131.2, "iterations": iterations, "images": 96 * iterations}
-        recorder.write_summary({**summary, **counts})
-    return folder
 
 
 def embedded(page: str) -> dict:
@@ -126,18 +30,24 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("runs") / "tiny-ocr")
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with Browser() as opened:
+        yield opened
+
+
 def test_report_holds_the_exact_data(run: Path):
     path = write_report(run)
     assert path == run / "report.html"
     data = embedded(path.read_text())
-    rows = read_rows(run / "metrics.jsonl")
-    assert data["train"] + data["evals"] == sorted(rows, key=lambda row: row["kind"] == "eval")
+    assert data["metrics"] == read_rows(run / "metrics.jsonl")
     assert data["timings"] == read_rows(run / "timings.jsonl")
     assert data["summary"] == json.loads((run / "summary.json").read_text())
     assert data["spec"] == (run / "spec.yaml").read_text()
-    assert data["finished"]
+    assert data["state"] == "finished"
     assert data["notes"] == []
-    assert data == json.loads(json.dumps(report_data(run)))
+    again = report_data(run) | {"now": data["now"], "files": data["files"]}
+    assert data == json.loads(json.dumps(again))
 
 
 def test_headline_is_the_summary(run: Path):
@@ -173,7 +83,8 @@ def test_samples_keep_their_pixels(run: Path):
     assert content == (run / "samples/iteration-000000.png").read_bytes()
 
 
-def test_wall_time_adds_iterations_and_evaluations(tmp_path: Path):
+@needs_browser
+def test_wall_time_adds_iterations_and_evaluations(tmp_path: Path, browser: Browser):
     recorder = RunRecorder(tmp_path, tensorboard=False)
     recorder.log({"kind": "train", "iteration": 1})
     recorder.log_timing({"kind": "start", "seconds": 31.0, "phases": {}})
@@ -181,7 +92,9 @@ def test_wall_time_adds_iterations_and_evaluations(tmp_path: Path):
     recorder.log_timing({"kind": "train", "iteration": 1, "seconds": 2.0})
     recorder.log_timing({"kind": "eval", "iteration": 1, "seconds": 1.0})
     recorder.log_timing({"kind": "train", "iteration": 2, "seconds": 2.0})
-    assert report_data(tmp_path)["wall"] == [(0, 0.0), (1, 3.5), (2, 6.5)]
+    browser.open(write_report(tmp_path).as_uri())
+    assert browser.look("[0, 1, 2].map(clock)") == [0, 3.5, 6.5]
+    assert report_data(tmp_path)["headline"]["seconds"] == 6.5
 
 
 def test_text_of_the_run_is_inert(tmp_path: Path):
@@ -199,12 +112,69 @@ def test_text_of_the_run_is_inert(tmp_path: Path):
     assert data["name"] == HOSTILE
 
 
-def test_page_asks_for_nothing_and_never_parses_data_as_html(run: Path):
-    page = render_page(report_data(run))
-    assert not re.search(r"https?:|//[a-z]+\.|@import|<link[^>]+href=\"(?!data:)", page)
-    assert not re.search(r"\b(src|url)\s*[=(]\s*['\"]?(?!data:)\w", page.replace("src = shot", ""))
-    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
-        assert word not in page
+def test_the_page_never_parses_data_as_html_and_names_no_other_place():
+    for name in ("page.html", STYLE, *SCRIPTS):
+        text = asset(name)
+        assert not re.search(
+            r"https?://\w|//[a-z]+\.[a-z]|@import|<link[^>]+href=\"(?!data:)", text
+        ), name
+        for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+            assert word not in text, name
+        assert "</script" not in text or name == "page.html"
+
+
+def test_no_part_of_the_page_is_long():
+    for name in ("page.html", STYLE, *SCRIPTS):
+        assert len(asset(name).splitlines()) < 400, name
+
+
+@needs_browser
+def test_a_report_asks_the_network_for_nothing_and_has_no_fault(run: Path, browser: Browser):
+    browser.forget()
+    page = write_report(run)
+    browser.open(page.as_uri())
+    browser.look("[...waiting.keys()].forEach(paint)")
+    browser.wait("[...decoded.values()].length && [...decoded.values()].every(one => one.picture)")
+    asked = {address for address in browser.requests if not address.startswith("data:")}
+    assert asked == {page.as_uri()}
+    assert browser.troubles == []
+
+
+@needs_browser
+def test_hostile_text_is_shown_as_text(tmp_path: Path, browser: Browser):
+    """In every place that shows a text of the run."""
+    folder = make_run(tmp_path / "run", iterations=2, prompts=2)
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    save_samples(folder, 2, images, [HOSTILE, "x"], {HOSTILE: [0.5, 1.0]})
+    save_samples(folder, 0, images, [HOSTILE, "x"], {HOSTILE: [0.5, 1.0]})
+    (folder / "spec.yaml").write_text(f"name: {HOSTILE}\n")
+    RunRecorder(folder, tensorboard=False).write_summary(
+        {"name": HOSTILE, "eval_before": {HOSTILE: 1}}
+    )
+    write_live(
+        folder, "failed", message=HOSTILE, host=HOSTILE, ray={"dashboard": "javascript:alert(1)"}
+    )
+    browser.forget()
+    browser.open(write_report(folder).as_uri())
+    browser.look("enlarge(0)")
+    assert browser.look("document.querySelectorAll('img, script[src], iframe').length") == 0
+    assert (
+        browser.look(
+            "[...document.querySelectorAll('a')].filter(a => /script/.test(a.href)).length"
+        )
+        == 0
+    )
+    for place in (
+        "#header h1",
+        "#zoom-title",
+        "#spec pre",
+        ".alert",
+        ".prompt",
+        "#cluster-lead",
+        ".headline .name",
+    ):
+        assert HOSTILE in browser.look(f"document.querySelector({place!r}).textContent"), place
+    assert browser.troubles == []
 
 
 def test_no_such_folder_says_so(tmp_path: Path):
@@ -225,11 +195,11 @@ def test_first_iteration_of_a_running_run(tmp_path: Path):
     row = train_row(1, 0.3, np.random.default_rng(0))
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + '\n{"kind": "tr')
     data = embedded(write_report(tmp_path).read_text())
-    assert not data["finished"]
+    assert data["state"] == "unknown"
     assert data["headline"]["rewards"] == []
     assert data["headline"]["images"] == 96
     notes = " ".join(data["notes"])
-    for said in ("no evaluation yet", "timings.jsonl is missing", "summary.json is not", "spec"):
+    for said in ("timings.jsonl is missing", "summary.json is not", "spec"):
         assert said in notes
 
 
@@ -240,7 +210,7 @@ def test_evaluation_before_any_training(tmp_path: Path):
     assert ocr["before"] is not None
     assert ocr["after"] is None
     assert data["headline"]["gate"] is None
-    assert data["wall"] == []
+    assert data["headline"]["seconds"] == 1.1
 
 
 def test_unfinished_run_counts_what_is_there(tmp_path: Path):
@@ -261,7 +231,7 @@ def test_damaged_side_files_are_left_out_and_named(tmp_path: Path):
     assert [sample["iteration"] for sample in data["samples"]] == [0, 4]
     notes = "\n".join(data["notes"])
     assert "summary.json is not readable" in notes
-    assert "iteration-000001.json does not hold a JSON object" in notes
+    assert "iteration-000001.json is not readable (does not hold a JSON object)" in notes
     assert "iteration-000002.json was left out: scores, tile, columns is missing" in notes
     assert "iteration-000003.json was left out: iteration-000003.png is missing" in notes
 
@@ -321,7 +291,7 @@ def test_without_a_watched_reward_or_divergence_there_is_nothing_to_tell(tmp_pat
     assert watched["spans"] == []
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+@needs_browser
 @pytest.mark.parametrize(
     ("marks", "seen", "unseen"),
     [
@@ -331,17 +301,19 @@ def test_without_a_watched_reward_or_divergence_there_is_nothing_to_tell(tmp_pat
         ("......", ["sign_colour"], ["best window", "best-bar", 'class="alert']),
     ],
 )
-def test_the_page_draws_the_watch(tmp_path: Path, marks: str, seen: list[str], unseen: list[str]):
-    """In a browser: the notice, and the marks on the curve."""
-    page = drawn(write_report(watched_run(tmp_path, marks)))
+def test_the_page_draws_the_watch(
+    tmp_path: Path, browser: Browser, marks: str, seen: list[str], unseen: list[str]
+):
+    """The notice, and the marks on the curve."""
+    page = drawn(browser, write_report(watched_run(tmp_path, marks)))
     for text in seen:
         assert text in page, text
     for text in unseen:
         assert text not in page, text
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
-def test_the_page_draws_steps_and_refills_where_rows_have_them(tmp_path: Path):
+@needs_browser
+def test_the_page_draws_steps_and_refills_where_rows_have_them(tmp_path: Path, browser: Browser):
     recorder = RunRecorder(tmp_path, tensorboard=False)
     rng = np.random.default_rng(0)
     for iteration in (1, 2, 3):
@@ -350,25 +322,61 @@ def test_the_page_draws_steps_and_refills_where_rows_have_them(tmp_path: Path):
         row["log_ratio"]["per_step"] = {"step": steps, "mean": [1e-4, 0.0], "std": [3e-3, 4e-3]}
         row["groups"]["refilled"] = iteration - 1
         recorder.log(row)
-    page = drawn(write_report(tmp_path))
+    page = drawn(browser, write_report(tmp_path))
     assert "Spread of log ρ by step" in page
     table = page[page.index("log ρ by stochastic step") :]
-    cells = re.findall(r"<td[^>]*>([^<]*)</td>", table)[:8]
+    cells = [cell for cell in re.findall(r"<td[^>]*>([^<]*)</td>", table) if cell][:8]
     # step 1: spreads 4, 4 and 3 in thousandths around means of 0, 0 and 0.1: 3.7 in all
     assert cells == ["0", "2", "1.0e−4", "0.0030", "1", "3", "3.3e−5", "0.0037"]
     assert "refilled<b>2</b>" in page
-    older = drawn(write_report(make_run(tmp_path / "older", iterations=2, prompts=4)))
+    older = drawn(browser, write_report(make_run(tmp_path / "older", iterations=2, prompts=4)))
     assert "by stochastic step" not in older
     assert "refilled<b>" not in older
 
 
-def drawn(page: Path) -> str:
-    """The document as a browser has it after the page's code ran, without that code and data."""
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    run = subprocess.run(
-        [*command, page.as_uri()], capture_output=True, text=True, check=True, timeout=120
-    )
-    return re.sub(r"<(script|style)\b.*?</\1>", "", run.stdout, flags=re.S)
+def drawn(browser: Browser, page: Path) -> str:
+    """The body as the page's code has made it."""
+    browser.open(page.as_uri())
+    browser.look("charts.forEach(one => one.come(true))")  # those out of sight too
+    html: str = browser.look("document.querySelector('main').outerHTML")
+    return html
+
+
+# --- the state of a run
+
+
+@pytest.mark.parametrize(
+    ("told", "age", "summary", "state"),
+    [
+        ("running", 3, None, "running"),
+        ("running", 14.9, None, "running"),
+        ("starting", 15.1, None, "lost"),
+        ("stopping", 15.1, None, "lost"),
+        ("failed", 1e6, None, "failed"),
+        ("running", 1, {"iterations": 8}, "finished"),  # written by the run itself, at its end
+        ("stopping", 1, {"iterations": 5}, "stopped"),
+        ("starting", 1, {"iterations": 5}, "starting"),  # goes on; the summary is of before
+        ("dancing", 1, None, "unknown"),
+    ],
+)
+def test_state_of_a_run(told: str, age: float, summary: dict | None, state: str):
+    live = {"state": told, "updated": 1000.0, "iterations": 8}
+    assert state_of(live, summary, 1000.0 + age) == state
+
+
+def test_state_without_a_live_file():
+    assert state_of(None, None, 0) == "unknown"
+    assert state_of(None, {"iterations": 3}, 0) == "finished"
+    assert state_of({"state": "running", "updated": None}, None, 0) == "unknown"
+
+
+def test_a_report_says_how_a_run_ended(tmp_path: Path):
+    folder = make_run(tmp_path / "run", iterations=2, prompts=2, finished=False)
+    write_live(folder, "running", updated=time.time() - 60)
+    assert report_data(folder)["state"] == "lost"
+    write_live(folder, "failed", message="no GPU")
+    data = report_data(folder)
+    assert (data["state"], data["live"]["message"]) == ("failed", "no GPU")
 
 
 def test_large_samples_are_scaled_down_and_said_so(tmp_path: Path):
