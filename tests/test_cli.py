@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ COMMANDS = {
     "evaluate": "held-out prompts",
     "export": "for diffusers",
     "report": "report.html",
+    "monitor": "as a live page",
     "recipes": "List the training specs",
     "schema": "JSON schema",
 }
@@ -81,7 +83,7 @@ def test_plan_counts_the_work(run):
         "optimizer updates": [2, 20],
     }
     assert "256 to train on, 64 held out" in out
-    assert "0 GPUs" in out
+    assert "0 GPU" in out
     assert "memory (1.70 M parameters, 1.70 M trained)" in out
     assert re.search(r"learner rank, update\W+\d+\.\d\d", out)
     assert "GiB; " not in out, "no verdict on a spec without GPUs"
@@ -107,7 +109,7 @@ def test_plan_as_json_has_the_numbers(run):
     assert status == 0
     found = json.loads(out)
     assert found["work"]["rollout_forwards"] == 960
-    assert found["reserved"]["gpus"] == 2
+    assert found["reserved"]["GPU"] == 2
     stages = found["footprint"]["learner"]
     assert stages.keys() == {"loading", "update", "publishing"}
     largest = max(sum(parts.values()) for parts in stages.values())
@@ -173,14 +175,30 @@ def test_advice_leaves_out_what_is_done_or_would_not_help():
 def test_actors_that_share_a_gpu_need_it_together():
     from flowgrpo_ray.cli.plan import needed
 
-    def of(rollout: float, learner: float) -> dict[str, float]:
-        keys = f"cluster={{rollout: {{gpus: {rollout}}}, learner: {{gpus: {learner}}}}}"
+    def of(rollout: float, learner: float, count: int = 1) -> dict[str, float]:
+        workers = f"{{count: {count}, gpus: {rollout}}}"
+        keys = f"cluster={{rollout: {workers}, learner: {{gpus: {learner}}}}}"
         return needed(load_spec("tiny-ocr", [keys]), footprint_of(10, 30))
 
     assert of(0.4, 0.4) == {"rollout worker + learner rank": 40}
-    assert of(0.5, 1) == {"rollout worker": 20, "learner rank": 30}
+    assert of(0.2, 0.6, 2) == {"2 rollout workers + learner rank": 50}
+    assert of(0.5, 1) == {"rollout worker": 10, "learner rank": 30}
+    assert of(0.5, 1, 3) == {"rollout worker": 20, "learner rank": 30}
+    assert of(0.5, 0.6, 2) == {"rollout worker": 20, "learner rank": 30}
     assert of(0, 1) == {"learner rank": 30}
     assert of(0, 0) == {}
+
+
+def test_a_note_is_printed_as_it_is():
+    """A failed reward's note quotes a prompt, which may look like rich's markup."""
+    from rich.console import Console
+
+    from flowgrpo_ray.console import RunDisplay
+
+    out = io.StringIO()
+    display = RunDisplay(load_spec("tiny-ocr"), Console(file=out, width=200))
+    display.note("first prompt: 'a sign [/] [red] [/b]'")
+    assert out.getvalue() == "first prompt: 'a sign [/] [red] [/b]'\n"
 
 
 def test_recipes_lists_each_with_its_line(run):

@@ -22,12 +22,13 @@ ROOT = Path(flowgrpo_ray.__file__).parent
 # A module may import modules of lower layers only. A package (policies, rewards, cluster) is one
 # entry; its files may import each other. A new module: give it the lowest layer that works.
 LAYERS = [
-    {"errors", "families", "paths", "types", "flow", "signs", "bottleneck", "dry_run"},
+    {"errors"},
+    {"families", "paths", "types", "flow", "signs", "bottleneck", "dry_run", "run_state", "page"},
     {"environments", "hub", "images", "spec_sections"},
     {"objective", "sampling", "rewards", "tracking", "checkpoint", "watch", "validation"},
     {"spec", "policies", "report", "weights", "calibration", "scoring"},
-    {"spec_file", "prompts", "optimizer"},
-    {"metrics", "preflight", "learner", "model_card", "footprint"},
+    {"spec_file", "prompts", "optimizer", "monitor"},
+    {"metrics", "preflight", "upload", "learner", "model_card", "footprint"},
     {"run_folder"},
     {"inference", "tiny_base"},
     {"cluster", "console"},
@@ -43,7 +44,8 @@ OWNERS = {
     "transformers": {"policies", "tiny_base", "rewards"},
     "peft": {"policies"},
     "rapidocr": {"rewards"},
-    "fastapi": {"cluster"},
+    "fastapi": {"cluster", "monitor"},
+    "uvicorn": {"monitor"},
     "typer": {"cli"},
     "safetensors": {"checkpoint", "policies", "rewards", "footprint"},
     "pydantic": {"spec_sections", "spec", "spec_file", "cluster"},
@@ -133,6 +135,7 @@ HEAVY = {"torch", "ray", "diffusers", "transformers", "peft", "rapidocr", "matpl
     [
         ("flow, objective, types, sampling, policies, learner, checkpoint, weights", {"torch"}),
         ("cluster.driver, cluster.run", {"ray", "fastapi"}),
+        ("monitor", {"fastapi"}),
         (
             "cli, spec_file, prompts, preflight, metrics, run_folder, report, rewards.ocr, watch, "
             "validation, console, calibration, scoring, images, environments",

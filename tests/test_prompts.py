@@ -316,7 +316,7 @@ def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: str):
         load_prompts(path, "prompts.train")
     assert "prompts.train" in str(caught.value)
     assert path in str(caught.value)
-    assert "line 3" in str(caught.value)
+    assert "line 3 holds no prompt: " in str(caught.value)
 
 
 def test_digest_tells_sets_and_orders_apart():

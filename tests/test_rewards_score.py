@@ -235,7 +235,7 @@ def broken(score):
         (["grey", "four.txt"], "3 files, but PROMPTS 4 prompts: the prompt 'four' has no image"),
         (["grey", "no.txt"], "PROMPTS = 'no.txt': there is no such file"),
         (["grey", "empty.txt"], "PROMPTS = 'empty.txt': the file holds no prompts"),
-        (["grey", "broken.jsonl"], "PROMPTS = 'broken.jsonl': line 2: expected a JSON object"),
+        (["grey", "broken.jsonl"], "'broken.jsonl': line 2 holds no prompt: expected a JSON"),
         (["grey", "three.txt", "--reward", "ocr"], "PROMPTS: prompt 1, for the reward 'ocr': no"),
         (["grey", "three.txt", "--reward", "orc=1"], "did you mean 'ocr'?"),
         (["grey", "three.txt", "--reward", "ocr=much"], "the weight is 'much', not a number"),
