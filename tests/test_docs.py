@@ -34,7 +34,7 @@ from flowgrpo_ray.watch import Reading
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     page
-    for pattern in ("*.md", "docs/**/*.md", "flowgrpo_ray/assets/*/README.md")
+    for pattern in ("*.md", "docs/**/*.md", "notebooks/*.md", "flowgrpo_ray/assets/*/README.md")
     for page in ROOT.glob(pattern)
 )
 COMMANDS: Any = typer.main.get_command(cli.app)
