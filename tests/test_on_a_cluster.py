@@ -191,7 +191,6 @@ def test_a_cluster_is_used_and_disturbed_and_nothing_is_lost(
     rollout_node = cluster.add_node({"CPU": 2, "rollout_node": 1})
     cluster.add_node({"CPU": 2, "reward_node": 1})
     wait_until(lambda: bool(shell.nodes_with("rollout_node")), "the node of rollout workers")
-    lost = shell.nodes_with("rollout_node")
     shell("serve", "deploy", "rewards.yaml")
     wait_until(lambda: shell_state(shell, "ocr") == "RUNNING", "reward-ocr")
 
@@ -237,9 +236,13 @@ def test_a_cluster_is_used_and_disturbed_and_nothing_is_lost(
     said = shell.job(second)["message"]
     assert "error: an actor of the run was lost" in said
     assert "Traceback" not in said
+    wait_until(lambda: not shell.nodes_with("rollout_node"), "the cluster notices")
+    printed = shell("flowgrpo-ray", "submit", "signs.yaml", "--wait", status=1)
+    assert "ask for 0.002 rollout_node and the cluster has 0" in " ".join(printed.split())
     cluster.add_node({"CPU": 2, "rollout_node": 1})
-    wait_until(lambda: bool(shell.nodes_with("rollout_node") - lost), "another such node")
-    shell.submit("--wait")
+    wait_until(lambda: bool(shell.nodes_with("rollout_node")), "another such node")
+    plainly = ["ray", "job", "submit", "--working-dir", ".", "--"]
+    shell(*plainly, "flowgrpo-ray", "train", "signs.yaml", "--resume")
     assert digests(run) == digests(undisturbed)
     assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
 
