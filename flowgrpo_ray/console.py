@@ -80,7 +80,7 @@ class RunDisplay:
 
     def note(self, message: str) -> None:
         """Something the person should know, as it is: a prompt in it may hold square brackets."""
-        self.console.print(message, highlight=False, markup=False)
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:

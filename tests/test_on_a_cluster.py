@@ -223,7 +223,7 @@ def test_a_cluster_is_used_and_disturbed_and_nothing_is_lost(
     look_at_actors(shell)
     logs = shell("ray", "job", "logs", second)
     assert f"run folder: {run}" in logs
-    assert f"after iteration {done}" in logs, "it resumed"
+    assert f"resuming {run} after iteration {done}\n" in logs
     shell("flowgrpo-ray", "submit", "signs.yaml", status=2)  # already training
 
     cluster.end_node(other_rewards)  # one of the two replicas

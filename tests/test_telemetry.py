@@ -6,6 +6,7 @@ one (Debian's package `prometheus`), a real Prometheus watches it as Ray has con
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import json
@@ -28,6 +29,7 @@ from grafana import DASHBOARD, FOLDER, queries
 from prometheus_client.parser import text_string_to_metric_families
 
 from flowgrpo_ray.cluster.metric_table import FROM_ROWS, OF_DRIVER, OF_REPLICAS
+from flowgrpo_ray.cluster.reward_client import RewardClient, Traffic
 from flowgrpo_ray.tracking import read_rows
 
 RUN = "watched"
@@ -403,8 +405,27 @@ def test_live_json_is_whole_at_every_moment(watched: Watched):
     assert [stage for stage in stages if stage in told] == told
     updates = [content["updated"] for content in watched.live]
     assert max(b - a for a, b in itertools.pairwise(updates)) < 15, "a reader: lost"
-    busy = [c for c in watched.live if any(r["queue"] for r in c["rewards"].values())]
-    assert busy, "calls that wait are seen"
+    assert any(w["in_flight"] for c in watched.live for w in c["workers"]), "work is seen"
+
+
+def test_calls_that_wait_are_counted(monkeypatch: pytest.MonkeyPatch):
+    traffic = {"ocr": Traffic()}
+    client, seen = RewardClient({}, traffic), []
+
+    async def score_one(*_: object) -> str:
+        await asyncio.sleep(0)
+        seen.append(traffic["ocr"].queue)
+        if len(seen) == 3:
+            raise RuntimeError("lost")
+        return "no score"
+
+    async def three_calls() -> list[object]:
+        calls = [client._waited_for("ocr", None, [], []) for _ in range(3)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    monkeypatch.setattr(client, "_score_one", score_one)
+    assert [type(outcome) for outcome in asyncio.run(three_calls())] == [str, str, RuntimeError]
+    assert (seen, traffic["ocr"].queue) == ([3, 2, 1], 0)
 
 
 def test_live_json_at_the_end(watched: Watched, head: Cluster):
