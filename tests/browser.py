@@ -27,6 +27,13 @@ FLAGS = (
 )
 
 
+NAVIGATED = "Inspected target navigated or closed"
+
+
+class NavigatedError(Exception):
+    """The page went elsewhere while it was asked."""
+
+
 class Browser:
     """One browser with one page. Use as a context manager."""
 
@@ -74,6 +81,8 @@ class Browser:
         while True:
             answer = json.loads(self._socket.recv(timeout=60))
             if answer.get("id") == self._number:
+                if answer.get("error", {}).get("message") == NAVIGATED:
+                    raise NavigatedError
                 assert "error" not in answer, answer["error"]
                 return answer["result"]
             self._keep(answer)
@@ -115,7 +124,14 @@ class Browser:
     def wait(self, script: str, seconds: float = 30) -> None:
         """Until an expression is true; a page that still loads may not know the names in it."""
         tried = f"(() => {{ try {{ return Boolean({script}) }} catch {{ return false }} }})()"
-        self._until(lambda: self.look(tried), seconds, script)
+
+        def true() -> bool:
+            try:
+                return self.look(tried)
+            except NavigatedError:  # the entrance of the monitor goes on to the page
+                return False
+
+        self._until(true, seconds, script)
 
     def press(self, key: str, **more: Any) -> None:
         for kind in ("keyDown", "keyUp"):
