@@ -35,6 +35,9 @@ from flowgrpo_ray.spec_sections import (
     WatchSpec,
 )
 
+# Of a reward: what changes no score, and so may change when a run is resumed.
+FREE_OF_REWARD = ("replicas", "cpus", "gpus", "resources", "golden", "deadline_s", "retries")
+
 
 class TrainingSpec(Strict):
     """One training run."""
@@ -119,10 +122,8 @@ class TrainingSpec(Strict):
         free = {"name", "iterations", "cluster", "checkpoint", "tracking", "watch"}
         kept = self.model_dump(mode="json", exclude=free)
         for reward in kept["rewards"].values():
-            for place in ("replicas", "cpus", "gpus", "resources"):
-                del reward[place]
-            for care in ("golden", "deadline_s", "retries"):
-                del reward[care]
+            for key in FREE_OF_REWARD:
+                del reward[key]
         return kept
 
 

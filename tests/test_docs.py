@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import re
 import shlex
 import subprocess
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import typer
 import yaml
+from scripts import load_script
 
 from flowgrpo_ray import cli
 from flowgrpo_ray.checkpoint import Progress
@@ -254,25 +254,18 @@ def test_outputs_are_what_the_commands_print(
 # --- what is generated or listed
 
 
-def load_generator() -> Any:
-    path = ROOT / "docs" / "generate_spec_reference.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+GENERATOR = ROOT / "docs" / "generate_spec_reference.py"
 
 
 def test_the_tables_of_the_spec_are_fresh():
-    generator = load_generator()
+    generator = load_script(GENERATOR)
     page = (ROOT / "docs" / "spec.md").read_text("utf-8")
     shown = page.partition(generator.BEGIN)[2].partition(generator.END)[0]
     assert shown.strip() == generator.render().strip(), "run python docs/generate_spec_reference.py"
 
 
 def test_stale_tables_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    generator = load_generator()
+    generator = load_script(GENERATOR)
     stale = tmp_path / "spec.md"
     page = (ROOT / "docs" / "spec.md").read_text("utf-8")
     stale.write_text(page.replace("| `seed` |", "| `sead` |"), encoding="utf-8")

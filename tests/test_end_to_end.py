@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from whole_runs import alone, final_digests, trained
 
 from flowgrpo_ray.checkpoint import list_checkpoints
 from flowgrpo_ray.paths import builtin_path
@@ -52,11 +53,9 @@ class Command:
         for key, value in settings.items():
             command += ["--set", f"{key}={value}"]
         key, _, value = self.mark.partition("=")
-        hidden = ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE", "RAY_ADDRESS")
-        environment = {k: v for k, v in os.environ.items() if k not in hidden}
         self.process = subprocess.Popen(
             [*command, *(["--resume"] if resume else [])],
-            env=environment | {"HOME": str(self.home), key: value},
+            env=alone() | {"HOME": str(self.home), key: value},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -64,11 +63,7 @@ class Command:
         )
 
     def trained(self) -> int:
-        """The last iteration in the metrics file; -1 before there is any row."""
-        path = self.run / "metrics.jsonl"
-        return (
-            max((row["iteration"] for row in read_rows(path)), default=-1) if path.exists() else -1
-        )
+        return trained(self.run)
 
     def wait_for(self, iteration: int) -> None:
         self.wait_until(lambda: self.trained() >= iteration)
@@ -109,15 +104,6 @@ def _processes_with(mark: str) -> Iterator[str]:
                 yield (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:120]
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-
-
-def final_digests(run: Path) -> dict[str, str]:
-    """SHA-256 of weights, averages and optimizer state, from the last checkpoint's manifest."""
-    newest = list_checkpoints(run / "checkpoints")[-1]
-    assert newest.name == f"iteration-{ITERATIONS:06d}"
-    manifest: dict[str, str] = json.loads((newest / "manifest.json").read_text())
-    del manifest["state.json"]  # holds clock times
-    return manifest
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +159,7 @@ def test_the_same_weights_however_a_run_is_interrupted(
     last = Command(tmp_path, resume=True, **{"cluster.rollout": "{count: 1, cpus: 0.5}"})
     last.finish()
     expected = undisturbed[0].run
-    assert final_digests(last.run) == final_digests(expected)
+    assert final_digests(last.run, ITERATIONS) == final_digests(expected, ITERATIONS)
     assert (last.run / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
     assert not killed.left_behind(grace=90)
 

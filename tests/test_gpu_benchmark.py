@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_script
 from tiny_runs import one_thread
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "gpu_sd35.py"
@@ -15,12 +15,7 @@ FILE = Path(__file__).parents[1] / "benchmarks" / "gpu_sd35.py"
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_sd35", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(FILE)
 
 
 def test_it_measures_a_group_and_an_update(benchmark: ModuleType, tmp_path: Path):

@@ -6,7 +6,6 @@ use of KubeRay 1.5.1's API, and pods against the published schema of Kubernetes.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
@@ -23,6 +22,7 @@ import pytest
 import typer
 import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
+from scripts import load_script
 
 from flowgrpo_ray import cli
 from flowgrpo_ray.cluster.reward_admin import read_config
@@ -322,15 +322,7 @@ def test_pods_with_a_part_of_a_run_let_it_save():
             assert grace > int(variables(group)["RAY_JOB_STOP_WAIT_TIME_S"])
 
 
-def hook() -> Any:
-    """The hook as a module."""
-    path = CONFIGS / "kuberay" / "before_pod_ends.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+HOOK = CONFIGS / "kuberay" / "before_pod_ends.py"
 
 
 @pytest.mark.parametrize(
@@ -349,7 +341,7 @@ def test_the_hook_knows_the_processes_of_a_run(tmp_path: Path, command: bytes, p
     for pid, text in (("1", b"bash\0-c\0ray start --head --block\0"), ("27", command)):
         (tmp_path / pid).mkdir()
         (tmp_path / pid / "cmdline").write_bytes(text)
-    assert hook().part_of_a_run(tmp_path) is part
+    assert load_script(HOOK).part_of_a_run(tmp_path) is part
 
 
 def submit(client: JobSubmissionClient, command: str, deadline: float) -> str:
@@ -379,6 +371,6 @@ def test_the_hook_stops_training_jobs_and_no_others():
 
         for job in jobs:
             wait_for(job, JobStatus.RUNNING)
-        hook().stop_runs(client)
+        load_script(HOOK).stop_runs(client)
         wait_for(jobs[0], JobStatus.STOPPED)
         assert client.get_job_status(jobs[1]) == JobStatus.RUNNING

@@ -23,7 +23,8 @@ ROOT = Path(flowgrpo_ray.__file__).parent
 # entry; its files may import each other. A new module: give it the lowest layer that works.
 LAYERS = [
     {"errors"},
-    {"families", "paths", "types", "flow", "signs", "bottleneck", "dry_run", "run_state", "page"},
+    {"families", "paths", "types", "flow", "signs", "bottleneck", "dry_run"},
+    {"loopback", "run_state", "page"},
     {"environments", "hub", "images", "spec_sections"},
     {"objective", "sampling", "rewards", "tracking", "checkpoint", "watch", "validation"},
     {"spec", "policies", "report", "weights", "calibration", "scoring"},

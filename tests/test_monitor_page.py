@@ -20,6 +20,7 @@ from browser import Browser, needs_browser
 from monitors import RUN, Served, make_runs
 from PIL import Image
 from sample_runs import HOSTILE, STAGES, evaluate, make_run, timing_row, train_row, write_live
+from whole_runs import alone
 
 from flowgrpo_ray.tracking import RunRecorder, read_rows, save_samples
 
@@ -402,8 +403,6 @@ def test_a_real_run_from_its_start_to_its_end(tmp_path: Path, browser: Browser):
     command = [sys.executable, "-m", "flowgrpo_ray", "train", "tiny-ocr", "--runs", str(tmp_path)]
     for key, value in small.items():
         command += ["--set", f"{key}={value}"]
-    hidden = ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE", "RAY_ADDRESS")
-    environment = {key: value for key, value in os.environ.items() if key not in hidden}
     (tmp_path / "home").mkdir()
     with Served(tmp_path) as served:
         browser.window(1400, 900, calm=True)
@@ -412,7 +411,7 @@ def test_a_real_run_from_its_start_to_its_end(tmp_path: Path, browser: Browser):
         browser.forget()
         process = subprocess.Popen(
             command,
-            env=environment | {"HOME": str(tmp_path / "home")},
+            env=alone() | {"HOME": str(tmp_path / "home")},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -5,7 +5,6 @@ They run with few iterations in one folder of their own, as ``notebooks/execute.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import re
@@ -19,6 +18,7 @@ import pytest
 import yaml
 from matplotlib import font_manager
 from nbformat.v4 import new_code_cell
+from scripts import load_script
 
 from flowgrpo_ray.tracking import read_rows
 
@@ -26,15 +26,6 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 ITERATIONS = 2
-
-
-def load_program() -> Any:
-    spec = importlib.util.spec_from_file_location("execute", NOTEBOOKS / "execute.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def stored(name: str) -> Any:
@@ -95,7 +86,7 @@ def test_links_lead_to_files(name: str) -> None:
 
 
 def test_all_are_run_by_the_program_and_listed() -> None:
-    assert sorted(load_program().NOTEBOOKS) == NAMES
+    assert sorted(load_script(NOTEBOOKS / "execute.py").NOTEBOOKS) == NAMES
     page = (NOTEBOOKS / "README.md").read_text("utf-8")
     assert set(re.findall(r"\((\w+)\.ipynb\)", page)) == set(NAMES)
 
@@ -121,7 +112,7 @@ class Desk:
                 cell.source = cell.source.replace(old, new)
         probe = "\n".join(f"np.save('{value}.npy', {value})" for value in values.split())
         notebook.cells.append(new_code_cell(f"import numpy as np\n{probe}"))
-        load_program().execute(notebook, self.folder, self._environment)
+        load_script(NOTEBOOKS / "execute.py").execute(notebook, self.folder, self._environment)
         check_outputs(notebook)
         return notebook, {v: np.load(self.folder / f"{v}.npy") for v in values.split()}
 

@@ -9,7 +9,6 @@ run on one machine that nobody disturbed. `pytest -s` shows what every command p
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 import clusters
 import pytest
+from whole_runs import alone, final_digests, trained
 
 from flowgrpo_ray.checkpoint import list_checkpoints
 from flowgrpo_ray.tracking import read_rows
@@ -138,30 +138,13 @@ def wait_until(true: Callable[[], bool], what: str, seconds: float = 300) -> Non
         time.sleep(0.3)
 
 
-def trained(run: Path) -> int:
-    """The last iteration in the metrics file; -1 before there is any row."""
-    path = run / "metrics.jsonl"
-    return max((row["iteration"] for row in read_rows(path)), default=-1) if path.exists() else -1
-
-
-def digests(run: Path) -> dict[str, str]:
-    """SHA-256 of weights, averages and optimizer state in the last checkpoint."""
-    newest = list_checkpoints(run / "checkpoints")[-1]
-    assert newest.name == f"iteration-{ITERATIONS:06d}"
-    manifest: dict[str, str] = json.loads((newest / "manifest.json").read_text())
-    del manifest["state.json"]  # holds clock times
-    return manifest
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run on this machine alone, from start to end; its folder."""
     folder = write_project(tmp_path_factory.mktemp("alone"), 0)
-    hidden = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE")
-    variables = {key: value for key, value in os.environ.items() if key not in hidden}
     subprocess.run(
         [clusters.BIN / "flowgrpo-ray", "train", "signs.yaml", "--runs", "runs"],
-        env=variables | {"PYTHONPATH": "."},
+        env=alone() | {"PYTHONPATH": "."},
         cwd=folder,
         check=True,
         timeout=600,
@@ -243,7 +226,7 @@ def test_a_cluster_is_used_and_disturbed_and_nothing_is_lost(
     wait_until(lambda: bool(shell.nodes_with("rollout_node")), "another such node")
     plainly = ["ray", "job", "submit", "--working-dir", ".", "--"]
     shell(*plainly, "flowgrpo-ray", "train", "signs.yaml", "--resume")
-    assert digests(run) == digests(undisturbed)
+    assert final_digests(run, ITERATIONS) == final_digests(undisturbed, ITERATIONS)
     assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
 
 

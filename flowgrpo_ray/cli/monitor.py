@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ from urllib.parse import quote
 import typer
 from rich.console import Console
 
+from flowgrpo_ray.loopback import is_loopback
 from flowgrpo_ray.paths import runs_root
 
 
@@ -42,7 +42,7 @@ def monitor(
     server = Monitor(runs_root(runs), host, port, token)
     shown = f"${TOKEN_VARIABLE}" if given else quote(token, safe="")
     console.print(f"monitor: {server.address}?token={shown}", soft_wrap=True, highlight=False)
-    if not _is_loopback(host):
+    if not is_loopback(host):
         console.print(
             f"It listens at {host}, without encryption: who listens in on the network learns the "
             "token. Safer from another machine is ssh -L (docs/monitor.md)",
@@ -52,10 +52,3 @@ def monitor(
         server.run()
     except KeyboardInterrupt:
         console.print("monitor stopped")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -25,10 +25,11 @@ from flowgrpo_ray.cluster.exporter import Exporter
 from flowgrpo_ray.cluster.reward_args import RewardServiceArgs
 from flowgrpo_ray.cluster.reward_http import Limits, build_api
 from flowgrpo_ray.cluster.reward_types import Answer, Metadata, ReplicaStats
-from flowgrpo_ray.cluster.serve_http import http_address, is_loopback
+from flowgrpo_ray.cluster.serve_http import http_address
 from flowgrpo_ray.environments import python_of
 from flowgrpo_ray.errors import RewardError
 from flowgrpo_ray.images import decode_rgb
+from flowgrpo_ray.loopback import is_loopback
 from flowgrpo_ray.rewards import build, checked, describe, prompt_check
 from flowgrpo_ray.rewards.golden import Golden, Rankings, check_golden, golden_of, score_golden
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
-import socket
-
 import ray
 from ray.serve.config import ProxyLocation
 from ray.serve.context import _get_global_client  # Serve's public interface does not tell
@@ -18,12 +15,3 @@ def http_address() -> tuple[str, int] | None:
         return None
     options = client.http_config
     return options.host or "127.0.0.1", options.port
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address or name reaches this machine alone; an unknown name is taken not to."""
-    try:
-        found = {info[4][0] for info in socket.getaddrinfo(host, None)}
-    except socket.gaierror:
-        return False
-    return all(ipaddress.ip_address(address).is_loopback for address in found)
