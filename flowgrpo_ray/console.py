@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -80,7 +81,13 @@ class RunDisplay:
 
     def note(self, message: str) -> None:
         """Something the person should know, as it is: a prompt in it may hold square brackets."""
-        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(printable(message), highlight=False, markup=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """Without characters that would move the cursor, or otherwise forge what the screen shows:
+    they are written as ``\\x1b``. Lines stay lines."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
@@ -90,6 +97,42 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="left" if column == "reward" else "right")
     for name, after in summary["eval_after"].items():
         table.add_row(name, _score(summary["eval_before"].get(name)), _score(after))
+    return table
+
+
+LEDGER = 10  # iterations that the ledger's means are taken over
+
+
+def ledger_table(timings: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Where the last iterations went, from the rows of timings.jsonl; None where they do not say.
+
+    The first iteration, which warms up, is left out unless it is the only one.
+    """
+    rows = [row for row in timings if row["kind"] == "train" and "ledger" in row]
+    rows = rows[1:][-LEDGER:] or rows
+    if not rows:
+        return None
+    last = f"last {len(rows)} iterations" if len(rows) > 1 else "last iteration"
+    title = f"mean seconds of a process in the {last}"
+    table = Table(title=title, title_justify="left")
+    columns = ("actors", "processes", "busy", "loading", "waiting", "overhead", "waiting for")
+    for column in columns:
+        table.add_column(column, justify="left" if column in (columns[0], columns[-1]) else "right")
+    for kind in rows[-1]["ledger"]:
+        means = Counter[tuple[str, str]]()
+        for row in rows:
+            for state, entries in row["ledger"].get(kind, {}).items():
+                for what, seconds in entries.items():
+                    means[state, what] += seconds / len(rows)
+        states = [
+            f"{sum(s for (state, _), s in means.items() if state == column):.2f}"
+            for column in columns[2:6]
+        ]
+        waits = [(what, s) for (state, what), s in means.most_common() if state == "waiting"]
+        whole = sum(means.values())
+        reasons = [f"{what} {s:.2f}" for what, s in waits if s > 0.02 * whole]
+        count = f"{rows[-1]['processes'][kind]:g}"
+        table.add_row(kind, count, *states, escape(", ".join(reasons)))
     return table
 
 

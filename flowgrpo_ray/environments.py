@@ -30,6 +30,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from flowgrpo_ray.errors import RewardEnvironmentError
+from flowgrpo_ray.strict_json import parse
 
 FOLDER_VARIABLE = "FLOWGRPO_ENVIRONMENTS"
 MANIFEST = "environment.json"
@@ -129,7 +130,7 @@ def _misfits(manifest: Manifest) -> Iterator[str]:
 def read_manifest(name: str) -> Manifest | None:
     """The manifest of environment `name`; None if it has none that can be read."""
     try:
-        return Manifest(**json.loads((_folder(name) / MANIFEST).read_text("utf-8")))
+        return Manifest(**parse((_folder(name) / MANIFEST).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
 

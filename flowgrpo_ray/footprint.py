@@ -7,7 +7,6 @@ each process holds of it is added up here. docs/plan.md has the assumptions.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from flowgrpo_ray.policies import policy_class
 from flowgrpo_ray.policies.base import DTYPES, Configs, Policy
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.spec_sections import ModelSpec
+from flowgrpo_ray.strict_json import parse
 
 FLOAT32_BYTES = 4
 GATHERED_BLOCKS = 2  # whole at once under FSDP: the one at work, and the next that is prefetched
@@ -121,7 +121,7 @@ def _local_file(model: ModelSpec, name: str) -> Path | None:
 
 def _read(model: ModelSpec, path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model.path = {model.path!r}: {path} cannot be read: {error}. Copy the whole model "

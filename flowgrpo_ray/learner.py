@@ -7,10 +7,14 @@ ratio gate holds the replayed log-probabilities against the sampled ones.
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -20,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from flowgrpo_ray.errors import ContractError
+from flowgrpo_ray.loopback import is_loopback
 from flowgrpo_ray.objective import (
     clipped,
     clipped_loss,
@@ -43,15 +48,28 @@ from flowgrpo_ray.types import (
     WeightsTicket,
     WorkUnit,
 )
-from flowgrpo_ray.weights import full, gather, load_arrays, to_arrays
+from flowgrpo_ray.weights import digest, full, gather, load_arrays, to_arrays
 
 FLOOR_MARGIN = 4.0  # the floor is measured on one micro-batch; later ones may lie this much above
 
 
 def join_group(rank: int, world: int, address: str, device: torch.device) -> None:
-    """Join the learner ranks' process group; ``address`` is ``tcp://host:port`` of rank 0."""
+    """Join the learner ranks' process group; ``address`` is ``tcp://host:port`` of rank 0.
+
+    It asks nobody for a token, so it listens at that host alone; torch's own store would at all.
+    """
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=address, rank=rank, world_size=world)
+    place = urlsplit(address)
+    assert place.hostname is not None
+    assert place.port is not None
+    if is_loopback(place.hostname) and sys.platform == "linux":
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, "lo")
+    listener = socket.create_server((place.hostname, place.port)).detach() if rank == 0 else None
+    store = dist.TCPStore(
+        place.hostname, place.port, world, is_master=rank == 0, master_listen_fd=listener
+    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 class Learner:
@@ -71,6 +89,8 @@ class Learner:
         self.optimizer = Optimizer(self.parameters, spec.optimizer, spec.ema, home)
         self.scale = LossScale(self.policy.dtype)
         self.published = WeightsTicket(version=-1, digest="")
+        self._digests: dict[int, str] = {}  # of the last published versions
+        self._arrays: dict[str, Float32] = {}  # of the last one, where a checkpoint needs them
         self.ratio_floor = 0.0
         self._gate_armed = False
 
@@ -89,14 +109,24 @@ class Learner:
     ) -> tuple[WeightsTicket, dict[str, Float32]]:
         """The weights to sample with next, as a ticket and, of rank 0, arrays; collective.
 
-        ``averaged`` publishes the EMA weights, for evaluation; training must publish again.
+        ``averaged`` publishes the EMA weights, for evaluation: nothing is trained on their samples.
         """
         averages = self.optimizer.ema
         source = averages if averaged and averages else self.parameters
         found, arrays = gather(source, keep=self.rank == 0)
-        self.published = WeightsTicket(version, found)
-        self._gate_armed = True
-        return self.published, arrays
+        ticket = WeightsTicket(version, found)
+        if averaged:
+            return ticket, arrays
+        self.published, self._gate_armed = ticket, True
+        self._remember(ticket)
+        if self.spec.sampling.max_lag:
+            self._arrays = arrays
+        return ticket, arrays
+
+    def _remember(self, ticket: WeightsTicket) -> None:
+        self._digests[ticket.version] = ticket.digest
+        for old in list(self._digests)[:-3]:
+            del self._digests[old]
 
     # --- one iteration
 
@@ -203,10 +233,14 @@ class Learner:
         return floor
 
     def _check_ratio(self, log_ratio: Tensor, unit: WorkUnit, trajectory: Trajectory) -> None:
-        """Contract: before the first update ``|log rho|`` is within the floor measured at start."""
+        """Contract: before the first update ``|log rho|`` is within the floor measured at start.
+
+        Samples that lag behind the published weights are held against their version alone.
+        """
         worst = float(log_ratio.abs().max())
         causes = self._mismatches(unit, trajectory)
-        if worst <= self.ratio_floor and not causes:
+        lags = trajectory.provenance.weights_version < self.published.version
+        if not causes and (lags or worst <= self.ratio_floor):
             return
         raise ContractError(
             f"importance ratio: max |log rho| = {worst:.3g} before the first update, in "
@@ -217,10 +251,9 @@ class Learner:
     def _mismatches(self, unit: WorkUnit, trajectory: Trajectory) -> list[str]:
         sampled, batch = trajectory.provenance, len(trajectory.latents)
         causes: list[str] = []
-        if (sampled.weights_version, sampled.weights_digest) != (
-            self.published.version,
-            self.published.digest,
-        ):
+        lag = self.published.version - sampled.weights_version
+        known = self._digests.get(sampled.weights_version) == sampled.weights_digest
+        if not (known and 0 <= lag <= self.spec.sampling.max_lag):
             causes.append(
                 f"stale weights: sampled with version {sampled.weights_version} "
                 f"({sampled.weights_digest[:8]}), published is {self.published.version} "
@@ -245,6 +278,7 @@ class Learner:
         """All that a checkpoint holds; collective, with arrays on rank 0 alone."""
         keep = self.rank == 0
         moments = self.optimizer.moments.items()
+        lags = self.spec.sampling.max_lag > 0
         return LearnerState(
             weights=to_arrays(self.parameters, keep=keep),
             ema=to_arrays(self.optimizer.ema, keep=keep),
@@ -252,10 +286,16 @@ class Learner:
             updates=self.optimizer.updates,
             loss_scale=self.scale.value,
             scale_held=self.scale.held,
+            behaviour=self._arrays,
+            behaviour_version=self.published.version if lags else -1,
         )
 
-    def load_state(self, state: LearnerState) -> None:
-        """Continue from ``state``, which may come from another number of ranks."""
+    def load_state(self, state: LearnerState) -> WeightsTicket | None:
+        """Continue from ``state``, which may come from another number of ranks.
+
+        Answers with the ticket of the weights that the next iteration was being sampled with, if
+        it is not those that it continues from.
+        """
         load_arrays(self.parameters, state.weights)
         assert self.optimizer.ema.keys() == state.ema.keys()
         self.optimizer.ema.load(state.ema)
@@ -263,6 +303,12 @@ class Learner:
             shelf.load(getattr(state, name))
         self.optimizer.updates = state.updates
         self.scale.value, self.scale.held = state.loss_scale, state.scale_held
+        if not state.behaviour:
+            return None
+        held = {name: torch.tensor(array) for name, array in state.behaviour.items()}
+        behaviour = WeightsTicket(state.behaviour_version, digest(held))
+        self._remember(behaviour)
+        return behaviour
 
 
 @dataclass(frozen=True)

@@ -101,11 +101,15 @@ class UnitResult:
 def train_row(
     spec: TrainingSpec,
     plan: IterationPlan,
-    ticket: WeightsTicket,
+    published: WeightsTicket,
+    behaviour: WeightsTicket,
     results: Sequence[UnitResult],
     updates: Sequence[tuple[Sequence[MicrobatchStats], StepStats]],
 ) -> dict[str, Any]:
-    """The metrics row of one iteration; ``results`` in plan order, ``updates`` in theirs."""
+    """The metrics row of one iteration; ``results`` in plan order, ``updates`` in theirs.
+
+    ``published`` are the weights that it began to update, ``behaviour`` those it was sampled with.
+    """
     window = plan.schedule.stochastic_steps
     stats = [s for of_update, _ in updates for s in of_update]
     steps = [step for _, step in updates]
@@ -141,7 +145,8 @@ def train_row(
         "updates": sum(step.grad_norm is not None for step in steps),
         "learning_rate": steps[-1].learning_rate,
         "window": [window.start, window.stop],
-        "weights": {"version": ticket.version, "digest": ticket.digest},
+        "weights": {"version": behaviour.version, "digest": behaviour.digest},
+        "staleness": published.version - behaviour.version,
     }
     if spec.model.dtype == "float16":
         overflows = sum(step.overflow for step in steps)

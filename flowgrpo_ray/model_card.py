@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,9 +47,21 @@ def model_card(spec: TrainingSpec, exported: Exported) -> str:
         _description(spec, exported),
         f"## Use\n\n{_use(spec, exported)}",
         f"## Rewards\n\n{_rewards(spec, exported.progress)}",
-        f"## Training spec\n\n```yaml\n{dump_spec(spec)}```\n",
+        f"## Training spec\n\n{_fenced(dump_spec(spec), 'yaml')}",
     ]
     return "\n".join(parts)
+
+
+def _fenced(text: str, language: str) -> str:
+    """A block of code that no text inside it can end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}{fence}\n"
+
+
+def _inline(text: str) -> str:
+    """A name of the spec as code within a line."""
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"
 
 
 def _front_matter(spec: TrainingSpec, exported: Exported) -> dict[str, object]:
@@ -72,10 +85,10 @@ def _description(spec: TrainingSpec, exported: Exported) -> str:
     averaged = exported.weights == "ema" and spec.ema is not None
     weights = "averaged (EMA) weights" if averaged else "weights of the last update"
     kind = "LoRA of" if exported.what == "lora" else "Whole model, trained from"
-    start = f" and the LoRA `{spec.model.lora}`" if spec.model.lora else ""
+    start = f" and the LoRA {_inline(spec.model.lora)}" if spec.model.lora else ""
     versions = ", ".join(f"{name} {version}" for name, version in exported.versions.items())
     return (
-        f"{kind} `{spec.model.path}`{start}, trained by reinforcement learning "
+        f"{kind} {_inline(spec.model.path)}{start}, trained by reinforcement learning "
         f"({spec.objective.kind}) with flowgrpo_ray: the {weights} after iteration "
         f"{exported.progress.iteration} ({exported.progress.images:,} images). The license of the "
         f"base model applies.\n\nWritten with {versions}.\n"
@@ -84,11 +97,11 @@ def _description(spec: TrainingSpec, exported: Exported) -> str:
 
 def _use(spec: TrainingSpec, exported: Exported) -> str:
     if exported.arguments:
-        return f"```python\n{_code(spec, exported)}```\n"
+        return _fenced(_code(spec, exported), "python")
     if exported.what == "lora":
         return (
             "peft's layout, with the layer names of the published model. In flowgrpo_ray, set "
-            f"`model.path: {spec.model.path}` and `model.lora` to this folder.\n"
+            f"{_inline(f'model.path: {spec.model.path}')} and `model.lora` to this folder.\n"
         )
     return (
         "The files of the published model, with trained weights: give this folder to its own "

@@ -33,6 +33,7 @@ from flowgrpo_ray.errors import RunFolderError, SpecError
 from flowgrpo_ray.page import POLICY_SERVED, SCRIPTS, STYLE, TYPES, asset, served_page
 from flowgrpo_ray.report import (
     FILES,
+    as_written,
     describe_run,
     find_shots,
     rows_of,
@@ -146,7 +147,7 @@ def _mark(path: Path) -> tuple[int, int] | None:
     """Changes when the file does; ``None`` if it is not there."""
     try:
         stat = path.stat()
-    except FileNotFoundError:
+    except OSError:  # not there, or a link in a circle
         return None
     return stat.st_mtime_ns, stat.st_size
 
@@ -155,7 +156,8 @@ def brief(folder: Path, name: str) -> Row:
     """One line of the list of runs."""
     marks = [_mark(folder / file) for file in (METRICS, SUMMARY)]
     try:
-        known = dict(_brief(folder, tuple(marks)))
+        with as_written(folder):
+            known = dict(_brief(folder, tuple(marks)))
         live = read_json(folder / LIVE)
     except (RunFolderError, ValueError) as error:
         return {"name": name, "state": "unreadable", "message": str(error)}
@@ -209,6 +211,10 @@ def build_app(root: Path, token: str, names: frozenset[str]) -> FastAPI:
     app.add_middleware(Guard, token=token, names=names)
     feed = lru_cache(maxsize=8)(Feed)
 
+    @app.exception_handler(RunFolderError)
+    async def damaged(_: Request, error: RunFolderError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 422)
+
     def folder_of(run: str) -> Path:
         """What the page names is looked up, never made into a path."""
         folder = find_runs(root).get(run)
@@ -233,14 +239,17 @@ def build_app(root: Path, token: str, names: frozenset[str]) -> FastAPI:
 
     @app.get("/run")
     def news(run: str, since: Annotated[str, Query(pattern=SINCE)] = "") -> JSONResponse:
-        return JSONResponse(feed(folder_of(run), run).news(since))
+        folder = folder_of(run)
+        with as_written(folder):
+            return JSONResponse(feed(folder, run).news(since))
 
     @app.get("/picture")
     def picture(run: str, shot: str, tile: Annotated[int | None, Query(ge=0)] = None) -> Response:
         folder = folder_of(run)
         for path, sidecar in find_shots(folder, []):
             if path.stem == shot and _stays(path, folder):
-                content, kind = _content(path, _mark(path), tuple(sidecar["tile"]), tile)
+                with as_written(folder):
+                    content, kind = _content(path, _mark(path), tuple(sidecar["tile"]), tile)
                 kept = {"Cache-Control": "private, max-age=86400, immutable"}
                 return Response(content, media_type=kind, headers=kept)
         raise HTTPException(404, f"no picture {shot!r} of {run!r}")
@@ -267,11 +276,13 @@ def _content(
     """The picture as the page shows it; with `tile`, that sample alone and as it was generated."""
     if tile is None:
         return shown_picture(path, {"tile": list(size)})
-    from PIL import Image
+    from flowgrpo_ray.images import opened
 
     height, width = size
-    with Image.open(path) as grid:
+    with opened(path, path.name, ("PNG",)) as grid:
         row, column = divmod(tile, grid.width // width)
+        if row >= grid.height // height:
+            raise ValueError(f"there is no sample {tile}")
         box = (column * width, row * height, (column + 1) * width, (row + 1) * height)
         buffer = io.BytesIO()
         grid.crop(box).save(buffer, format="PNG")

@@ -15,7 +15,15 @@ def builtin_path(path: str) -> Path | None:
     """``builtin:x`` names the file or folder ``x`` of the package's assets; else ``None``."""
     if not path.startswith(BUILTIN):
         return None
-    return PACKAGE / "assets" / path.removeprefix(BUILTIN)
+    name = Path(path.removeprefix(BUILTIN))
+    if name.is_absolute() or ".." in name.parts:
+        raise SpecError(f"{path!r}: {BUILTIN} names a file of this package, and this leads out")
+    return PACKAGE / "assets" / name
+
+
+def expand(path: str | Path) -> Path:
+    """With ``~`` replaced; one of an unknown user stays as it is, and is found not to be there."""
+    return Path(os.path.expanduser(path))
 
 
 def local_path(path: str) -> Path | None:
@@ -23,9 +31,10 @@ def local_path(path: str) -> Path | None:
     builtin = builtin_path(path)
     if builtin is not None:
         return builtin
-    local = Path(path).expanduser()
+    local = expand(path)
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    return local if local.exists() or looks_local else None
+    # Not ``Path.exists``, to which a name that no file can have is an error.
+    return local if looks_local or os.path.exists(local) else None
 
 
 def in_job() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from flowgrpo_ray.errors import PromptError
-from flowgrpo_ray.paths import builtin_path
+from flowgrpo_ray.paths import builtin_path, expand
 from flowgrpo_ray.rewards import prompt_check
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.spec_sections import (
@@ -24,7 +25,11 @@ from flowgrpo_ray.spec_sections import (
     RandomWindow,
     SamplingSpec,
 )
+from flowgrpo_ray.strict_json import parse
 from flowgrpo_ray.types import Schedule, WorkUnit
+
+MOST_BYTES = 2**30  # of a prompt file, which is held in memory
+LONGEST = 2**16  # characters of a prompt and its metadata
 
 
 @dataclass(frozen=True)
@@ -72,21 +77,23 @@ def load_prompts(path: str, key: str) -> list[Prompt]:
 
     Empty lines are skipped. ``key`` is the spec key that named the file, for the errors.
     """
-    file = builtin_path(path) or Path(path).expanduser()
-    if not file.is_file():
+    file = builtin_path(path) or expand(path)
+    if not os.path.isfile(file):  # a name that no file can have is no error to it
         raise PromptError(f"{key} = {path!r}: there is no such file")
     try:
         # Not splitlines: JSON text may hold U+2028 and its like. A byte order mark is dropped.
-        lines = file.read_bytes().decode("utf-8").removeprefix("\ufeff").split("\n")
+        lines = _read(file, f"{key} = {path!r}").decode("utf-8").removeprefix("\ufeff").split("\n")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise PromptError(f"{key} = {path!r}: line {line} is not UTF-8 text") from error
-    parse = _parse_json if file.suffix == ".jsonl" else Prompt
+    parse_line = _parse_json if file.suffix == ".jsonl" else Prompt
     prompts: list[Prompt] = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                prompts.append(parse(line.strip()))
+                if len(line) > LONGEST:
+                    raise ValueError(f"{len(line):,} characters; at most {LONGEST:,}")
+                prompts.append(parse_line(line.strip()))
             except ValueError as error:
                 raise PromptError(
                     f"{key} = {path!r}: line {number} holds no prompt: {error}"
@@ -96,9 +103,19 @@ def load_prompts(path: str, key: str) -> list[Prompt]:
     return prompts
 
 
+def _read(file: Path, named: str) -> bytes:
+    """The content of a prompt file."""
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            raise PromptError(f"{named}: larger than {MOST_BYTES >> 20} MiB; split the file")
+        return file.read_bytes()
+    except OSError as error:
+        raise PromptError(f"{named}: cannot be read: {error.strerror}") from error
+
+
 def _parse_json(line: str) -> Prompt:
     try:
-        row: Any = json.loads(line)
+        row: Any = parse(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):  # pyright: ignore[reportUnknownMemberType]
@@ -188,6 +205,7 @@ def _blocks(
             prompts=tuple(prompt for prompt, _ in batch),
             samples=tuple(sample for _, sample in batch),
             schedule=schedule,
+            same_latent=sampling.same_latent,
         )
         for index, batch in enumerate(_chunks(pairs, sampling.micro_batch))
     ]

@@ -9,13 +9,15 @@ from __future__ import annotations
 import base64
 import io
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
 from flowgrpo_ray.checkpoint import checkpoint_iteration, newest_checkpoint
 from flowgrpo_ray.errors import RunFolderError
 from flowgrpo_ray.page import whole_page
-from flowgrpo_ray.run_state import LIVE, read_json, state_of
+from flowgrpo_ray.run_state import LIVE, leads_out, read_json, state_of
 from flowgrpo_ray.tracking import METRICS, SAMPLES, SUMMARY, TIMINGS, Row, read_rows, write_atomic
 from flowgrpo_ray.watch import Reading, describe, readings_of
 
@@ -39,10 +41,24 @@ FILES = {
 
 def write_report(folder: str | Path) -> Path:
     """Write report.html into a run folder, finished or not, and return its path."""
-    page = whole_page(report_data(folder))
+    with as_written(Path(folder)):
+        page = whole_page(report_data(folder))
     path = Path(folder) / REPORT
     write_atomic(path, page.encode())
     return path
+
+
+@contextmanager
+def as_written(folder: Path) -> Iterator[None]:
+    """Within it, rows that hold something else than a run writes are a ``RunFolderError``: anyone
+    may have written them, and they are not looked at one by one."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
+        raise RunFolderError(
+            f"{folder}: its rows or pictures are not those of a run ({type(error).__name__}: "
+            f"{error}). Restore its files"
+        ) from error
 
 
 def report_data(folder: str | Path) -> Row:
@@ -65,7 +81,7 @@ def report_data(folder: str | Path) -> Row:
 
 def rows_of(path: Path) -> list[Row]:
     """The rows of a file that need not be there yet."""
-    return read_rows(path) if path.exists() else []
+    return read_rows(path) if path.exists() and not leads_out(path) else []
 
 
 def describe_run(folder: Path, metrics: list[Row], timings: list[Row], notes: list[str]) -> Row:
@@ -174,7 +190,7 @@ def _object(path: Path, notes: list[str]) -> Row | None:
 
 
 def _text(path: Path, notes: list[str]) -> str | None:
-    if path.exists():
+    if path.exists() and not leads_out(path):
         return path.read_text("utf-8", errors="replace")
     notes.append(f"{path.name} is not there.")
     return None
@@ -190,13 +206,31 @@ def find_shots(folder: Path, notes: list[str]) -> list[Shot]:
         sidecar = _object(path, notes)
         if sidecar is None:
             continue
+        picture = path.with_suffix(".png")
         missing = [key for key in _SAMPLE_KEYS if key not in sidecar]
-        if missing or not path.with_suffix(".png").exists():
-            lack = ", ".join(missing) or path.with_suffix(".png").name
+        if missing or not picture.exists() or leads_out(picture):
+            lack = ", ".join(missing) or picture.name
             notes.append(f"{path.name} was left out: {lack} is missing.")
-            continue
-        found.append((path.with_suffix(".png"), sidecar))
+        elif not _is_sidecar(sidecar):
+            notes.append(f"{path.name} was left out: it does not say what a run writes.")
+        else:
+            found.append((picture, sidecar))
     return found
+
+
+def _is_sidecar(row: Row) -> bool:
+    """Whether the values are of the kinds that `save_samples` writes."""
+    tile, prompts, scores = row["tile"], row["prompts"], row["scores"]
+    return (
+        all(type(n) is int for n in (row["iteration"], row["columns"]))
+        and isinstance(tile, list)
+        and len(tile) == 2
+        and all(type(n) is int and n > 0 for n in tile)
+        and isinstance(prompts, list)
+        and all(isinstance(prompt, str) for prompt in prompts)
+        and isinstance(scores, dict)
+        and all(isinstance(of, list) and len(of) == len(prompts) for of in scores.values())
+    )
 
 
 def shown_tile(sidecar: Row) -> list[int]:
@@ -214,8 +248,10 @@ def shown_picture(picture: Path, sidecar: Row) -> tuple[bytes, str]:
         return picture.read_bytes(), "image/png"
     from PIL import Image
 
+    from flowgrpo_ray.images import opened
+
     height, width = sidecar["tile"]
-    with Image.open(picture) as grid:
+    with opened(picture, picture.name, ("PNG",)) as grid:
         size = (tile[1] * (grid.width // width), tile[0] * (grid.height // height))
         small = grid.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -10,9 +10,10 @@ from typing import Any
 
 from flowgrpo_ray.checkpoint import Progress, list_checkpoints, load_checkpoint
 from flowgrpo_ray.errors import RunFolderError
+from flowgrpo_ray.run_state import leads_out
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.spec_file import dump_spec, load_spec
-from flowgrpo_ray.tracking import METRICS
+from flowgrpo_ray.tracking import METRICS, write_atomic
 from flowgrpo_ray.types import LearnerState
 
 
@@ -58,8 +59,14 @@ class RunFolder:
                 "another name (--set name=...)"
             )
         folder.path.mkdir(parents=True, exist_ok=True)
+        for path in folder.path.iterdir():
+            if not path.is_dir() and leads_out(path):
+                raise RunFolderError(
+                    f"{path} is a link to {path.readlink()}, outside of the run folder, and would "
+                    "be written to: remove it"
+                )
         folder._lock()
-        folder.spec_file.write_text(dump_spec(spec), encoding="utf-8")
+        write_atomic(folder.spec_file, dump_spec(spec).encode())
         return folder
 
     @classmethod

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from flowgrpo_ray.strict_json import parse
 
 LIVE = "live.json"
 ACTIVE = ("starting", "running", "stopping")
@@ -15,18 +16,30 @@ SILENCE_S = 15.0  # an active run that has not been heard of for longer is lost
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """A file's JSON object; ``None`` if there is no file, ``ValueError`` if it is no object."""
+    if leads_out(path):
+        return None
     try:
-        text = path.read_text("utf-8")
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
-    value = json.loads(text, parse_constant=_refuse)
+    value = parse(content)
     if not isinstance(value, dict):
         raise ValueError("does not hold a JSON object")
     return value
 
 
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+def leads_out(path: Path) -> bool:
+    """Whether a file of a run folder is a link to something outside of it.
+
+    A run makes no links. In a folder that came from somebody else one would have this program show
+    a file of the reader's, or write to it; so to readers it is not there.
+    """
+    if not path.is_symlink():
+        return False
+    try:
+        return not path.resolve().is_relative_to(path.parent.resolve())
+    except (OSError, RuntimeError):  # a link in a circle
+        return True
 
 
 def state_of(live: Mapping[str, Any] | None, summary: Mapping[str, Any] | None, now: float) -> str:

@@ -48,9 +48,12 @@ def transition(
 
 def draw_noise(unit: WorkUnit, step: int, shape: tuple[int, ...]) -> Tensor:
     """Standard normal ``[b, *shape]``, a pure function of (seed, stream, iteration, prompt, sample,
-    step): drawn on the CPU in float32, so it is the same on every worker and device."""
+    step): drawn on the CPU in float32, so it is the same on every worker and device. With
+    ``same_latent`` every sample starts from that of its prompt's first one."""
     rows: list[Tensor] = []
-    for prompt, sample in zip(unit.prompts, unit.samples, strict=True):
+    shared = unit.same_latent and step == INITIAL
+    for prompt, own in zip(unit.prompts, unit.samples, strict=True):
+        sample = 0 if shared else own
         key = f"{unit.seed}/{unit.stream}/{unit.iteration}/{prompt}/{sample}/{step}"
         seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
         rows.append(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
@@ -63,6 +66,26 @@ def batch_condition(
     """One row per sample from one condition per prompt, on the policy's device."""
     collated = policy.collate([conditions[prompt] for prompt in prompts])
     return {name: tensor.to(policy.device) for name, tensor in collated.items()}
+
+
+def start(
+    policy: Policy, unit: WorkUnit, conditions: Mapping[int, Condition], shape: tuple[int, ...]
+) -> tuple[int, Tensor]:
+    """The first step that is computed for every sample, and the latents ``[b, *D]`` before it.
+
+    With ``same_latent`` samples of a prompt are alike up to the window, so each distinct prompt
+    goes there once; the rows of the result are then copies.
+    """
+    before = unit.schedule.stochastic_steps.start
+    if not (unit.same_latent and before):
+        return 0, draw_noise(unit, INITIAL, shape).to(policy.device)
+    once = unit.distinct_prompts
+    each = replace(unit, prompts=once, samples=(0,) * len(once))
+    condition = batch_condition(policy, conditions, once)
+    x = draw_noise(each, INITIAL, shape).to(policy.device)
+    for step in range(before):
+        x = transition(policy, x, step, unit.schedule, condition).mean
+    return before, x[[once.index(prompt) for prompt in unit.prompts]]
 
 
 @torch.no_grad()
@@ -86,13 +109,13 @@ def rollout(
     shape = policy.latent_shape(size)
     schedule, window = unit.schedule, unit.schedule.stochastic_steps
     condition = batch_condition(policy, conditions, unit.prompts)
-    x = draw_noise(unit, INITIAL, shape).to(policy.device)
-    latents = [x] if window.start == 0 else []
+    first, x = start(policy, unit, conditions, shape)
+    latents = [x] if window.start == first else []
     log_probs: list[Tensor] = []
     means: list[Tensor] = []
     references: list[Tensor] = []
     log_prob = LIKELIHOODS[schedule.likelihood]
-    for step in range(schedule.steps):
+    for step in range(first, schedule.steps):
         gaussian = transition(policy, x, step, schedule, condition)
         if step in window:
             if policy.with_reference:

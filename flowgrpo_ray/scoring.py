@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 TOTAL = "total"
+MOST_BYTES = 2**29  # of an image file
 
 
 def find_images(place: Path) -> list[Path]:
@@ -85,6 +86,8 @@ def plan_batches(files: Sequence[Path], batch: int) -> list[list[int]]:
 def _read(file: Path) -> np.ndarray:
     """uint8 [H, W, 3]."""
     try:
+        if file.stat().st_size > MOST_BYTES:
+            raise ImageError(f"'{file}' is larger than {MOST_BYTES >> 20} MiB", too_large=True)
         return decode_rgb(file.read_bytes(), f"'{file}'")
     except (OSError, ImageError) as error:
         raise SpecError(f"IMAGES: {error}") from error

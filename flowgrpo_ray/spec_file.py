@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import types
 import typing
@@ -21,12 +22,43 @@ from flowgrpo_ray.spec import TrainingSpec
 RECIPES = PACKAGE / "recipes"
 
 
+MOST_BYTES = 2**17  # of a spec; the longest recipe has 2,000
+DEEPEST = 32  # levels of keys and lists; a spec has five
+MOST_MISTAKES = 20  # told at once
+LONGEST_VALUE = 200  # characters of a value in a message
+INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]{0,24})")
+FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?)")
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML with ``1e-4`` as a number (YAML 1.1 wants ``1.0e-4``) and no repeated keys."""
+    """YAML with ``1e-4`` as a number (YAML 1.1 wants ``1.0e-4``) and no repeated keys.
+
+    Without tags, which choose a type, and without anchors, by which a few lines stand for
+    gigabytes.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        line = event.start_mark.line + 1
+        if getattr(event, "anchor", None) is not None:
+            raise SpecError(f"line {line}: anchors (&) and aliases (*) are not read; write it out")
+        if getattr(event, "tag", None) is not None:
+            raise SpecError(f"line {line}: the tag {event.tag!r} is not read; leave it out")
+        if self._depth == DEEPEST:
+            raise SpecError(f"line {line}: nested more than {DEEPEST} levels deep")
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that ``_Loader`` would read as numbers."""
+    """Quotes the texts that ``_Loader`` would read as numbers, and writes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 for _yaml in (_Loader, _Dumper):
@@ -55,7 +87,22 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    """Decimal ones: to YAML 1.1 ``010`` is 8, and ``1:30`` is 90."""
+    text: str = node.value
+    if INTEGER.fullmatch(text):
+        return int(text.replace("_", ""))
+    if FLOAT.fullmatch(text):
+        return float(text.replace("_", ""))
+    if text.lower().lstrip("+-") in (".inf", ".nan"):
+        return float(text.replace(".", ""))
+    line = node.start_mark.line + 1
+    raise SpecError(f"line {line}: {_short(text)} is no decimal number; a text wants quotes")
+
+
 _Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
 def recipe_names() -> list[str]:
@@ -68,7 +115,7 @@ def load_spec(source: str, overrides: Sequence[str] = ()) -> TrainingSpec:
     path = Path(source)
     if not path.suffix and source in recipe_names():
         path = RECIPES / f"{source}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):  # a name that no file can have is no error to it
         near = difflib.get_close_matches(source, recipe_names(), n=1)
         hint = f"; did you mean the recipe {near[0]!r}?" if near else ""
         raise SpecError(
@@ -76,9 +123,13 @@ def load_spec(source: str, overrides: Sequence[str] = ()) -> TrainingSpec:
             f"(recipes: {', '.join(recipe_names())})"
         )
     try:
-        data = _parse(path.read_text(encoding="utf-8"), str(path))
+        if path.stat().st_size > MOST_BYTES:
+            raise SpecError(f"{path}: larger than {MOST_BYTES:,} bytes, which no spec is")
+        data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise SpecError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}") from error
     if not isinstance(data, dict):
         raise SpecError(f"{path}: a spec is a mapping of keys, not {type(data).__name__}")
     for override in overrides:
@@ -89,12 +140,15 @@ def load_spec(source: str, overrides: Sequence[str] = ()) -> TrainingSpec:
 def validate(data: Any, source: str) -> TrainingSpec:
     """The spec in ``data``; every problem in one ``SpecError``, a line each."""
     try:
-        return TrainingSpec.model_validate_json(json.dumps(data))
+        return TrainingSpec.model_validate_json(json.dumps(data, ensure_ascii=False).encode())
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = [_explain(problem) for problem in error.errors()[:MOST_MISTAKES]]
+        if error.error_count() > MOST_MISTAKES:
+            lines.append(f"and {error.error_count() - MOST_MISTAKES} more mistakes")
         raise SpecError(f"{source}:\n  " + "\n  ".join(lines)) from error
-    except TypeError as error:  # YAML's !!set and !!binary
-        raise SpecError(f"{source}: {error}") from error
+    except UnicodeEncodeError as error:
+        text = error.object[error.start : error.end]
+        raise SpecError(f"{source}: {text!r} in a text is half of a character") from error
 
 
 def dump_spec(spec: TrainingSpec) -> str:
@@ -104,7 +158,8 @@ def dump_spec(spec: TrainingSpec) -> str:
     return head + yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _parse(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str) -> Any:
+    """The value in ``text``; ``SpecError``, which names ``source``, for what is not plain YAML."""
     try:
         return yaml.load(text, Loader=_Loader)
     except SpecError as error:
@@ -118,6 +173,8 @@ def _override(data: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise SpecError(f"--set {override!r}: write it as key=value, for example --set seed=1")
     *parents, last = key.split(".")
+    if len(parents) >= DEEPEST:
+        raise SpecError(f"--set {override!r}: nested more than {DEEPEST} levels deep")
     place = data
     for i, parent in enumerate(parents):
         place = place.setdefault(parent, {})
@@ -125,13 +182,13 @@ def _override(data: dict[str, Any], override: str) -> None:
             raise SpecError(
                 f"--set {override!r}: {'.'.join(parents[: i + 1])} has no keys below it"
             )
-    place[last] = _parse(value, f"--set {override!r}")
+    place[last] = parse_yaml(value, f"--set {override!r}")
 
 
 def _explain(problem: Any) -> str:
     """One line for one pydantic error: key, what is wrong, the value found."""
     location = _without_tags(problem["loc"])
-    key = ".".join(str(part) for part in location)
+    key = ".".join(_word(part) for part in location)
     if problem["type"] == "extra_forbidden":
         *parents, last = problem["loc"]
         of_kind = f" for kind {parents[-1]}" if _ends_in_tag(parents) else ""
@@ -143,11 +200,22 @@ def _explain(problem: Any) -> str:
         if problem["type"] == "union_tag_not_found":
             return f"{key}.kind: this key is required; kinds: {', '.join(kinds)}"
         kind = problem["input"]["kind"]
-        return f"{key}.kind: unknown kind {kind!r}; {_hint(kind, kinds, 'kinds')}"
+        return f"{key}.kind: unknown kind {_short(kind)}; {_hint(kind, kinds, 'kinds')}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key}: {message}, not {problem['input']!r}"
+    return f"{key}: {message}, not {_short(problem['input'])}"
+
+
+def _word(part: str | int) -> str:
+    """A key as it may stand on a screen: one that holds control characters is quoted."""
+    text = str(part)
+    return text if text.isprintable() and len(text) <= LONGEST_VALUE else _short(text)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"
 
 
 def _hint(word: Any, known: Sequence[str], all_of_them: str) -> str:

@@ -142,6 +142,16 @@ class SamplingSpec(Strict):
     group_size: int = Field(ge=2, description="images per prompt; advantages compare them")
     groups: int = Field(ge=1, description="prompts per iteration")
     micro_batch: int = Field(ge=1, description="images per forward, in sampling and training alike")
+    same_latent: bool = Field(
+        default=False,
+        description="the images of a group share their initial noise, and so the steps before the "
+        "window, which are computed once for each prompt of a micro-batch",
+    )
+    max_lag: Literal[0, 1] = Field(
+        default=0,
+        description="1 samples each iteration during the one before, under the weights which that "
+        "one began with: faster, and off-policy by its updates",
+    )
 
     @model_validator(mode="after")
     def _window_fits(self) -> SamplingSpec:
@@ -370,6 +380,28 @@ class ActorsSpec(Strict):
     threads: int = Field(default=1, ge=1, description="torch threads of each, on the CPU")
 
 
+class RolloutSpec(ActorsSpec):
+    """Rollout workers; more or fewer of them change no result."""
+
+    max_count: int | None = Field(
+        default=None,
+        ge=1,
+        description="further workers join up to this many while the cluster has room for them; "
+        "default: count",
+    )
+
+    @model_validator(mode="after")
+    def _at_least_count(self) -> RolloutSpec:
+        if self.max_count is not None and self.max_count < self.count:
+            raise ValueError(f"max_count = {self.max_count} is below count = {self.count}")
+        return self
+
+    @property
+    def most(self) -> int:
+        """Workers that there may be."""
+        return self.max_count or self.count
+
+
 class LearnerSpec(ActorsSpec):
     """Learner ranks, and what they do to fit into their memory; neither changes a result."""
 
@@ -394,7 +426,7 @@ class ClusterSpec(Strict):
     """What runs where. The number of rollout workers never changes a result; that of learner ranks,
     and the kind of device, only its last bits."""
 
-    rollout: ActorsSpec = ActorsSpec()
+    rollout: RolloutSpec = RolloutSpec()
     learner: LearnerSpec = LearnerSpec()
     dashboard: bool = Field(default=False, description="of a local cluster; costs seconds at start")
     reward_http_port: int | None = Field(
@@ -402,6 +434,18 @@ class ClusterSpec(Strict):
     )
     ready_timeout_s: float = Field(
         default=300, gt=0, description="for actors and deployments to be up"
+    )
+    hang_timeout_s: float = Field(
+        default=600,
+        gt=0,
+        description="an actor that answers nothing for so long, one micro-batch being the most it "
+        "does at once, is taken for dead",
+    )
+    max_restarts: int = Field(
+        default=3,
+        ge=0,
+        description="times that one actor may be lost and replaced before the run gets an "
+        "iteration further; one more ends it",
     )
     max_failed_groups: int = Field(default=0, ge=0, description="dropped groups that a run bears")
 

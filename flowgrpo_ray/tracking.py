@@ -6,6 +6,7 @@ before the checkpoint of iteration N, and evaluation 0 comes before any training
 """
 
 import importlib
+import io
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from flowgrpo_ray.errors import RunFolderError, SpecError
+from flowgrpo_ray.strict_json import parse
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,6 +72,16 @@ class RunRecorder:
             write_atomic(path, b"".join(line + b"\n" for line in kept))
         if self._tensorboard:
             self._tensorboard.forget_from(iteration + 1)
+
+    def rewind(self, iteration: int | None, evaluation_every: int) -> None:
+        """Back to the checkpoint of `iteration`, or to before the first row: what came after it
+        will be written again."""
+        if iteration is None:
+            self.truncate(-1)
+            return
+        # A run that ended off its rhythm was evaluated at its end; the longer run is not, there.
+        off_rhythm = iteration % evaluation_every != 0
+        self.truncate(iteration, drop_evaluation=off_rhythm)
 
     def metrics(self) -> list[Row]:
         """The rows of `metrics.jsonl` so far."""
@@ -170,10 +182,9 @@ def save_grid(path: str | Path, images: "np.ndarray", columns: int) -> None:
     for index in range(count):
         row, column = divmod(index, columns)
         grid.paste(Image.fromarray(images[index]), (column * width, row * height))
-    path = Path(path)
-    beside = path.with_name(path.name + ".part")
-    grid.save(beside, format="PNG")
-    beside.replace(path)
+    buffer = io.BytesIO()
+    grid.save(buffer, format="PNG")
+    write_atomic(Path(path), buffer.getvalue())
 
 
 def save_samples(
@@ -213,7 +224,8 @@ def save_samples(
 def write_atomic(path: Path, content: bytes) -> None:
     """Write beside, fsync, rename: no reader and no crash ever meets half a file."""
     beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file:
+    beside.unlink(missing_ok=True)  # it may be a link to a file that must not be written
+    with beside.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -228,7 +240,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, Row]]:
         if unfinished and not line:
             return
         try:
-            row = json.loads(line, parse_constant=_refuse_constant)
+            row = parse(line)
             if not isinstance(row, dict):
                 raise ValueError(f"a row is a JSON object, not {type(row).__name__}")
         except ValueError as cause:
@@ -239,10 +251,6 @@ def _lines(path: Path) -> Iterator[tuple[bytes, Row]]:
                 "Remove that line, or restore the file."
             ) from cause
         yield line, row
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ arrays cross process boundaries without a copy. Shapes: ``b`` samples of a micro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -75,10 +75,16 @@ class WorkUnit:
     prompts: tuple[int, ...]
     samples: tuple[int, ...]
     schedule: Schedule
+    same_latent: bool = False  # the samples of a prompt share their initial noise
 
     @property
     def batch(self) -> int:
         return len(self.prompts)
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """Tells it apart from all other units of the run."""
+        return self.stream, self.iteration, self.index
 
     @property
     def distinct_prompts(self) -> tuple[int, ...]:
@@ -159,3 +165,6 @@ class LearnerState:
     updates: int
     loss_scale: float = 1.0  # and since how many updates it held, for float16
     scale_held: int = 0
+    # With max_lag 1: the weights that the last iteration began with; the next is sampled with them.
+    behaviour: dict[str, Float32] = field(default_factory=dict)
+    behaviour_version: int = -1

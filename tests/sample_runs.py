@@ -14,7 +14,8 @@ from flowgrpo_ray.tracking import RunRecorder, save_samples
 
 HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>"
 COLOURS = {"red": (196, 52, 44), "green": (46, 140, 84), "blue": (44, 92, 180), "black": (40,) * 3}
-STAGES = {"publish": 0.05, "sample": 1.2, "score": 0.5, "train": 0.9, "step": 0.02}
+# Seconds of a process in an iteration.
+WORK = {"publish": 0.05, "load": 0.02, "sample": 0.9, "score": 0.5, "accumulate": 0.7, "step": 0.02}
 
 
 def sign(text: str, colour: tuple[int, int, int], quality: float, seed: int, size: int = 40):
@@ -78,18 +79,50 @@ def train_row(iteration: int, skill: float, rng: np.random.Generator) -> dict:
     }
 
 
-def timing_row(iteration: int, seconds: float, stages: dict[str, float]) -> dict:
-    busy = {"rollout": 0.8, "learner": 0.5, "reward-ocr": stages["score"] / seconds}
-    reward = {"calls": 4, "images": 96, "seconds": 4 * stages["score"], "busy_s": stages["score"]}
+def ledger_rows(seconds: float, work: dict[str, float]) -> dict:
+    """Each adds up to `seconds`."""
+    publish, load = work["publish"], work["load"]
+    rollout: dict = {
+        "busy": {"sample": work["sample"]},
+        "loading": {"load": load},
+        "overhead": {"transport": 0.01, "lost": 0.0},
+        "waiting": {"weights": publish},
+    }
+    rollout["waiting"]["learner and rewards"] = seconds - work["sample"] - load - 0.01 - publish
+    idle = seconds - publish - work["accumulate"] - work["step"]
+    learner = {
+        "busy": {"accumulate": work["accumulate"], "step": work["step"]},
+        "loading": {"publish": publish},
+        "waiting": {"samples": 0.6 * idle, "scores of ocr": 0.4 * idle},
+    }
+    reward = {"busy": {"score": work["score"]}, "waiting": {"images": seconds - work["score"]}}
+    return {"rollout": rollout, "learner": learner, "reward-ocr": reward}
+
+
+def timing_row(iteration: int, seconds: float, work: dict[str, float]) -> dict:
+    rows = ledger_rows(seconds, work)
+    score = work["score"]
+    reward = {"calls": 4, "images": 96, "seconds": 4 * score, "busy_s": score}
+    pace, then = work["sample"] + work["load"], seconds - 0.15
+    advice = (
+        f"cluster.rollout.count 2 -> 3 would remove it: about {then:.1f} s an iteration instead "
+    )
     return {
         "kind": "train",
         "iteration": iteration,
         "seconds": seconds,
         "images_per_second": 96 / seconds,
-        "stages": stages,
-        "busy": busy,
+        "ledger": rows,
+        "processes": {"rollout": 2.0, "learner": 1.0, "reward-ocr": 1.0},
+        "busy": {kind: sum(row["busy"].values()) / seconds for kind, row in rows.items()},
         "rewards": {"ocr": {**reward, "failures": 0, "replicas": 1}},
-        "bottleneck": {"stage": "sampling", "seconds": stages["sample"] / 2, "replicas": None},
+        "bottleneck": {
+            "stage": "sampling",
+            "seconds": pace,
+            "advice": advice + f"of {seconds:.1f}, by estimate.",
+            "change": {"cluster.rollout.count": 3},
+            "then": then,
+        },
     }
 
 
@@ -143,9 +176,8 @@ def make_run(
     for iteration in range(1, iterations + 1):
         skill = 0.95 - 0.65 * float(np.exp(-3 * iteration / iterations))
         recorder.log(train_row(iteration, skill, rng))
-        stages = {name: value * float(rng.gamma(60, 1 / 60)) for name, value in STAGES.items()}
-        seconds = 0.72 * sum(stages.values())
-        recorder.log_timing(timing_row(iteration, seconds, stages))
+        work = {name: value * float(rng.gamma(60, 1 / 60)) for name, value in WORK.items()}
+        recorder.log_timing(timing_row(iteration, 0.8 * sum(work.values()), work))
         if iteration % every == 0 or iteration == iterations:
             after = evaluation(iteration, skill)
     (folder / "spec.yaml").write_text("name: tiny-ocr\nmodel:\n  base: tiny-sd3  # embedded\n")

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from flowgrpo_ray.errors import ClusterError, ContractError, RewardError
+from flowgrpo_ray.ledger import Ledger
 from flowgrpo_ray.metrics import Scores, Signal, count_groups, signals
 from flowgrpo_ray.prompts import Prompt, load_prompt_sets, plan_iteration, plan_refill
 from flowgrpo_ray.run_folder import RunFolder
@@ -83,11 +84,12 @@ def started(loop: asyncio.AbstractEventLoop, spec: TrainingSpec, root: Path) -> 
 
     trainer = make_trainer(spec, root)
     run(loop, trainer.start())
-    actors = [*trainer.rollouts.workers, *trainer.learners.ranks]
+    crew = trainer.crew
+    actors = [*(worker.actor for worker in crew.rollouts.up.values()), *crew.learners.ranks]
     yield trainer
     for actor in actors:
         ray.kill(actor)
-    remove_placement_group(trainer.group)
+    remove_placement_group(crew.group)
     while ray.util.list_named_actors():
         time.sleep(0.02)
 
@@ -112,11 +114,11 @@ class Brightness:
     """In place of the rewards' client. The first group of every iteration is flat."""
 
     def __init__(self, trainer: Any) -> None:
-        plans = [plan_iteration(trainer.spec, i, 256, trainer.sigmas) for i in range(1, 9)]
+        plans = [plan_iteration(trainer.spec, i, 256, trainer.crew.sigmas) for i in range(1, 9)]
         firsts = [plan.units[0].prompts[0] for plan in plans]
         self.flat = {trainer.prompts["train"][prompt].text for prompt in firsts}
 
-    async def score(self, images: Any, prompts: list[str], _: Any) -> Any:
+    async def score(self, images: Any, prompts: list[str], *_: Any) -> Any:
         from flowgrpo_ray.cluster.reward_client import Scored
 
         bright = (await images).mean(axis=(1, 2, 3)) / 255
@@ -136,16 +138,14 @@ def train_small(
     with started(loop, load_spec("tiny-ocr", [*SMALL, *overrides]), root) as trainer:
 
         async def train() -> None:
-            trainer.rewards = Brightness(trainer)
-            await trainer.measure_floor()
+            trainer.crew.rewards = Brightness(trainer)
+            await trainer.crew.measure_floor()
             await trainer.iterate(1)
-            after_first = await trainer.learners.state()
+            after_first = await trainer.crew.learners.state()
             for iteration in range(2, iterations + 1):
                 await trainer.iterate(iteration)
-            await trainer.learners.load_state(after_first)
-            pool = trainer.rollouts
-            pool.workers, pool._free = pool.workers[:1], asyncio.Queue()
-            pool._free.put_nowait(pool.workers[0])
+            await trainer.crew.learners.load_state(after_first)
+            del trainer.crew.rollouts.up[1]
             for iteration in range(2, iterations + 1):
                 await trainer.iterate(iteration)
 
@@ -217,10 +217,12 @@ def test_a_unit_gives_the_same_bits_on_every_worker_in_any_order(
     trainer: Any, loop: asyncio.AbstractEventLoop
 ) -> None:
     async def both_orders() -> list[list[Any]]:
-        ticket = await trainer.publish(1)
-        units = plan_iteration(trainer.spec, 1, 256, trainer.sigmas).units
-        conditions = [trainer._conditions(unit) for unit in units]
-        first, second = trainer.rollouts.workers
+        crew = trainer.crew
+        ticket, arrays = await crew.learners.publish(1)
+        units = plan_iteration(trainer.spec, 1, 256, crew.sigmas).units
+        conditions = [crew.rollouts.conditions(crew.prompts_of(unit)) for unit in units]
+        first, second = (worker.actor for worker in crew.rollouts.up.values())
+        await asyncio.gather(*(worker.load.remote(ticket, arrays) for worker in (first, second)))
         given = list(zip(units, conditions, strict=True))
         runs = []
         for worker, order in ((first, given), (second, given[::-1])):
@@ -245,8 +247,11 @@ def test_weights_other_than_the_published_stop_the_run(
     trainer: Any, loop: asyncio.AbstractEventLoop
 ) -> None:
     async def load_something_else() -> None:
-        _, arrays = await trainer.learners.publish(2)
-        await trainer.rollouts.load(WeightsTicket(2, "0" * 32), arrays)
+        other = WeightsTicket(2, "0" * 32)
+        _, arrays = await trainer.crew.learners.publish(2)
+        trainer.crew.rollouts.publish(other, arrays)
+        unit = plan_iteration(trainer.spec, 2, 256, trainer.crew.sigmas).units[0]
+        await trainer.crew.sample(unit, other)
 
     with pytest.raises(ContractError, match=r"rollout-0 loaded weights with digest .*published"):
         run(loop, load_something_else())
@@ -256,10 +261,12 @@ def test_a_worker_with_old_weights_refuses_to_sample(
     trainer: Any, loop: asyncio.AbstractEventLoop
 ) -> None:
     async def sample_with_old() -> None:
-        await trainer.publish(3)
-        newer, _ = await trainer.learners.publish(4)
-        unit = plan_iteration(trainer.spec, 4, 256, trainer.sigmas).units[0]
-        await trainer.sample(unit, newer)
+        crew = trainer.crew
+        newer, _ = await crew.learners.publish(4)
+        unit = plan_iteration(trainer.spec, 4, 256, crew.sigmas).units[0]
+        given = crew.rollouts.conditions(crew.prompts_of(unit))
+        actor = crew.rollouts.up[0].actor
+        await actor.sample.options(num_returns=3).remote(unit, newer, *given)[2]
 
     with pytest.raises(ContractError, match="was to be sampled with weights"):
         run(loop, sample_with_old())
@@ -291,9 +298,10 @@ class FailsOnce:
 @contextmanager
 def failing(trainer: Any, reward: str) -> Iterator[Path]:
     """Within it a reward of ``trainer`` fails once; where its metrics go."""
-    real, trainer.rewards = trainer.rewards, FailsOnce(trainer.rewards, reward)
+    crew = trainer.crew
+    real, crew.rewards = crew.rewards, FailsOnce(crew.rewards, reward)
     yield trainer.folder.path / "metrics.jsonl"
-    trainer.rewards = real
+    crew.rewards = real
 
 
 def test_groups_that_cannot_be_scored_are_dropped_counted_and_stop_the_run(
@@ -394,17 +402,18 @@ class StandIn:
         prompts: int = 40,
     ) -> None:
         self.spec, self.flat, self.delay, self.unscored = spec, flat, delay, unscored
+        self.ledger = Ledger({"learner": 1})
         self.prompts = {"train": [Prompt(str(i)) for i in range(prompts)]}
         self.plan = plan_iteration(spec, 1, prompts, (1.0, 0.75, 0.5, 0.25, 0.0))
         self.sampled: list[int] = []  # indices of units, in order of their end
         self.scored: list[int] = []
 
     async def sample(self, unit: WorkUnit, ticket: WeightsTicket) -> Any:
-        from flowgrpo_ray.cluster.rollout import Sampled
+        from flowgrpo_ray.cluster.rollout_pool import Sampled
 
         await self.delay(unit.index)
         self.sampled.append(unit.index)
-        return Sampled(trajectory=unit, images=unit.index, seconds=1.0)  # type: ignore[arg-type]
+        return Sampled(trajectory=unit, images=unit.index, conditions=[], seconds=1.0)  # type: ignore[arg-type]
 
     async def score(self, unit: WorkUnit, images: Any) -> Scores:
         await self.delay(unit.index)
@@ -467,7 +476,7 @@ def test_accumulation_is_in_plan_order_whatever_the_order_of_arrival(
         arrivals.add(tuple(trainer.scored))
         assert order(given) == [[unit.index for unit in update.units] for update in plan.updates]
         assert [r.unit for r in stream.results] == plan.units
-        assert stream.seconds["sample"] == len(plan.units)
+        assert sorted(trainer.sampled) == list(range(len(plan.units)))
         scopes = [plan.units] if std == "global" else plan.blocks
         expected: dict[int, Signal] = {}
         for scope in scopes:

@@ -309,7 +309,7 @@ def test_every_field_of_a_metrics_row_is_documented():
     per_step = np.zeros(len(plan.schedule.stochastic_steps))
     stats = MicrobatchStats(1, per_step, per_step, 0, 0, 0, 0, 0, 0)
     step = StepStats(grad_norm=1.0, learning_rate=1e-4, seconds=1)
-    row = train_row(spec, plan, WeightsTicket(1, "00"), results, [([stats], step)])
+    row = train_row(spec, plan, *[WeightsTicket(1, "00")] * 2, results, [([stats], step)])
     reading = Reading(1, 1, 1, 1, 1, 1, 1, diverging=False)
     row["watch"] = {"NAME": reading.as_json()}
     fields = set(flat(row)) - {"kind"}

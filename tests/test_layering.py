@@ -23,12 +23,12 @@ ROOT = Path(flowgrpo_ray.__file__).parent
 # entry; its files may import each other. A new module: give it the lowest layer that works.
 LAYERS = [
     {"errors"},
-    {"families", "paths", "types", "flow", "signs", "bottleneck", "dry_run"},
+    {"strict_json", "families", "paths", "types", "flow", "signs", "ledger", "dry_run"},
     {"loopback", "run_state", "page"},
     {"environments", "hub", "images", "spec_sections"},
     {"objective", "sampling", "rewards", "tracking", "checkpoint", "watch", "validation"},
     {"spec", "policies", "report", "weights", "calibration", "scoring"},
-    {"spec_file", "prompts", "optimizer", "monitor"},
+    {"spec_file", "prompts", "optimizer", "monitor", "bottleneck"},
     {"metrics", "preflight", "upload", "learner", "model_card", "footprint"},
     {"run_folder"},
     {"inference", "tiny_base"},

@@ -272,7 +272,8 @@ SCORES = [scored([0, 1], [1, NAN]), scored([1, 1], [0, 0.5])]
 def make_row(spec: TrainingSpec, updates=UPDATES, more: Sequence[UnitResult] = ()) -> dict:
     plan = plan_iteration(spec, 3, 9, (1.0, 0.75, 0.5, 0.25, 0.0))
     given = [*results(plan.units, SCORES, spec.advantages, spec.weights), *more]
-    return train_row(spec, plan, WeightsTicket(3, "9f"), given, updates)
+    published, behaviour = WeightsTicket(3, "9f"), WeightsTicket(2, "8e")
+    return train_row(spec, plan, published, behaviour, given, updates)
 
 
 def test_train_row_by_hand():
@@ -308,7 +309,8 @@ def test_train_row_by_hand():
         "updates": 1,
         "learning_rate": 2e-4,
         "window": [1, 3],
-        "weights": {"version": 3, "digest": "9f"},
+        "weights": {"version": 2, "digest": "8e"},
+        "staleness": 1,
     }
 
 

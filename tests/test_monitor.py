@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from monitors import RUN, Served, make_runs
 from PIL import Image
-from sample_runs import STAGES, evaluate, make_run, timing_row, train_row
+from sample_runs import WORK, evaluate, make_run, timing_row, train_row
 
 from flowgrpo_ray.monitor import Feed, brief, find_runs
 from flowgrpo_ray.tracking import RunRecorder, read_rows, save_samples
@@ -260,9 +260,9 @@ def test_a_run_that_went_back_to_a_checkpoint_is_sent_anew(tmp_path: Path):
     since = feed.news("")["since"]
     recorder = RunRecorder(folder, tensorboard=False)
     recorder.truncate(3)
-    recorder.log_timing(timing_row(4, 9.0, STAGES))
-    recorder.log_timing(timing_row(5, 9.0, STAGES))
-    recorder.log_timing(timing_row(6, 9.0, STAGES))
+    recorder.log_timing(timing_row(4, 9.0, WORK))
+    recorder.log_timing(timing_row(5, 9.0, WORK))
+    recorder.log_timing(timing_row(6, 9.0, WORK))
     news = feed.news(since)
     assert news["reset"]
     assert news["timings"] == read_rows(folder / "timings.jsonl")

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import pytest
 from browser import Browser, needs_browser
 from monitors import RUN, Served, make_runs
 from PIL import Image
-from sample_runs import HOSTILE, STAGES, evaluate, make_run, timing_row, train_row, write_live
+from sample_runs import HOSTILE, WORK, evaluate, make_run, timing_row, train_row, write_live
 from whole_runs import alone
 
 from flowgrpo_ray.tracking import RunRecorder, read_rows, save_samples
@@ -130,12 +131,79 @@ def test_the_curves_are_the_numbers_of_the_rows(page: Browser, served: Served, r
     norms = values_of(page, "Gradient norm")
     assert norms["highest"] == [max(row["grad_norm"]) for row in train]
     times = [r for r in read_rows(root / RUN / "timings.jsonl") if r["kind"] == "train"]
-    stages = values_of(page, "Seconds per iteration")
-    for stage in STAGES:
-        assert stages[stage] == [row["stages"][stage] for row in times]
+    whole = values_of(page, "Seconds per iteration")["iteration"]
+    assert whole == [row["seconds"] for row in times]
+    for kind in ("rollout", "learner", "reward-ocr"):
+        states = values_of(page, f"ledger {kind}")
+        for state in ("busy", "loading", "waiting", "overhead"):
+            entries = [row["ledger"][kind].get(state, {}) for row in times]
+            assert states[state] == pytest.approx([sum(one.values()) for one in entries])
     assert values_of(page, "Images per second")["images per second"] == [
         row["images_per_second"] for row in times
     ]
+
+
+def test_the_ledger_of_the_last_ten_iterations(page: Browser, served: Served, root: Path):
+    """Bars whose parts are the mean shares, a table with the seconds, and what would help."""
+    rows = [r for r in read_rows(root / RUN / "timings.jsonl") if r["kind"] == "train"][-10:]
+    page.open(served.address + f"?run={RUN}")
+    whole = fmean(row["seconds"] for row in rows)
+    parts = """[...document.querySelectorAll(".ledger .line")].map(line => [
+        line.firstChild.textContent, line.lastChild.getAttribute("aria-label"),
+        [...line.querySelectorAll("i")].map(i => [i.className.trim(), i.style.width, i.title])])"""
+    lines = page.look(parts)
+    assert [name for name, *_ in lines] == ["rollout × 2", "learner × 1", "reward-ocr × 1"]
+    table = page.look(
+        "[...byId('time-tables').querySelector('tbody').rows].map(row => "
+        "[...row.cells].map(cell => cell.textContent))"
+    )
+    told = {"loading": "{} weights", "waiting": "waiting for {}"}
+    for name, label, segments in lines:
+        kind = name.partition(" ")[0]
+        assert sum(float(width.removesuffix("%")) for _, width, _ in segments) == pytest.approx(100)
+        means = {
+            (state, told.get(state, "{}").format(what)): fmean(
+                row["ledger"][kind][state][what] for row in rows
+            )
+            for state, entries in rows[-1]["ledger"][kind].items()
+            for what in entries
+            if what != "lost"  # nothing was: not shown
+        }
+        shown = {
+            (css.partition(" ")[0], title.partition(":")[0]): (width, title.partition(": ")[2])
+            for css, width, title in segments
+        }
+        assert shown.keys() == means.keys()
+        for key, (width, seconds) in shown.items():
+            assert float(width.removesuffix("%")) == pytest.approx(
+                100 * means[key] / whole, abs=0.01
+            )
+            assert seconds == f"{means[key]:.2f} s"
+            share = f"{means[key] / whole:.0%}".replace("%", " %")
+            assert f"{key[1]} {share}" in label
+            assert [kind, key[1], seconds, share, ""] in table
+    last = rows[-1]["bottleneck"]
+    assert page.look("byId('time-verdict').textContent") == (
+        f"Slowest in 10 of the last 10 iterations: sampling, {last['seconds']:.2f} s of work for "
+        f"each of its actors. {last['advice']}"
+    )
+
+
+def test_rows_of_older_runs_are_shown_without_a_ledger(page: Browser, served: Served, root: Path):
+    folder = make_run(root / "older", iterations=2, prompts=2)
+    try:
+        timings = folder / "timings.jsonl"
+        rows = read_rows(timings)
+        for row in rows:
+            for key in ("ledger", "processes", "bottleneck"):
+                row.pop(key, None)
+        timings.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        page.open(served.address + "?run=older")
+        assert values_of(page, "Seconds per iteration")["Iteration"] == [1, 2]
+        assert page.look("byId('time-verdict').hidden && !byId('time-ledger').childNodes.length")
+        assert page.troubles == []
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_the_grids_are_the_pixels_of_the_samples(page: Browser, served: Served, root: Path):
@@ -177,7 +245,7 @@ def test_the_page_follows_a_run_and_keeps_the_readers_place(
         page.forget()
         row = train_row(7, 0.6, np.random.default_rng(0))
         recorder.log(row)
-        recorder.log_timing(timing_row(7, 2.0, STAGES))
+        recorder.log_timing(timing_row(7, 2.0, WORK))
         rewards = evaluate(folder, 7, 0.9, 12)
         recorder.log(
             {"kind": "eval", "iteration": 7, "prompts": 12, "weights": "ema", "rewards": rewards}
@@ -222,9 +290,9 @@ def test_the_cluster_as_the_driver_tells_it(page: Browser, served: Served, root:
         link = page.look("[...document.querySelectorAll('.facts a')].map(a => [a.href, a.rel])")
         assert link == [["http://10.0.0.5:8265/", "noreferrer"]]
         assert "iteration 10, 4" in page.look("byId('header').textContent")
-        ledger = page.look("byId('time-ledger').querySelector('tbody tr').textContent")
-        assert ledger.startswith("2")
-        assert ledger.endswith("sampling")
+        newest = page.look("byId('time-recent').querySelector('tbody tr').textContent")
+        assert newest.startswith("2")
+        assert newest.endswith("sampling")
     finally:
         shutil.rmtree(folder)
 
@@ -284,8 +352,15 @@ def test_text_stands_out_in_light_and_dark(page: Browser, served: Served, dark: 
     for text in ("--ink", "--muted", "--bad", "--better"):
         assert contrast(text, "--paper") >= 4.5, text
     assert contrast("--muted", "--panel") >= 4.5
-    for line in ("--c0", "--c1", "--c2", "--c3", "--c4", "--good", "--warn", "--done"):
+    for line in ("--c0", "--c1", "--c2", "--c3", "--c4", "--good", "--warn", "--done", "--wait"):
         assert contrast(line, "--paper") >= 3, line
+    for text, bar in (
+        ("--paper", "--c0"),
+        ("--paper", "--c1"),
+        ("--paper", "--c3"),
+        ("--ink", "--wait"),
+    ):
+        assert contrast(text, bar) >= 4.5, bar
 
 
 def test_everything_can_be_done_with_the_keyboard(page: Browser, served: Served, root: Path):
@@ -362,7 +437,7 @@ def test_a_long_run_is_drawn_with_few_points_and_read_with_all(
     recorder = RunRecorder(folder, tensorboard=False)
     rng = np.random.default_rng(0)
     rows = [train_row(i, i / 2000, rng) for i in range(1, 2001)]
-    times = [timing_row(i, 2.0, STAGES) for i in range(1, 2001)]
+    times = [timing_row(i, 2.0, WORK) for i in range(1, 2001)]
     try:
         for name, many in (("metrics.jsonl", rows), ("timings.jsonl", times)):
             (recorder.folder / name).write_text("".join(json.dumps(row) + "\n" for row in many))
@@ -374,7 +449,7 @@ def test_a_long_run_is_drawn_with_few_points_and_read_with_all(
         ends = [min(y for _, y in line), max(y for _, y in line)]
         np.testing.assert_allclose(ends, [min(losses), max(losses)], atol=1e-4)
         assert values_of(page, "Loss")["total"] == losses
-        assert values_of(page, "Seconds per iteration")["sample"] == [1.2] * 2000
+        assert values_of(page, "ledger rollout")["busy"] == [0.9] * 2000
         page.look("charts.get('Loss').plot.focus()")
         page.press("PageDown")
         says = "charts.get('Loss').plot.getAttribute('aria-valuetext')"

@@ -2,8 +2,9 @@
 
 One script: `ray start` with token authentication, rewards by `serve deploy`, a training job from
 another shell, `rewards scale` during the run, the job stopped and submitted again, a node of
-rewards and then the node of the rollout workers taken away. In the end the weights are those of a
-run on one machine that nobody disturbed. `pytest -s` shows what every command printed.
+rewards taken away, a node of rollout workers added and all such nodes taken away, one by one. In
+the end the weights are those of a run on one machine that nobody disturbed. `pytest -s` shows what
+every command printed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from whole_runs import alone, final_digests, trained
 from flowgrpo_ray.checkpoint import list_checkpoints
 from flowgrpo_ray.tracking import read_rows
 
-ITERATIONS = 48
+ITERATIONS = 90
 SPEC = """
 name: signs
 seed: 5
@@ -40,10 +41,10 @@ rewards:
   bright: {{reward: "own.rewards:Bright", weight: 0.1, resources: {{reward_node: 0.001}}}}
 objective: {{kind: flow_grpo, clip_low: 1e-3, clip_high: 1e-3}}
 optimizer: {{learning_rate: 2e-4}}
-evaluation: {{every: 24, steps: 4, prompts: 8, micro_batch: 4, grid: 8}}
+evaluation: {{every: 30, steps: 4, prompts: 8, micro_batch: 4, grid: 8}}
 checkpoint: {{every: 5, keep: 2}}
 cluster:
-  rollout: {{count: 2, cpus: 0.5, resources: {{rollout_node: 0.001}}}}
+  rollout: {{count: 2, max_count: 4, cpus: 0.5, resources: {{rollout_node: 0.5}}}}
   learner: {{count: 1, cpus: 0.5, resources: {{learner_node: 0.001}}}}
 """
 OWN_REWARD = '''
@@ -214,14 +215,25 @@ def test_a_cluster_is_used_and_disturbed_and_nothing_is_lost(
     shell.train_until(run, gone_at + 3, second)
     assert shell.job(second)["status"] == "RUNNING"
 
+    second_node = cluster.add_node({"CPU": 2, "rollout_node": 1})
+    wait_until(lambda: len(workers(run)) == 4, "two more workers join")
     cluster.end_node(rollout_node)
-    wait_until(lambda: shell.job(second)["status"] == "FAILED", "the job fails")
-    said = shell.job(second)["message"]
-    assert "error: an actor of the run was lost" in said
-    assert "Traceback" not in said
+    wait_until(lambda: workers(run) == {"rollout-2", "rollout-3"}, "they go on alone")
+    shell.train_until(run, trained(run) + 3, second)
+    cluster.end_node(second_node)
+    wait_until(lambda: workers(run) == set(), "nobody is left")
+    third_node = cluster.add_node({"CPU": 2, "rollout_node": 1})
+    shell.train_until(run, trained(run) + 3, second)
+    logs = shell("ray", "job", "logs", second)
+    assert logs.count("was lost and is replaced") >= 4
+    assert "Traceback" not in logs
+    shell("ray", "job", "stop", second)
+    assert trained(run) < ITERATIONS, "the run was still going on"
+
+    cluster.end_node(third_node)
     wait_until(lambda: not shell.nodes_with("rollout_node"), "the cluster notices")
     printed = shell("flowgrpo-ray", "submit", "signs.yaml", "--wait", status=1)
-    assert "ask for 0.002 rollout_node and the cluster has 0" in " ".join(printed.split())
+    assert "ask for 1 rollout_node and the cluster has 0" in " ".join(printed.split())
     cluster.add_node({"CPU": 2, "rollout_node": 1})
     wait_until(lambda: bool(shell.nodes_with("rollout_node")), "another such node")
     plainly = ["ray", "job", "submit", "--working-dir", ".", "--"]
@@ -232,6 +244,11 @@ def test_a_cluster_is_used_and_disturbed_and_nothing_is_lost(
 
 def shell_state(shell: Shell, reward: str) -> str:
     return shell.cluster.status()[reward]["state"]
+
+
+def workers(run: Path) -> set[str]:
+    """The rollout workers that are up."""
+    return {worker["name"] for worker in json.loads((run / "live.json").read_text())["workers"]}
 
 
 def lost_requests(run: Path) -> int:

@@ -56,9 +56,11 @@ def train_on_ray(spec: TrainingSpec, root: Path) -> Path:
     clock = StartClock(time.perf_counter())
     trainer = Trainer(spec, *load_prompt_sets(spec), folder, recorder, Mock(), clock)
     asyncio.run(asyncio.wait_for(trainer.train(None), 240))
-    for actor in (*trainer.rollouts.workers, *trainer.learners.ranks):
+    crew = trainer.crew
+    workers = [worker.actor for worker in crew.rollouts.up.values()]
+    for actor in (*workers, *crew.learners.ranks):
         ray.kill(actor)
-    remove_placement_group(trainer.group)
+    remove_placement_group(crew.group)
     serve.shutdown()
     while ray.util.list_named_actors():
         time.sleep(0.02)

@@ -28,6 +28,7 @@ from tiny_runs import (
     unit,
 )
 
+from flowgrpo_ray import sampling
 from flowgrpo_ray.flow import KERNELS, LIKELIHOODS
 from flowgrpo_ray.learner import surrogate
 from flowgrpo_ray.policies import Policy
@@ -278,6 +279,40 @@ WINDOWS = (
 def etas(window: str) -> tuple[float, ...]:
     """Of the second iteration."""
     return draw_eta(small_spec(f"sampling.window={window}").sampling, 2, random.Random(0))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_shared_start_is_computed_once_and_changes_nothing(
+    guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two prompts, two samples of each: two rows up to the window, then four."""
+    policy = sampler(small_spec(f"sampling.guidance={guidance}"))
+    of = replace(unit(schedule(range(2, 4))), same_latent=True)
+    given, rows = conditions(guidance), []
+    real = policy.velocity
+
+    def counted(x: torch.Tensor, sigma: float, condition: dict[str, torch.Tensor]) -> torch.Tensor:
+        rows.append(len(x))
+        return real(x, sigma, condition)
+
+    monkeypatch.setattr(policy, "velocity", counted)
+    shared, x = rollout(policy, of, given, SIZE, UNTRAINED)
+    assert rows == [2, 2, 4, 4, 4]
+    starts = shared.latents[:, 0]
+    assert [starts[0].tobytes(), starts[2].tobytes()] == [starts[1].tobytes(), starts[3].tobytes()]
+    assert len({row.tobytes() for row in shared.latents[:, 1]}) == 4, "their steps are their own"
+    condition = batch_condition(policy, given, of.prompts)
+    for step in replay(policy, shared, of.schedule, condition):
+        assert step.log_ratio.abs().max() == 0, "the window is computed as it is replayed"
+
+    def every_row(_: Policy, of: WorkUnit, __: object, shape: tuple[int, ...]) -> object:
+        return 0, draw_noise(of, INITIAL, shape)
+
+    monkeypatch.setattr(sampling, "start", every_row)
+    plain, y = rollout(policy, of, given, SIZE, UNTRAINED)
+    assert rows[-5:] == [4] * 5
+    assert np.abs(shared.latents - plain.latents).max() < 1e-4, "rounding in another batch"
+    assert torch.allclose(x, y, atol=1e-4)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

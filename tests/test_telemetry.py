@@ -260,7 +260,10 @@ def expected_from_rows(run: Watched) -> dict[str, Any]:
     for kind, count in row["groups"].items():
         found[f"groups kind={kind}"] = count
         found[f"groups_sampled_total kind={kind}"] = sum(r["groups"][kind] for r in rows)
-    found |= {f"stage_seconds stage={s}": value for s, value in times["stages"].items()}
+    for actors, states in times["ledger"].items():
+        for state, entries in states.items():
+            for what, seconds in entries.items():
+                found[f"ledger_seconds actors={actors} state={state} what={what}"] = seconds
     found |= {f"busy_share actors={a}": value for a, value in times["busy"].items()}
     return found
 
@@ -273,6 +276,18 @@ def test_every_metric_of_a_row_is_exported_as_it_was_written(watched: Watched):
     assert exported == expected
     assert expected["groups_sampled_total kind=dropped"] == 2 * ITERATIONS
     assert expected["busy_share actors=rollout"] > 0
+
+
+def test_the_ledger_of_each_kind_adds_up_to_the_wall_clock(watched: Watched):
+    for row in watched.rows("timings", "train"):
+        assert row["ledger"].keys() == {"rollout", "learner", "reward-bright", "reward-dark"}
+        for kind, states in row["ledger"].items():
+            told = sum(sum(entries.values()) for entries in states.values())
+            assert told == pytest.approx(row["seconds"], rel=0.02), kind
+        assert row["ledger"]["rollout"]["busy"]["sample"] > 0
+        assert row["ledger"]["learner"]["busy"]["accumulate"] > 0
+        assert row["processes"]["rollout"] == 2
+        assert row["processes"]["reward-bright"] == pytest.approx(1)
 
 
 def test_what_the_driver_and_the_replicas_count(watched: Watched):
@@ -376,6 +391,7 @@ def check_live(content: dict[str, Any]) -> None:
     assert content.keys() == {
         *("state", "stage", "message", "iteration", "iterations", "started", "updated", "pid"),
         *("host", "ray", "checkpoint", "workers", "learners", "rewards"),
+        "restarts",
     }
     assert content["state"] in STATES
     assert 0 <= content["iteration"] <= content["iterations"]
@@ -420,7 +436,7 @@ def test_calls_that_wait_are_counted(monkeypatch: pytest.MonkeyPatch):
         return "no score"
 
     async def three_calls() -> list[object]:
-        calls = [client._waited_for("ocr", None, [], []) for _ in range(3)]
+        calls = [client._waited_for("ocr", None, [], [], print) for _ in range(3)]
         return await asyncio.gather(*calls, return_exceptions=True)
 
     monkeypatch.setattr(client, "_score_one", score_one)
@@ -442,8 +458,8 @@ def test_live_json_at_the_end(watched: Watched, head: Cluster):
     assert not (watched.folder / "live.json.part").exists()
 
 
-def test_a_run_that_loses_an_actor_has_failed(head: Cluster, tmp_path: Path, watched: Watched):
-    one = {"cluster.rollout": "{count: 1, cpus: 0.5}"}
+def test_a_run_that_may_lose_no_actor_has_failed(head: Cluster, tmp_path: Path, watched: Watched):
+    one = {"cluster.rollout": "{count: 1, cpus: 0.5}", "cluster.max_restarts": "0"}
     process, run = start_training(head, tmp_path, name="lost", **one)
     seen: list[dict[str, Any]] = []
 
@@ -460,7 +476,8 @@ def test_a_run_that_loses_an_actor_has_failed(head: Cluster, tmp_path: Path, wat
     last = json.loads((run / "live.json").read_text("utf-8"))
     check_live(last)
     assert last["state"] == "failed"
-    assert last["message"].startswith("an actor of the run was lost")
+    assert last["message"].startswith("rollout-0 was lost 1 times")
+    assert last["restarts"] == 1
     assert last["message"].split() == output.partition("error: ")[2].split()
 
 

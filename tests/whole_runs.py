@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from flowgrpo_ray.checkpoint import list_checkpoints
 from flowgrpo_ray.tracking import read_rows
@@ -29,3 +38,101 @@ def final_digests(run: Path, iterations: int) -> dict[str, str]:
     manifest: dict[str, str] = json.loads((newest / "manifest.json").read_text())
     del manifest["state.json"]  # holds clock times
     return manifest
+
+
+ITERATIONS = 8
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "seed": 3,
+    "iterations": ITERATIONS,
+    "sampling.steps": 6,
+    "sampling.group_size": 4,
+    "sampling.groups": 8,
+    "sampling.micro_batch": 8,
+    "sampling.window": "{kind: random, length: 2, within: [0, 4]}",
+    "evaluation": "{every: 3, steps: 4, prompts: 8, micro_batch: 4, grid: 8}",
+    "checkpoint": "{every: 2, keep: 2}",
+    "ema": "{decay: 0.9, every: 2}",
+}
+
+
+class Command:
+    """``flowgrpo-ray train`` in a process group of its own, as a terminal starts it."""
+
+    def __init__(self, folder: Path, *more: str, resume: bool = False, **changes: str) -> None:
+        self.home = folder / "home"
+        self.home.mkdir(exist_ok=True)
+        self.run = folder / "runs" / SMALL["name"]
+        self.mark = f"FLOWGRPO_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
+        settings = {**SMALL, **changes}
+        command = [sys.executable, "-m", "flowgrpo_ray", "train", "tiny-ocr", *more]
+        command += ["--runs", str(folder / "runs")]
+        for key, value in settings.items():
+            command += ["--set", f"{key}={value}"]
+        key, _, value = self.mark.partition("=")
+        self.process = subprocess.Popen(
+            [*command, *(["--resume"] if resume else [])],
+            env=alone() | {"HOME": str(self.home), key: value},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def trained(self) -> int:
+        return trained(self.run)
+
+    def wait_for(self, iteration: int) -> None:
+        self.wait_until(lambda: self.trained() >= iteration)
+
+    def wait_until(self, true: Callable[[], bool], pause: float = 0.02) -> None:
+        end = time.monotonic() + 120
+        while not true():
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.process.kill()
+                pytest.fail(f"ended too early or stuck:\n{self.process.communicate()[0]}")
+            time.sleep(pause)
+
+    def signal_group(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+
+    def finish(self, status: int = 0) -> str:
+        output = self.process.communicate(timeout=180)[0]
+        assert self.process.returncode == status, output
+        assert not self.left_behind(), "processes of the run are still there"
+        assert "Traceback" not in output, output
+        return output
+
+    def left_behind(self, grace: float = 15) -> list[str]:
+        """Processes that inherited this run's environment, and folders that its Ray made, after
+        some seconds of grace."""
+        end = time.monotonic() + grace
+        while found := [p.title for p in self.processes()] + self._folders():
+            if time.monotonic() > end:
+                break
+            time.sleep(0.2)
+        return found
+
+    def processes(self) -> Iterator[RunProcess]:
+        """Those of this run that there are."""
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if self.mark.encode() in (process / "environ").read_bytes().split(b"\0"):
+                    title = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    yield RunProcess(int(process.name), title[:120])
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+
+    def _folders(self) -> list[str]:
+        """Temporary folders of this run's Ray sessions, by what their kept logs say."""
+        logs = [log.read_text(errors="replace") for log in self.run.glob("logs/*/raylet.out")]
+        named = {name for log in logs for name in re.findall(r"/tmp/flowgrpo-\w+", log)}
+        return sorted(name for name in named if Path(name).exists())
+
+
+@dataclass(frozen=True)
+class RunProcess:
+    """A process, and what it says it does: Ray writes the method that an actor is in."""
+
+    pid: int
+    title: str

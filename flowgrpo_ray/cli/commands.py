@@ -92,7 +92,8 @@ def train(
     Ctrl-C finishes the iteration and saves; Ctrl-C again stops at once. Continue with --resume.
     """
     from flowgrpo_ray.cluster.run import train as run_training
-    from flowgrpo_ray.console import RunDisplay, summary_table
+    from flowgrpo_ray.console import RunDisplay, ledger_table, summary_table
+    from flowgrpo_ray.tracking import TIMINGS, read_rows
 
     resolved = load_spec(spec, overrides or [])
     runs = runs_root(runs)
@@ -129,6 +130,8 @@ def train(
         raise typer.Exit(_judge(resolved, outcome))
     console.print()
     console.print(summary_table(outcome.summary))
+    if (ledger := ledger_table(read_rows(outcome.folder / TIMINGS))) is not None:
+        console.print(ledger)
     images, seconds = outcome.summary["images"], outcome.summary["seconds"]
     console.print(f"{done} iterations, {images:,} images, {seconds:.0f} s from the command to here")
     console.print(f"report: {outcome.folder / 'report.html'}", soft_wrap=True)
@@ -352,4 +355,6 @@ def main() -> None:
 def _escape(text: str) -> str:
     from rich.markup import escape
 
-    return escape(text)
+    from flowgrpo_ray.console import printable
+
+    return escape(printable(text))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-import yaml
-
 from flowgrpo_ray.errors import SpecError
+from flowgrpo_ray.spec_file import parse_yaml
+from flowgrpo_ray.strict_json import parse
 
 
 def parse_option(text: str, example: str = "batch=4") -> tuple[str, Any]:
@@ -16,10 +15,6 @@ def parse_option(text: str, example: str = "batch=4") -> tuple[str, Any]:
     if not equals or not key:
         raise SpecError(f"--option {text!r}: write it as key=value, for example --option {example}")
     try:
-        return key, json.loads(value)  # reads 1e-4 as a number, which YAML 1.1 does not
-    except json.JSONDecodeError:
-        pass
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise SpecError(f"--option {text!r}: not YAML: {error}") from error
+        return key, parse(value)
+    except ValueError:
+        return key, parse_yaml(value, f"--option {text!r}")

@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flowgrpo_ray.console import printable
+
 if TYPE_CHECKING:
     from flowgrpo_ray.cluster.reward_admin import RewardStatus
 
@@ -110,7 +112,8 @@ def _show(rows: list[RewardStatus]) -> None:
             *sorted({f"last error: {r.last_error}" for r in row.stats if r.last_error}),
         ]
         for line in told:
-            console.print(f"{row.name}: {line}", highlight=False, markup=False, soft_wrap=True)
+            told_line = printable(f"{row.name}: {line}")
+            console.print(told_line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _milliseconds(seconds: float | None) -> str:

@@ -1,4 +1,5 @@
-"""What all actors of a run share: where they are placed, their device, their quiet start."""
+"""What all actors of a run share: where they are placed, their device, their quiet start, and how
+it is noticed that one is lost."""
 
 from __future__ import annotations
 
@@ -6,21 +7,32 @@ import asyncio
 import logging
 import os
 import socket
+import time
 import warnings
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
+from ray.exceptions import (
+    ActorAlreadyExistsError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+)
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from flowgrpo_ray.errors import ClusterError
+from flowgrpo_ray.ledger import Ledger
 from flowgrpo_ray.spec_sections import ActorsSpec, ClusterSpec
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+NAME_S = 60.0  # that Ray may take to notice a death
+LOST = (RayActorError, NodeDiedError, ObjectLostError)  # of an actor, its node, or what it gave
 
 
 def place(cluster: ClusterSpec) -> PlacementGroup:
@@ -31,28 +43,36 @@ def place(cluster: ClusterSpec) -> PlacementGroup:
 
 def _bundle(kind: ActorsSpec) -> dict[str, float]:
     bundle = {"CPU": kind.cpus, "GPU": kind.gpus, **kind.resources}
-    return {resource: amount for resource, amount in bundle.items() if amount}
+    some = {resource: amount for resource, amount in bundle.items() if amount}
+    return some or {"CPU": 0.001}  # Ray takes no empty one
 
 
-def launch(
-    cls: type, kind: ActorsSpec, group: PlacementGroup, bundle: int, name: str, *args: Any
+async def launch(
+    cls: type, kind: ActorsSpec, group: PlacementGroup, bundle: int | None, name: str, *args: Any
 ) -> Any:
-    """Start an actor of ``cls`` in a bundle; returns its handle while it still starts.
+    """Start an actor of ``cls`` in a bundle, or wherever there is room (``None``); returns its
+    handle while it still starts.
 
-    ``name`` is what the dashboard shows; it is unique within the run's own namespace.
+    ``name`` is what the dashboard shows; it is unique within the run's own namespace. That of a
+    dead actor is free again when Ray has noticed its death.
     """
-    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
-    return (
-        ray.remote(cls)
-        .options(
-            name=name,
-            num_cpus=kind.cpus,
-            num_gpus=kind.gpus,
-            resources=kind.resources,
-            scheduling_strategy=strategy,
-        )
-        .remote(*args)
+    actor = ray.remote(cls).options(
+        name=name,
+        num_cpus=kind.cpus,
+        num_gpus=kind.gpus,
+        resources=kind.resources,
+        scheduling_strategy="DEFAULT"
+        if bundle is None
+        else PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
     )
+    deadline = time.monotonic() + NAME_S
+    while True:
+        try:
+            return actor.remote(*args)
+        except ActorAlreadyExistsError:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.1)
 
 
 def set_up_process(kind: ActorsSpec, name: str, run: str) -> torch.device:
@@ -72,7 +92,7 @@ def set_up_process(kind: ActorsSpec, name: str, run: str) -> torch.device:
 async def within(seconds: float, what: str, calls: Iterable[Awaitable[T]]) -> list[T]:
     """All results, or ``ClusterError`` naming ``what`` was not ready in time."""
     ready = asyncio.gather(*calls)
-    ready.add_done_callback(lambda f: f.cancelled() or f.exception())  # seen, also if cancelled
+    ready.add_done_callback(seen)  # also if nobody waits any more
     try:
         return await asyncio.wait_for(ready, seconds)
     except TimeoutError:
@@ -91,3 +111,104 @@ async def all_or_none(*parts: Coroutine[Any, Any, None]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class HangError(Exception):
+    """An actor has answered nothing for ``cluster.hang_timeout_s``."""
+
+
+class LearnerLostError(Exception):
+    """A learner rank is gone, and with it what it had not saved; the run goes back and on."""
+
+    def __init__(self, name: str, cause: Exception) -> None:
+        super().__init__(first_line(cause))
+        self.name = name
+
+
+class Calls:
+    """The calls of one actor, which works them off one after the other."""
+
+    def __init__(self, kind: str, name: str, limit: float, ledger: Ledger) -> None:
+        self.name = name
+        self._kind, self._limit, self._ledger = kind, limit, ledger
+        self._open = 0
+        self._advanced = 0.0  # when it last answered, or began to have something to do
+
+    async def answer(
+        self, what: str, call: Awaitable[T], busy_s: Callable[[T], float] | None = None
+    ) -> T:
+        """The answer to a call, for the ledger as well.
+
+        ``busy_s`` reads from the answer how long the actor worked on it; without, all the time
+        counts. ``HangError`` when the actor has answered nothing in time.
+        """
+        token = self._ledger.start(self._kind, self.name, what)
+        began = time.perf_counter()
+        try:
+            answer = await self._in_time(call)
+        except BaseException:
+            self._ledger.drop(token)
+            raise
+        self._ledger.end(token, busy_s(answer) if busy_s else time.perf_counter() - began)
+        return answer
+
+    async def _in_time(self, call: Awaitable[T]) -> T:
+        if not self._open:
+            self._advanced = time.monotonic()
+        self._open += 1
+        future = asyncio.ensure_future(awaited(call))
+        try:
+            while not future.done():
+                left = self._advanced + self._limit - time.monotonic()
+                if left <= 0:
+                    limit = f"cluster.hang_timeout_s = {self._limit:g} s"
+                    raise HangError(f"{self.name} answered nothing for {limit}")
+                await asyncio.wait({future}, timeout=left)
+            return future.result()
+        finally:
+            future.cancel()
+            self._open -= 1
+            self._advanced = time.monotonic()
+
+
+async def awaited(call: Awaitable[T]) -> T:
+    """As a coroutine, which asyncio can make a task of."""
+    return await call
+
+
+class Losses:
+    """Counts the actors that a run loses; ends one that loses them faster than it advances."""
+
+    def __init__(self, allowed: int, tell: Callable[[str], None]) -> None:
+        self.total = 0
+        self._allowed, self._tell = allowed, tell
+        self._recent: Counter[str] = Counter()  # by actor, since the run last advanced
+
+    def add(self, name: str, error: Exception) -> None:
+        """Count a loss of ``name``, which the caller will replace; ``ClusterError`` if it is one
+        too many."""
+        self.total += 1
+        self._recent[name] += 1
+        why = first_line(error)
+        if self._recent[name] > self._allowed:
+            raise ClusterError(
+                f"{name} was lost {self._recent[name]} times before the run got an iteration "
+                f"further, more than cluster.max_restarts = {self._allowed}. The last time: {why} "
+                "The actors' logs say more. Continue from the last checkpoint with --resume"
+            ) from error
+        self._tell(f"{name} was lost and is replaced: {why}")
+
+    def advanced(self) -> None:
+        """The run got further than ever before."""
+        self._recent.clear()
+
+
+def first_line(error: Exception) -> str:
+    """What an error of Ray says, without the paragraphs of advice behind it."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+
+
+def seen(task: asyncio.Future[Any]) -> None:
+    """A callback for tasks whose error somebody else tells: asyncio need not complain."""
+    if not task.cancelled():
+        task.exception()

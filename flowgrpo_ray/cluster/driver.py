@@ -1,9 +1,10 @@
-"""The training loop: publish, load, sample, score, accumulate, step.
+"""The training loop: publish, sample, score, accumulate, step.
 
-The driver touches scores and object references only; images and trajectories travel between actors
-and Serve. Groups stream: while one is scored another is sampled and a third accumulates gradients,
-all under one version of the weights. Gradients accumulate in plan order, whatever the order of
-arrival, so the result does not depend on how many workers there are.
+The driver touches scores and object references only. Groups stream: while one is scored another is
+sampled and a third accumulates gradients, all under one version of the weights. Gradients
+accumulate in plan order, whatever the order of arrival, so the result does not depend on how many
+workers there are, nor on which of them die: a lost rollout worker's units are sampled again, and
+after the loss of a learner rank the run goes back to its last checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from ray import ObjectRef
+import ray
 
 from flowgrpo_ray.checkpoint import (
     Progress,
@@ -23,25 +24,23 @@ from flowgrpo_ray.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from flowgrpo_ray.cluster import reward_deploy
-from flowgrpo_ray.cluster.actors import all_or_none, place
-from flowgrpo_ray.cluster.learner_group import Contribution, LearnerGroup
+from flowgrpo_ray.cluster.actors import LearnerLostError
+from flowgrpo_ray.cluster.crew import REAL, Crew, Kinds
 from flowgrpo_ray.cluster.live import Display
-from flowgrpo_ray.cluster.reward_args import args_of
-from flowgrpo_ray.cluster.reward_client import Patience, RewardClient
-from flowgrpo_ray.cluster.rollout import RolloutPool, Sampled
+from flowgrpo_ray.cluster.rollout_pool import Sampled
 from flowgrpo_ray.cluster.stages import StageReader
 from flowgrpo_ray.cluster.stream import Stream
 from flowgrpo_ray.cluster.telemetry import Telemetry
-from flowgrpo_ray.errors import ContractError, RewardError
-from flowgrpo_ray.metrics import Scores, Signal, mean_and_std, train_row, unscored
+from flowgrpo_ray.errors import RewardError
+from flowgrpo_ray.metrics import Scores, mean_and_std, train_row, unscored
 from flowgrpo_ray.prompts import Prompt, plan_evaluation, plan_iteration, prompts_digest
-from flowgrpo_ray.rewards import weighted_total
 from flowgrpo_ray.run_folder import RunFolder
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.tracking import RunRecorder, StartClock, save_samples
 from flowgrpo_ray.types import LearnerState, WeightsTicket, WorkUnit
 from flowgrpo_ray.watch import Divergence, Watch, describe
+
+Saved = tuple[LearnerState, Progress]
 
 
 class Trainer:
@@ -56,19 +55,18 @@ class Trainer:
         recorder: RunRecorder,
         display: Display,
         clock: StartClock,
+        kinds: Kinds = REAL,
     ) -> None:
         self.clock = clock
         self.spec, self.folder, self.recorder, self.display = spec, folder, recorder, display
         self.prompts = {"train": prompts, "eval": held_out}
-        self._held: dict[tuple[str, int], ObjectRef] = {}  # conditions of this iteration's prompts
         self.stopping = False
         self.watch = Watch(spec)
         self.diverged: Divergence | None = None  # why the watch ended the run
         self.ratio_floor: float | None = None
-        self.own_rewards: list[str] = []
-        self._stages = StageReader(spec.cluster)
+        self._stages = StageReader(spec)
         self._earlier_seconds = 0.0  # of the attempts that this one continues
-        self.progress = Progress(
+        self._begun = Progress(
             iteration=0,
             images=0,
             seconds=0.0,
@@ -76,29 +74,57 @@ class Trainer:
             spec_identity=spec.identity(),
             prompts_digest=prompts_digest([*prompts, *held_out]),
         )
+        self.progress = self._begun
+        self._furthest = 0  # iteration
+        # With max_lag 1: the iteration that is sampled meanwhile, and under which weights.
+        self._ahead: Stream | None = None
+        self._behaviour: WeightsTicket | None = None
         self.telemetry = Telemetry(spec, folder, display)
+        self.crew = Crew(spec, self.prompts, self.telemetry.traffic, display, kinds)
         recorder.mirrors.append(self.telemetry.see)
 
     # --- the run
 
-    async def train(self, resume: tuple[LearnerState, Progress] | None) -> Progress:
+    async def train(self, resume: Saved | None) -> Progress:
         """Train to ``spec.iterations``, or until ``stop``; where it ends is checkpointed."""
         if resume:
-            self.progress = resume[1]
-            self._earlier_seconds = self.progress.seconds
+            self._earlier_seconds = resume[1].seconds
         async with self.telemetry:
-            return await self._train(resume and resume[0])
+            await self.start()
+            try:
+                while not await self._finished(resume):
+                    resume = await self._go_back()
+            finally:
+                self._drop_ahead()
+            return self.progress
 
-    async def _train(self, state: LearnerState | None) -> Progress:
-        await self.start()
-        if state:
-            await self.learners.load_state(state)
-        await self.measure_floor()
+    async def start(self) -> None:
+        """Bring up every actor."""
+        self.display.stage("starting learner, rollout workers and rewards")
+        await self.crew.start()
+        self.telemetry.follow(self.crew)
+        self.clock.lap("actors")
+
+    async def _finished(self, saved: Saved | None) -> bool:
+        """Train from a checkpoint or from the beginning; False if a learner rank was lost."""
+        try:
+            await self._train_from(saved)
+        except LearnerLostError as lost:
+            self.crew.losses.add(lost.name, lost)
+            return False
+        return True
+
+    async def _train_from(self, saved: Saved | None) -> None:
+        first_time = self.ratio_floor is None
+        if saved:
+            await self._take_up(*saved)
+        self.ratio_floor = await self.crew.measure_floor()
         self.clock.lap("ratio floor")
-        if not state and not self.stopping:
+        if not saved and not self.stopping:
             await self.evaluate()
             self.clock.lap("first evaluation")
-        self.recorder.log_timing(self.clock.row())
+        if first_time:
+            self.recorder.log_timing(self.clock.row())
         while self.progress.iteration < self.spec.iterations and not self.stopping:
             await self.iterate(self.progress.iteration + 1)
             done = self.progress.iteration
@@ -109,7 +135,28 @@ class Trainer:
                 await self.save()
             if self.diverged:
                 break
-        return self.progress
+
+    async def _take_up(self, state: LearnerState, progress: Progress) -> None:
+        """Go on after a checkpoint."""
+        self.progress = progress
+        self._behaviour = await self.crew.learners.load_state(state)
+        if self._behaviour:
+            self.crew.rollouts.publish(self._behaviour, ray.put(state.behaviour))
+
+    async def _go_back(self) -> Saved | None:
+        """A new learner, and all else as it was after the last checkpoint, or before training."""
+        self.display.stage("replacing the learner")
+        self._drop_ahead()
+        self._behaviour = None
+        await self.crew.learners.restart()
+        saved = await asyncio.to_thread(self.folder.latest)
+        self.progress = saved[1] if saved else self._begun
+        at = self.progress.iteration if saved else None
+        self.recorder.rewind(at, self.spec.evaluation.every)
+        self.watch, self.diverged = Watch(self.spec), None
+        self.watch.replay(self.recorder.metrics())
+        self.display.note(f"going on after iteration {self.progress.iteration}, the last saved one")
+        return saved
 
     def stop(self) -> None:
         """Finish the iteration, checkpoint it and return."""
@@ -117,124 +164,73 @@ class Trainer:
 
     def status(self) -> dict[str, Any]:
         """For live.json; called from another thread."""
-        state = "running" if self.telemetry.pool else "starting"
+        state = "running" if self.telemetry.ready else "starting"
         return {
             "state": "stopping" if self.stopping else state,
             "iteration": self.progress.iteration,
             **self.telemetry.status(),
         }
 
-    async def start(self) -> None:
-        """Bring up learner, rollout workers and rewards, all at once; encode every new prompt."""
-        self.display.stage("starting learner, rollout workers and rewards")
-        self.group = place(self.spec.cluster)
-        self.learners = LearnerGroup(self.spec, self.group)
-        self.rollouts = RolloutPool(self.spec, self.group)
-        await all_or_none(self._start_rewards(), self.learners.start(), self._start_rollouts())
-        self.telemetry.pool = self.rollouts
-        self.clock.lap("actors")
-
-    async def _start_rewards(self) -> None:
-        args = [args_of(name, reward) for name, reward in self.spec.rewards.items()]
-        cluster, names = self.spec.cluster, list(self.spec.rewards)
-        reused = await asyncio.to_thread(
-            reward_deploy.deploy, args, http_port=cluster.reward_http_port
-        )
-        self.own_rewards = [name for name in names if name not in reused]
-        deadline = cluster.ready_timeout_s
-        await asyncio.to_thread(reward_deploy.wait, names, deadline_s=deadline, present=reused)
-        for arg in args:
-            if arg.name in reused:
-                await reward_deploy.check_same(arg)
-                self.display.note(f"using the deployment reward-{arg.name} that is there")
-        self.rewards = RewardClient(
-            {
-                name: Patience(deadline_s=reward.deadline_s, retries=reward.retries)
-                for name, reward in self.spec.rewards.items()
-            },
-            self.telemetry.traffic,
-        )
-
-    async def _start_rollouts(self) -> None:
-        await self.rollouts.start()
-        self.sigmas, self.eval_sigmas = await self.rollouts.sigmas(
-            self.spec.sampling.steps, self.spec.evaluation.steps
-        )
-        await self.rollouts.encode([p.text for stream in self.prompts.values() for p in stream])
-
-    async def publish(self, version: int, *, averaged: bool = False) -> WeightsTicket:
-        """Contract: every worker holds exactly the published weights, or the run stops."""
-        ticket, arrays = await self.learners.publish(version, averaged=averaged)
-        await self.rollouts.load(ticket, arrays)
-        return ticket
-
-    async def measure_floor(self) -> None:
-        """What this hardware cannot reproduce of a ratio of 1; the clip range must lie above."""
-        ticket = await self.publish(0)
-        units = plan_iteration(self.spec, 0, len(self.prompts["train"]), self.sigmas).units
-        probe = [
-            self._contribution(unit, await self.sample(unit, ticket))
-            for unit in units[: self.spec.cluster.learner.count]
-        ]
-        self.ratio_floor = floor = await self.learners.measure_floor(probe)
-        objective = self.spec.objective
-        clips = objective.kind != "flow_dppo"
-        clip = min(objective.clip_low, objective.clip_high) if clips else float("inf")
-        if floor >= clip:
-            raise ContractError(
-                f"max |log rho| of a fresh trajectory is {floor:.3g} on this hardware, not below "
-                f"the clip range {clip:.3g} of objective.clip_low / clip_high: updates would "
-                "follow rounding errors. Widen the clip range, use model.dtype: float32, or put "
-                "rollout and learner on one kind of device"
-            )
-        if floor:
-            self.display.note(f"on this hardware |log rho| of fresh samples is up to {floor:.3g}")
-
     # --- one iteration
 
     async def iterate(self, iteration: int) -> None:
         """One iteration of Flow-GRPO, as the module's docstring tells it."""
-        began = time.perf_counter()
-        self.rewards.take_stats()  # of an evaluation before it
-        plan = plan_iteration(self.spec, iteration, len(self.prompts["train"]), self.sigmas)
-        self._held = {}
-        self._hold(plan.units)
-        ticket = await self.publish(iteration)
-        published = time.perf_counter() - began
+        crew, began = self.crew, time.perf_counter()
+        crew.rewards.take_stats()  # of an evaluation before it
+        crew.ledger.begin()
+        ticket = await crew.publish(iteration)
         self.display.stage("sampling, scoring, training")
-        stream = Stream(self, plan, ticket)
+        stream = self._stream(iteration, ticket)
         updates = []
         try:
             for _ in range(self.spec.objective.epochs):
-                for number in range(len(plan.updates)):
+                for number in range(len(stream.plan.updates)):
                     samples = 0
                     async for unit, sampled, signal in stream.update(number):
                         samples += int(signal.keep.sum())
-                        self.learners.accumulate(self._contribution(unit, sampled, signal))
-                    steps = len(plan.schedule.stochastic_steps)
-                    updates.append(await self.learners.step(samples, steps))
+                        crew.learners.accumulate(crew.contribution(unit, sampled, signal))
+                    steps = len(stream.plan.schedule.stochastic_steps)
+                    updates.append(await crew.learners.step(samples, steps))
         finally:
             stream.cancel()
-        seconds = time.perf_counter() - began
+        seconds, accounts = time.perf_counter() - began, crew.ledger.cut()
         results = stream.results
-        row = train_row(self.spec, plan, ticket, results, updates)
+        row = train_row(self.spec, stream.plan, ticket, stream.ticket, results, updates)
         self._look_for_divergence(row)
         self.recorder.log(row)
-        stages = {"publish": published, **stream.seconds}
-        stages["train"] = sum(s.seconds for stats, _ in updates for s in stats)
-        ranks = self.spec.cluster.learner.count  # they step together
-        stages["step"] = ranks * sum(step.seconds for _, step in updates)
-        where, advice = self._stages.read(stages, seconds, self.rewards.take_stats())
         speed = row["images"] / seconds
-        self._record_time(
-            "train", iteration, seconds, images_per_second=speed, stages=stages, **where
-        )
+        where, advice = self._stages.read(accounts, seconds, crew.rewards.take_stats())
+        self._record_time("train", iteration, seconds, images_per_second=speed, **where)
         if advice:
             self.display.note(advice)
         scores = [result.scores for result in results]
         self._advance(iteration, row, scores)
         self._tell_missing(row, scores)
         self.display.iteration(row, seconds)
+
+    def _stream(self, iteration: int, ticket: WeightsTicket) -> Stream:
+        """The units of an iteration on their way.
+
+        With ``sampling.max_lag: 1`` they began in the iteration before, under the weights of that
+        one (``_ahead``, or what a checkpoint kept of it), and the next ones begin now.
+        """
+        stream, self._ahead = self._ahead, None
+        if stream is None:
+            stream = self._begin(iteration, self._behaviour or ticket)
+            self._behaviour = None
+        if self.spec.sampling.max_lag and iteration < self.spec.iterations and not self.stopping:
+            self._ahead = self._begin(iteration + 1, ticket)
+        return stream
+
+    def _begin(self, iteration: int, ticket: WeightsTicket) -> Stream:
+        plan = plan_iteration(self.spec, iteration, len(self.prompts["train"]), self.crew.sigmas)
+        self.crew.hold(plan.units)
+        return Stream(self.crew, plan, ticket)
+
+    def _drop_ahead(self) -> None:
+        if self._ahead:
+            self._ahead.cancel()
+            self._ahead = None
 
     def _tell_missing(self, row: Mapping[str, Any], scores: Sequence[Scores]) -> None:
         """Note every reward whose deployment gave up."""
@@ -259,6 +255,9 @@ class Trainer:
                 self.diverged = Divergence(message, before)
 
     def _advance(self, iteration: int, row: dict[str, Any], scores: Sequence[Scores]) -> None:
+        if iteration > self._furthest:
+            self._furthest = iteration
+            self.crew.losses.advanced()
         failed = self.progress.failed_groups + row["groups"]["dropped"]
         self.progress = replace(
             self.progress,
@@ -276,46 +275,11 @@ class Trainer:
                 + (why[-1] if why else f"Images without a score in the last iteration: {silent}")
             )
 
-    def _contribution(
-        self, unit: WorkUnit, sampled: Sampled, signal: Signal | None = None
-    ) -> Contribution:
-        if signal is None:
-            signal = Signal(np.zeros(unit.batch, np.float32), np.zeros(unit.batch, bool))
-        return Contribution(
-            unit, sampled.trajectory, self._conditions(unit), signal.advantages, signal.keep
-        )
-
-    def _conditions(self, unit: WorkUnit) -> list[ObjectRef]:
-        self._hold([unit])  # of a refill
-        return [self._held[unit.stream, prompt] for prompt in unit.distinct_prompts]
-
-    def _hold(self, units: Sequence[WorkUnit]) -> None:
-        """Have the conditions of the units' prompts read into the object store."""
-        wanted = dict.fromkeys((unit.stream, p) for unit in units for p in unit.distinct_prompts)
-        missing = [key for key in wanted if key not in self._held]
-        texts = [self.prompts[stream][prompt].text for stream, prompt in missing]
-        self._held |= zip(missing, self.rollouts.conditions(texts), strict=True)
-
-    async def sample(self, unit: WorkUnit, ticket: WeightsTicket) -> Sampled:
-        """Have a free worker sample ``unit``."""
-        return await self.rollouts.sample(unit, ticket, self._conditions(unit))
-
-    async def score(self, unit: WorkUnit, images: ObjectRef) -> Scores:
-        """Every reward's scores of a unit's images; NaN, and why, where one gave up."""
-        prompts = [self.prompts[unit.stream][prompt] for prompt in unit.prompts]
-        scored = await self.rewards.score(
-            images, [p.text for p in prompts], [p.metadata for p in prompts]
-        )
-        weights = self.spec.weights
-        failed = [why for name, why in scored.failures.items() if weights[name]]
-        total = weighted_total(scored.rewards, weights)
-        return Scores(scored.rewards, total, "; ".join(failed) or None, scored.failures)
-
     async def _sample_and_score(
         self, unit: WorkUnit, ticket: WeightsTicket
     ) -> tuple[Sampled, Scores]:
-        sampled = await self.sample(unit, ticket)
-        return sampled, await self.score(unit, sampled.images)
+        sampled = await self.crew.sample(unit, ticket)
+        return sampled, await self.crew.score(unit, sampled.images)
 
     # --- around the iterations
 
@@ -324,11 +288,10 @@ class Trainer:
         noise; keeps a sample grid."""
         self.display.stage("evaluating")
         began, iteration = time.perf_counter(), self.progress.iteration
-        ticket = await self.publish(iteration, averaged=True)
+        ticket = await self.crew.publish(iteration, averaged=True)
         held_out = self.prompts["eval"]
-        units = plan_evaluation(self.spec, len(held_out), self.eval_sigmas)
-        self._held = {}
-        self._hold(units)
+        units = plan_evaluation(self.spec, len(held_out), self.crew.eval_sigmas)
+        self.crew.hold(units)
         results = await asyncio.gather(*(self._sample_and_score(unit, ticket) for unit in units))
         sampled, scores = zip(*results, strict=True)
         rewards = {
@@ -373,7 +336,7 @@ class Trainer:
         self.display.stage("saving a checkpoint")
         seconds = self._earlier_seconds + self.clock.elapsed()
         self.progress = replace(self.progress, seconds=seconds)
-        state = await self.learners.state()
+        state = await self.crew.learners.state()
         await asyncio.to_thread(
             save_checkpoint,
             self.folder.checkpoints,

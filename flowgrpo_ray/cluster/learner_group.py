@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import ray
 from ray import ObjectRef
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
-from flowgrpo_ray.cluster.actors import launch, set_up_process, within
+from flowgrpo_ray.cluster.actors import (
+    LOST,
+    Calls,
+    HangError,
+    LearnerLostError,
+    Losses,
+    awaited,
+    launch,
+    seen,
+    set_up_process,
+    within,
+)
+from flowgrpo_ray.ledger import Ledger
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.types import (
     Condition,
@@ -27,6 +41,8 @@ from flowgrpo_ray.types import (
 
 if TYPE_CHECKING:
     from flowgrpo_ray.learner import Learner
+
+DEATH_S = 3.0  # that Ray may take to tell of a dead rank, after another one has failed
 
 
 class LearnerRank:
@@ -57,8 +73,13 @@ class LearnerRank:
         join_group(self.rank, self.spec.cluster.learner.count, address, self.device)
         self.learner = Learner(self.spec, self.device)
 
-    def publish(self, version: int, averaged: bool) -> tuple[WeightsTicket, dict[str, Float32]]:
-        return self.learner.publish(version, averaged=averaged)
+    def publish(
+        self, version: int, averaged: bool
+    ) -> tuple[tuple[WeightsTicket, float], dict[str, Float32]]:
+        """The ticket and busy seconds; of rank 0 the arrays as well."""
+        started = time.perf_counter()
+        ticket, arrays = self.learner.publish(version, averaged=averaged)
+        return (ticket, time.perf_counter() - started), arrays
 
     def accumulate(
         self,
@@ -84,8 +105,8 @@ class LearnerRank:
         state = self.learner.state()
         return state if self.rank == 0 else None
 
-    def load_state(self, state: LearnerState) -> None:
-        self.learner.load_state(state)
+    def load_state(self, state: LearnerState) -> WeightsTicket | None:
+        return self.learner.load_state(state)
 
 
 @dataclass(frozen=True)
@@ -100,42 +121,83 @@ class Contribution:
 
 
 class LearnerGroup:
-    """The driver's side. Unit ``i`` of an update always goes to rank ``i % N``, in plan order."""
+    """The driver's side. Unit ``i`` of an update always goes to rank ``i % N``, in plan order.
 
-    def __init__(self, spec: TrainingSpec, group: PlacementGroup) -> None:
-        self.spec = spec
-        kind = spec.cluster.learner
-        self.ranks: list[Any] = [
-            launch(LearnerRank, kind, group, rank, f"learner-{rank}", spec, rank)
-            for rank in range(kind.count)
-        ]
+    Ranks hold what cannot be made again: when one is lost every method raises ``LearnerLostError``,
+    and after ``restart`` the group is as it was before any training.
+    """
+
+    def __init__(
+        self,
+        spec: TrainingSpec,
+        group: PlacementGroup,
+        ledger: Ledger,
+        losses: Losses,
+        rank_class: type = LearnerRank,
+    ) -> None:
+        self.spec, self._group, self._class = spec, group, rank_class
+        self._ledger, self._losses = ledger, losses
+        self.ranks: list[Any] = []
+        self._calls: list[Calls] = []
         self._row: list[Contribution] = []
-        self._running: list[ObjectRef] = []
+        self._running: list[asyncio.Future[MicrobatchStats]] = []
 
     async def start(self) -> None:
         """Form the process group and load the model; waits until every rank is up."""
-        address = await self.ranks[0].address.remote()
-        await within(
-            self.spec.cluster.ready_timeout_s,
-            "learner ranks",
-            [rank.join.remote(address) for rank in self.ranks],
-        )
+        while True:
+            try:
+                await self._start()
+                return
+            except LearnerLostError as lost:
+                self._losses.add(lost.name, lost)
+                self.kill()
+
+    async def restart(self) -> None:
+        """All ranks anew, on whatever machines there are."""
+        self.kill()
+        await self.start()
+
+    def kill(self) -> None:
+        """End every rank: one that lives waits for the dead in a collective call."""
+        for rank in self.ranks:
+            ray.kill(rank)
+
+    async def _start(self) -> None:
+        kind, cluster = self.spec.cluster.learner, self.spec.cluster
+        names = [f"learner-{rank}" for rank in range(kind.count)]
+        self.ranks = [
+            await launch(self._class, kind, self._group, rank, name, self.spec, rank)
+            for rank, name in enumerate(names)
+        ]
+        limit = cluster.hang_timeout_s
+        self._calls = [Calls("learner", name, limit, self._ledger) for name in names]
+        self._row, self._running = [], []
+        address = (await self._ready([self.ranks[0].address.remote()]))[0]
+        await self._ready([rank.join.remote(address) for rank in self.ranks])
+
+    async def _ready(self, calls: Sequence[Awaitable[Any]]) -> list[Any]:
+        """Answers of ranks that may still be starting."""
+        started = within(self.spec.cluster.ready_timeout_s, "learner ranks", calls)
+        return (await self._of_all([started]))[0]
 
     async def publish(
         self, version: int, *, averaged: bool = False
     ) -> tuple[WeightsTicket, ObjectRef]:
         """Publish the weights to sample with; ``averaged`` gives the EMA ones, for evaluation."""
         calls = [r.publish.options(num_returns=2).remote(version, averaged) for r in self.ranks]
-        tickets = await asyncio.gather(*(ticket for ticket, _ in calls))
-        return tickets[0], calls[0][1]
+        answers = [
+            of.answer("publish", answer, lambda answered: answered[1])
+            for of, (answer, _) in zip(self._calls, calls, strict=True)
+        ]
+        return (await self._of_all(answers))[0][0], calls[0][1]
 
     async def measure_floor(self, probe: Sequence[Contribution]) -> float:
         """The largest ``|log rho|`` over one freshly sampled micro-batch per rank."""
-        calls = [
-            rank.measure_floor.remote(p.unit, p.trajectory, *p.conditions)
-            for rank, p in zip(self.ranks, probe, strict=True)
+        answers = [
+            of.answer("accumulate", rank.measure_floor.remote(p.unit, p.trajectory, *p.conditions))
+            for of, rank, p in zip(self._calls, self.ranks, probe, strict=True)
         ]
-        return max(await asyncio.gather(*calls))
+        return max(await self._of_all(answers))
 
     def accumulate(self, contribution: Contribution) -> None:
         """Queue a micro-batch; a row of one per rank runs together.
@@ -149,10 +211,11 @@ class LearnerGroup:
         row, self._row = self._row, []
         if not any(c.keep.any() for c in row):
             return
-        self._running += [
-            rank.accumulate.remote(c.unit, c.trajectory, c.advantages, c.keep, *c.conditions)
-            for rank, c in zip(self.ranks, row, strict=True)
-        ]
+        for of, rank, c in zip(self._calls, self.ranks, row, strict=True):
+            call = rank.accumulate.remote(c.unit, c.trajectory, c.advantages, c.keep, *c.conditions)
+            answer = asyncio.ensure_future(of.answer("accumulate", call, _seconds))
+            answer.add_done_callback(seen)
+            self._running.append(answer)
 
     async def step(self, samples: int, steps: int) -> tuple[list[MicrobatchStats], StepStats]:
         """Finish the queued micro-batches and update; their statistics in plan order.
@@ -164,14 +227,56 @@ class LearnerGroup:
             none = np.zeros_like(last.keep)
             self.accumulate(replace(last, advantages=none.astype(np.float32), keep=none))
         running, self._running = self._running, []
-        updates = [rank.step.remote(samples, steps) for rank in self.ranks]
-        stats = await asyncio.gather(*running)
-        return stats, (await asyncio.gather(*updates))[0]
+        updates = [
+            of.answer("step", rank.step.remote(samples, steps), _seconds)
+            for of, rank in zip(self._calls, self.ranks, strict=True)
+        ]
+        answers = await self._of_all([*running, *updates])
+        return answers[: len(running)], answers[len(running)]
 
     async def state(self) -> LearnerState:
         """What a checkpoint holds."""
-        return (await asyncio.gather(*(rank.state.remote() for rank in self.ranks)))[0]
+        calls = zip(self._calls, self.ranks, strict=True)
+        return (await self._of_all([of.answer("save", r.state.remote()) for of, r in calls]))[0]
 
-    async def load_state(self, state: LearnerState) -> None:
+    async def load_state(self, state: LearnerState) -> WeightsTicket | None:
+        """Go on from a checkpoint; the ticket of the weights that it holds of the iteration before,
+        if it holds any."""
         reference = ray.put(state)
-        await asyncio.gather(*(rank.load_state.remote(reference) for rank in self.ranks))
+        calls = zip(self._calls, self.ranks, strict=True)
+        loads = [of.answer("load", r.load_state.remote(reference)) for of, r in calls]
+        return (await self._of_all(loads))[0]
+
+    async def _of_all(self, answers: Sequence[Awaitable[Any]]) -> list[Any]:
+        """What every rank answers; ``LearnerLostError`` as soon as one is known to be lost."""
+        try:
+            return await asyncio.gather(*answers)
+        except (*LOST, HangError) as error:
+            raise LearnerLostError(self._name(error), error) from error
+        except RayTaskError as error:  # maybe because another rank died in a collective call
+            if dead := await self._dead():
+                raise LearnerLostError(self._name(dead), dead) from error
+            raise
+
+    async def _dead(self) -> RayActorError | None:
+        """What Ray says of a rank that is dead, if one is."""
+        if len(self.ranks) == 1:
+            return None
+        pings = [asyncio.ensure_future(awaited(r.__ray_ready__.remote())) for r in self.ranks]
+        await asyncio.wait(pings, timeout=DEATH_S, return_when=asyncio.FIRST_EXCEPTION)
+        for ping in pings:
+            ping.add_done_callback(seen)
+            if ping.done() and isinstance(ping.exception(), RayActorError):
+                return cast(RayActorError, ping.exception())
+            ping.cancel()
+        return None
+
+    def _name(self, error: Exception) -> str:
+        """Which rank it was."""
+        lost = getattr(getattr(error, "cause", error), "actor_id", None)
+        ids = [rank._actor_id.hex() for rank in self.ranks]  # Ray has no public name for it
+        return f"learner-{ids.index(lost)}" if lost in ids else "learner"
+
+
+def _seconds(stats: MicrobatchStats | StepStats) -> float:
+    return stats.seconds

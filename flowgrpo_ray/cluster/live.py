@@ -69,6 +69,7 @@ class Live:
             "checkpoint": checkpoint,
             "workers": [],
             "learners": spec.cluster.learner.count,
+            "restarts": 0,
             "rewards": {},
         }
         self._trouble = ""  # why it could not be written, as it was told last

@@ -118,7 +118,7 @@ FROM_ROWS = {
     "timings.train": (
         gauge("iteration_seconds", "seconds", "wall clock of an iteration"),
         gauge("images_per_second", "images_per_second", "over an iteration"),
-        gauge("stage_seconds", "stages.{stage}", "of an iteration, summed over processes"),
+        gauge("ledger_seconds", "ledger.{actors}.{state}.{what}", "of a process in an iteration"),
         gauge("busy_share", "busy.{actors}", "busy seconds / (wall clock x actors)"),
     ),
     "timings.eval": (gauge("eval_seconds", "seconds", "wall clock of the last evaluation"),),

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import yaml
 from pydantic import BaseModel, ValidationError
 from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
@@ -31,6 +30,7 @@ from flowgrpo_ray.cluster.session import refused
 from flowgrpo_ray.environments import python_of
 from flowgrpo_ray.errors import ClusterError, RewardError, SpecError
 from flowgrpo_ray.rewards import check_options, nearest
+from flowgrpo_ray.spec_file import parse_yaml
 
 LOOPBACK = "127.0.0.1"
 BUILDER = "flowgrpo_ray.cluster.reward_service:app"
@@ -65,11 +65,11 @@ def connection(address: str | None) -> Iterator[ServeSubmissionClient]:
 def read_config(path: Path) -> dict[str, Any]:
     """A Serve config file of rewards, checked; SpecError names the file, the key and the value."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
         config = ServeDeploySchema.model_validate(content)
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValidationError) as error:
+    except (ValidationError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: not a Serve config file: {error}") from error
     check_keys(str(path), content, ServeDeploySchema)
     # Serve's own default is every interface of the machine.

@@ -10,18 +10,19 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from ray import ObjectRef, serve
-from ray.exceptions import RayError
+from ray.exceptions import ObjectLostError, RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from flowgrpo_ray.cluster.reward_types import Answer, Metadata, app_name
 from flowgrpo_ray.errors import RewardError
+from flowgrpo_ray.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,13 @@ class RewardClient:
     """Calls the deployments of these rewards; for asyncio."""
 
     def __init__(
-        self, rewards: Mapping[str, Patience], traffic: Mapping[str, Traffic] | None = None
+        self,
+        rewards: Mapping[str, Patience],
+        traffic: Mapping[str, Traffic] | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self._patience = dict(rewards)
+        self._ledger = ledger or Ledger({})
         self._traffic = traffic or {name: Traffic() for name in rewards}
         self._handles: dict[str, DeploymentHandle] = {}
         self._stats = {name: RewardStats() for name in rewards}
@@ -91,10 +96,15 @@ class RewardClient:
                 raise RewardError(f"{app_name(name)}: {error}") from error
 
     async def score(
-        self, images: ObjectRef | np.ndarray, prompts: Sequence[str], metadata: Metadata
+        self,
+        images: ObjectRef | np.ndarray,
+        prompts: Sequence[str],
+        metadata: Metadata,
+        done: Callable[[str], None] = lambda name: None,
     ) -> Scored:
-        """Scores of images uint8 [b, H, W, 3], or of what `images` refers to."""
-        calls = [self._waited_for(name, images, prompts, metadata) for name in self._handles]
+        """Scores of images uint8 [b, H, W, 3], or of what `images` refers to; ``done`` is told each
+        reward that has answered or given up."""
+        calls = [self._waited_for(name, images, prompts, metadata, done) for name in self._handles]
         rewards: dict[str, np.ndarray] = {}
         failures: dict[str, str] = {}
         for name, outcome in zip(self._handles, await asyncio.gather(*calls), strict=True):
@@ -112,18 +122,27 @@ class RewardClient:
         return taken
 
     async def _waited_for(
-        self, name: str, images: Any, prompts: Sequence[str], metadata: Metadata
+        self,
+        name: str,
+        images: Any,
+        prompts: Sequence[str],
+        metadata: Metadata,
+        done: Callable[[str], None],
     ) -> np.ndarray | str:
         self._traffic[name].queue += 1
         try:
             return await self._score_one(name, images, prompts, metadata)
         finally:
             self._traffic[name].queue -= 1
+            done(name)
 
     async def _score_one(
         self, name: str, images: Any, prompts: Sequence[str], metadata: Metadata
     ) -> np.ndarray | str:
-        """Scores, float32 [b], infinite ones as NaN; or why there are none."""
+        """Scores, float32 [b], infinite ones as NaN; or why there are none.
+
+        ``ObjectLostError`` if the images went away with their machine: no replica can help that.
+        """
         patience, call, began = self._patience[name], uuid.uuid4().hex, time.perf_counter()
         last = ""
         for attempt in range(1 + patience.retries):
@@ -133,6 +152,7 @@ class RewardClient:
                 images, list(prompts), list(metadata), call=call
             )
             stats = self._stats[name]
+            token = self._ledger.start(app_name(name), "", "score")
             try:
                 answer: Answer = await asyncio.wait_for(response, patience.deadline_s)
             except TimeoutError:
@@ -140,6 +160,8 @@ class RewardClient:
                 last = f"no answer within {patience.deadline_s:g} s"
             except (RayError, RayServeException) as error:
                 cause = getattr(error, "cause", None) or error
+                if isinstance(cause, ObjectLostError):
+                    raise cause from error
                 last = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
             else:
                 seconds = time.perf_counter() - began
@@ -149,7 +171,10 @@ class RewardClient:
                 self._traffic[name].answered(len(prompts), seconds)
                 stats.busy_s += answer.busy_s
                 stats.replicas.add(answer.replica)
+                self._ledger.end(token, answer.busy_s)
                 return np.where(np.isfinite(answer.scores), answer.scores, np.float32(np.nan))
+            finally:
+                self._ledger.drop(token)  # where it was not answered
             stats.failures += 1
             self._traffic[name].failed()
         return (

@@ -26,7 +26,7 @@ def deploy(args: Sequence[RewardServiceArgs], *, http_port: int | None) -> list[
     names = [arg.name for arg in args]
     if len(set(names)) < len(names):
         raise SpecError(f"rewards need different names, got {names}")
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(
         proxy_location="Disabled" if http_port is None else "HeadOnly",
         http_options=None if http_port is None else {"host": "127.0.0.1", "port": http_port},

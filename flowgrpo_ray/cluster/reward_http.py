@@ -8,7 +8,6 @@ there is a token, it is asked for before the body is read.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import re
 import secrets
@@ -26,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import flowgrpo_ray
 from flowgrpo_ray.images import ImageError, decode_rgb
+from flowgrpo_ray.strict_json import parse
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ def decode(files: Sequence[bytes], max_pixels: int) -> np.ndarray:
 def _json_list(field: str, text: str, kind: type, count: int) -> list[Any]:
     """The JSON list in a form field, of `count` items of one kind."""
     try:
-        items = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        items = parse(text)
+    except ValueError as error:
         raise HTTPException(422, f"{field} is not JSON: {error}") from error
     wanted = {str: "texts", dict: "objects"}[kind]
     if not isinstance(items, list) or not all(isinstance(item, kind) for item in items):
@@ -177,7 +177,9 @@ def _answer_errors_as_json(api: FastAPI, name: str) -> None:
 
     async def refused(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, StarletteHTTPException)
-        return JSONResponse({"error": str(error.detail)}, error.status_code)
+        # After that the rest of a body is not even read.
+        more = {"Connection": "close"} if error.status_code == 413 else None
+        return JSONResponse({"error": str(error.detail)}, error.status_code, more)
 
     async def malformed(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
@@ -226,7 +228,8 @@ class RequireToken:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not secrets.compare_digest(given, self._expected):
                 message = "the header Authorization: Bearer <token> is missing or wrong"
-                refuse = JSONResponse({"error": message}, 401, {"WWW-Authenticate": "Bearer"})
+                more = {"WWW-Authenticate": "Bearer", "Connection": "close"}  # the body is not read
+                refuse = JSONResponse({"error": message}, 401, more)
                 await refuse(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -25,7 +25,7 @@ from flowgrpo_ray.cluster.exporter import Exporter
 from flowgrpo_ray.cluster.reward_args import RewardServiceArgs
 from flowgrpo_ray.cluster.reward_http import Limits, build_api
 from flowgrpo_ray.cluster.reward_types import Answer, Metadata, ReplicaStats
-from flowgrpo_ray.cluster.serve_http import http_address
+from flowgrpo_ray.cluster.serve_http import http_address, stay_on_loopback
 from flowgrpo_ray.environments import python_of
 from flowgrpo_ray.errors import RewardError
 from flowgrpo_ray.images import decode_rgb
@@ -66,6 +66,7 @@ class RewardReplica:
     """
 
     def __init__(self, args: RewardServiceArgs) -> None:
+        stay_on_loopback()
         self._args = args
         self._token = _token(args)
         self._check_prompt = prompt_check(args.reward)
@@ -324,6 +325,8 @@ def app(args: RewardServiceArgs) -> serve.Application:
         max_ongoing_requests=args.max_batch_images,
         # A replica that was killed is noticed by its next health check; Serve's own period is 10.
         health_check_period_s=2.0,
+        # One that hangs is replaced after three checks in a row without an answer; 30 is Serve's.
+        health_check_timeout_s=10.0,
         graceful_shutdown_timeout_s=args.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         # A constructor that fails, mostly fails again: say so soon.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import signal
 import time
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowgrpo_ray.cluster.live import Display, Live
 from flowgrpo_ray.cluster.session import joined, ray_session
-from flowgrpo_ray.errors import ClusterError, RunFolderError
+from flowgrpo_ray.errors import RunFolderError
 from flowgrpo_ray.preflight import check_access, check_environments, check_run
 from flowgrpo_ray.prompts import prompts_digest
 from flowgrpo_ray.report import write_report
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from flowgrpo_ray.checkpoint import Progress
     from flowgrpo_ray.cluster.driver import Trainer
     from flowgrpo_ray.watch import Divergence
+
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # what a disk says that takes no more
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,13 @@ def train(
                 "has changed since. Restore the files, or choose another name (--set name=...)"
             )
         recorder = RunRecorder(folder.path, spec.tracking.tensorboard, spec.tracking.wandb)
-        _rewind(recorder, folder, spec, saved, display)
+        (folder.path / SUMMARY).unlink(missing_ok=True)
+        recorder.rewind(saved[1].iteration if saved else None, spec.evaluation.every)
+        if saved:
+            display.note(f"resuming {folder.path} after iteration {saved[1].iteration}")
         display.stage("starting Ray")
         with ray_session(spec, folder.logs), contextlib.closing(recorder):
             clock.lap("ray")
-            from ray.exceptions import RayActorError
-
             from flowgrpo_ray.cluster import reward_deploy
             from flowgrpo_ray.cluster.driver import Trainer
 
@@ -78,38 +83,21 @@ def train(
             live.follow(trainer)
             try:
                 progress = asyncio.run(_until_stopped(trainer, saved))
-            except RayActorError as error:
-                raise ClusterError(
-                    f"an actor of the run was lost: {str(error).splitlines()[0]} Its log is below "
-                    f"{folder.logs}. Continue from the last checkpoint with --resume"
+            except OSError as error:
+                if error.errno not in DISK:
+                    raise
+                raise RunFolderError(
+                    f"{folder.path} cannot be written: {error}. The checkpoints in it are whole: "
+                    "free space on that disk and continue with --resume"
                 ) from error
             finally:
                 if joined():  # a private cluster ends whole, and sooner
-                    reward_deploy.remove(trainer.own_rewards)
+                    reward_deploy.remove(trainer.crew.own_rewards)
         stopped = progress.iteration < spec.iterations
         summary = _summary(spec, progress, trainer.ratio_floor)
         recorder.write_summary(summary)
         write_report(folder.path)
         return Outcome(folder.path, summary, stopped, trainer.diverged)
-
-
-def _rewind(
-    recorder: RunRecorder,
-    folder: RunFolder,
-    spec: TrainingSpec,
-    saved: tuple[LearnerState, Progress] | None,
-    display: Display,
-) -> None:
-    """Back to the checkpoint: rows that were written after it will be written again."""
-    (folder.path / SUMMARY).unlink(missing_ok=True)
-    if saved is None:
-        recorder.truncate(-1)
-        return
-    iteration = saved[1].iteration
-    # A run that ended off its rhythm was evaluated at its end; the longer run is not, there.
-    off_rhythm = iteration % spec.evaluation.every != 0
-    recorder.truncate(iteration, drop_evaluation=off_rhythm)
-    display.note(f"resuming {folder.path} after iteration {iteration}")
 
 
 async def _until_stopped(trainer: Trainer, saved: tuple[LearnerState, Progress] | None) -> Progress:

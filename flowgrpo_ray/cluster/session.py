@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flowgrpo_ray.cluster.janitor import RAY, janitor, keep_logs
 from flowgrpo_ray.errors import ClusterError
 from flowgrpo_ray.spec import TrainingSpec, required_resources
 
@@ -77,7 +78,7 @@ def _private(spec: TrainingSpec, logs: Path) -> Iterator[None]:
 
     needed = required_resources(spec)
     temporary = Path(tempfile.mkdtemp(prefix="flowgrpo-", dir="/tmp"))  # short: it holds sockets
-    try:
+    with janitor(temporary, logs), _cleared(temporary, logs):
         ray.init(
             num_cpus=max(os.cpu_count() or 1, math.ceil(needed["CPU"])),
             # This one machine stands for all that the spec places by custom resources.
@@ -85,14 +86,23 @@ def _private(spec: TrainingSpec, logs: Path) -> Iterator[None]:
             include_dashboard=spec.cluster.dashboard,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            _temp_dir=str(temporary),
+            _temp_dir=str(temporary / RAY),  # it opens this one to all users of the machine
             _node_ip_address="127.0.0.1",
         )
         check_resources(spec)
         yield
+
+
+@contextmanager
+def _cleared(temporary: Path, logs: Path) -> Iterator[None]:
+    """Ends Ray, keeps its logs and deletes its folder."""
+    import ray
+
+    try:
+        yield
     finally:
         ray.shutdown()
-        _keep_logs(temporary, logs)
+        keep_logs(temporary, logs)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -106,11 +116,6 @@ def private_environment() -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
-
-
-def _keep_logs(temporary: Path, logs: Path) -> None:
-    for session in temporary.glob("session_2*/logs"):
-        shutil.copytree(session, logs / session.parent.name, dirs_exist_ok=True, symlinks=True)
 
 
 def check_resources(spec: TrainingSpec) -> None:

@@ -1,39 +1,64 @@
-"""Where the time of an iteration went: how busy each kind of actor was, and which holds it up."""
+"""Where the time of an iteration went: the ledger's rows, which stage holds the others up, and what
+would remove that."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from flowgrpo_ray.bottleneck import Adviser, Stage, find_bottleneck
+import ray
+
+from flowgrpo_ray.bottleneck import KINDS, Adviser, Planner, Room, Stage, find_bottleneck
 from flowgrpo_ray.cluster.reward_client import RewardStats
-from flowgrpo_ray.cluster.reward_types import app_name
-from flowgrpo_ray.spec_sections import ClusterSpec
+from flowgrpo_ray.cluster.session import joined
+from flowgrpo_ray.ledger import Account
+from flowgrpo_ray.spec import TrainingSpec
 
 
 class StageReader:
-    """Reads one iteration after another; advises when a reward keeps holding them up."""
+    """Reads one iteration after another; advises when a stage keeps holding them up."""
 
-    def __init__(self, cluster: ClusterSpec) -> None:
-        self._cluster, self._adviser = cluster, Adviser()
+    def __init__(self, spec: TrainingSpec, room: Callable[[], Room] | None = None) -> None:
+        self._spec, self._adviser = spec, Adviser()
+        self._room = room or room_here
 
     def read(
-        self, stages: Mapping[str, float], seconds: float, rewards: Mapping[str, RewardStats]
+        self, rows: Mapping[str, Account], seconds: float, rewards: Mapping[str, RewardStats]
     ) -> tuple[dict[str, Any], str | None]:
-        """For timings.jsonl, and maybe an advice. ``stages``: seconds summed over processes."""
-        served = {n: Stage(s.busy_s, len(s.replicas), s.calls) for n, s in rewards.items()}
-        sampling = Stage(stages["sample"], self._cluster.rollout.count)
-        training = Stage(stages["train"] + stages["step"], self._cluster.learner.count)
-        slowest = find_bottleneck(served, {"sampling": sampling, "training": training})
-        actors = {"rollout": sampling, "learner": training}
-        actors |= {app_name(name): stage for name, stage in served.items() if stage.actors}
+        """For timings.jsonl, and maybe an advice. ``rows``: of every kind of actor."""
+        stages = {name: _stage(rows[kind]) for name, (kind, _) in KINDS.items()}
+        stages |= {n: Stage(s.busy_s, len(s.replicas), s.calls) for n, s in rewards.items()}
+        slowest = find_bottleneck(stages)
+        advice = Planner(self._spec, self._room()).advise(slowest, stages, seconds)
         row = {
-            "busy": {kind: stage.load / seconds for kind, stage in actors.items()},
+            "ledger": {kind: account.seconds for kind, account in rows.items()},
+            "processes": {kind: account.processes for kind, account in rows.items()},
+            "busy": {kind: account.of("busy") / seconds for kind, account in rows.items()},
             "rewards": {name: stats.as_json() for name, stats in rewards.items()},
             "bottleneck": {
                 "stage": slowest.stage,
                 "seconds": slowest.load,
-                "replicas": slowest.replicas,
+                "advice": advice.says,
+                "change": dict(advice.change),
+                "then": advice.seconds,
             },
         }
-        return row, self._adviser.see(slowest, served)
+        says = advice.describe(slowest, stages[slowest.stage].actors)
+        return row, self._adviser.see(slowest.stage, says)
+
+
+def _stage(account: Account) -> Stage:
+    busy = account.of("busy") * account.processes
+    return Stage(busy, max(1, round(account.processes)), fixed_s=account.of("loading"))
+
+
+def room_here() -> Room:
+    """What the connected cluster has beside this run."""
+    free = {name: float(amount) for name, amount in ray.available_resources().items()}
+    cores = ray.cluster_resources().get("CPU", 0.0)
+    if not joined():  # a private cluster claims as many cores as the spec asks for
+        real = os.cpu_count() or 1
+        free["CPU"] = max(0.0, free.get("CPU", 0.0) - max(0.0, cores - real))
+        cores = min(cores, real)
+    return Room(free, cores)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
 from typing import Protocol
 
 from ray import ObjectRef
+from ray.exceptions import ObjectLostError
 
-from flowgrpo_ray.cluster.rollout import Sampled
+from flowgrpo_ray.cluster.actors import Losses
+from flowgrpo_ray.cluster.rollout_pool import Sampled
+from flowgrpo_ray.ledger import Ledger
 from flowgrpo_ray.metrics import Scores, Signal, UnitResult, count_groups, signals
 from flowgrpo_ray.prompts import Block, IterationPlan, Prompt, plan_refill
 from flowgrpo_ray.spec import TrainingSpec
@@ -17,8 +19,12 @@ from flowgrpo_ray.types import WeightsTicket, WorkUnit
 
 
 class Source(Protocol):
-    """What samples and scores a unit: the trainer."""
+    """What samples and scores a unit: the crew."""
 
+    @property
+    def ledger(self) -> Ledger: ...
+    @property
+    def losses(self) -> Losses: ...
     @property
     def spec(self) -> TrainingSpec: ...
     @property
@@ -36,19 +42,19 @@ class Stream:
     """
 
     def __init__(self, source: Source, plan: IterationPlan, ticket: WeightsTicket) -> None:
-        self._source, self._plan, self._ticket = source, plan, ticket
+        self._source, self.plan, self.ticket = source, plan, ticket
         self._advantages = source.spec.advantages
-        self.seconds = {"sample": 0.0, "score": 0.0}
         self._planned: list[WorkUnit] = []
         self._units: dict[int, asyncio.Future[tuple[Sampled, Scores]]] = {}
         self._signals: dict[int, asyncio.Future[dict[int, Signal]]] = {}
+        self._scope: dict[int, Sequence[Hashable]] = {}  # keys of the units that it is compared to
         self._complete: list[list[Block]] = []  # of each update that is, refills included
         self._start(plan.blocks)
 
     async def update(self, number: int) -> AsyncIterator[tuple[WorkUnit, Sampled, Signal]]:
         """The units of update ``number`` as they become ready, in order of accumulation."""
         if self._advantages.std == "global" and not self._complete:
-            updates = range(len(self._plan.updates))
+            updates = range(len(self.plan.updates))
             self._complete = [[block async for block in self._grow(n)] for n in updates]
             self._compare(self._planned)
         if number < len(self._complete):
@@ -65,7 +71,7 @@ class Stream:
 
     async def _grow(self, number: int) -> AsyncIterator[Block]:
         """The blocks that the plan has for an update, then those that replace flat groups."""
-        blocks: Sequence[Block] = self._plan.updates[number].blocks
+        blocks: Sequence[Block] = self.plan.updates[number].blocks
         for tries_left in range(self._advantages.refill, -1, -1):
             for block in blocks:
                 yield block
@@ -81,7 +87,7 @@ class Stream:
     def _refill(self, groups: int) -> list[Block]:
         spec, prompts = self._source.spec, len(self._source.prompts["train"])
         used = {prompt for unit in self._planned for prompt in unit.prompts}
-        blocks = plan_refill(spec, self._plan, prompts, used, groups)
+        blocks = plan_refill(spec, self.plan, prompts, used, groups)
         self._start(blocks)
         return blocks
 
@@ -94,12 +100,13 @@ class Stream:
                 self._compare(block)
 
     async def _unit(self, unit: WorkUnit) -> tuple[Sampled, Scores]:
-        sampled = await self._source.sample(unit, self._ticket)
-        self.seconds["sample"] += sampled.seconds
-        began = time.perf_counter()
-        scores = await self._source.score(unit, sampled.images)
-        self.seconds["score"] += time.perf_counter() - began
-        return sampled, scores
+        while True:
+            sampled = await self._source.sample(unit, self.ticket)
+            self._source.ledger.sampled(unit.key)
+            try:
+                return sampled, await self._source.score(unit, sampled.images)
+            except ObjectLostError as error:  # images that went away with their machine
+                self._source.losses.add(f"images of micro-batch {unit.index}", error)
 
     async def _scores(self, scope: Sequence[WorkUnit]) -> list[Scores]:
         return [(await self._units[unit.index])[1] for unit in scope]
@@ -112,13 +119,17 @@ class Stream:
 
         task = asyncio.ensure_future(compare())
         self._signals |= {unit.index: task for unit in scope}
+        keys = [unit.key for unit in scope]
+        self._scope |= {unit.index: keys for unit in scope}
 
     def _compared(self, scope: Sequence[WorkUnit], scores: Sequence[Scores]) -> dict[int, Signal]:
         return signals(scope, scores, self._advantages, self._source.spec.weights)
 
     async def _ready(self, unit: WorkUnit) -> tuple[WorkUnit, Sampled, Signal]:
         """The unit, sampled, scored and compared with its group."""
+        waiting = self._source.ledger.wait(self._scope[unit.index])
         of_scope = await self._signals[unit.index]
+        self._source.ledger.ready(waiting)
         return unit, (await self._units[unit.index])[0], of_scope[unit.index]
 
     @property

@@ -19,12 +19,12 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 
 from flowgrpo_ray.cluster import metric_table as table
+from flowgrpo_ray.cluster.crew import Crew
 from flowgrpo_ray.cluster.exporter import Exporter
 from flowgrpo_ray.cluster.live import Display, last_checkpoint
 from flowgrpo_ray.cluster.metric_table import FROM_ROWS, OF_DRIVER, Metric, Tags
 from flowgrpo_ray.cluster.reward_client import Traffic
 from flowgrpo_ray.cluster.reward_types import app_name
-from flowgrpo_ray.cluster.rollout import RolloutPool
 from flowgrpo_ray.run_folder import RunFolder
 from flowgrpo_ray.spec import TrainingSpec
 
@@ -65,7 +65,7 @@ class Telemetry:
         self._last: dict[str, Values] = {}  # gauges, by the kind of row that they come from
         self._deployments: dict[str, dict[str, Any]] = {}
         self.traffic = {name: ExportedTraffic(name, self._export) for name in spec.rewards}
-        self.pool: RolloutPool | None = None  # once all actors are up
+        self._crew: Crew | None = None  # once all actors are up
         self._ray: dict[str, Any] | None = None
         self.saved()
 
@@ -101,6 +101,14 @@ class Telemetry:
         self._last[kind] = gauges
         self._beat()
 
+    def follow(self, crew: Crew) -> None:
+        """All actors are up: from now on tell of them."""
+        self._crew = crew
+
+    @property
+    def ready(self) -> bool:
+        return self._crew is not None
+
     def saved(self) -> None:
         """Look for the last checkpoint."""
         self._checkpoint = last_checkpoint(self._folder.checkpoints)
@@ -134,16 +142,18 @@ class Telemetry:
         """Keep asking Serve for the deployments; in a thread, since Serve has no other way."""
         trouble = ""
         while True:
-            if self.pool:
+            if self._crew:
                 try:
                     self._deployments = await asyncio.to_thread(_deployments, [*self.traffic])
+                    for name, found in self._deployments.items():
+                        self._crew.ledger.set_count(app_name(name), found["replicas"])
                     trouble = ""
                 except (RayError, RayServeException) as error:
                     self._deployments = {}
                     if str(error) != trouble:
                         self._display.note(f"Serve does not tell its replicas: {error}")
                     trouble = str(error)
-            await asyncio.sleep(SERVE_S if self.pool else BEAT_S)
+            await asyncio.sleep(SERVE_S if self._crew else BEAT_S)
 
     # --- what live.json says
 
@@ -153,20 +163,17 @@ class Telemetry:
             "ray": self._ray,
             "checkpoint": self._checkpoint,
             "workers": self._workers(),
+            "restarts": self._crew.losses.total if self._crew else 0,
             "rewards": {name: self._reward(name) for name in self.traffic},
         }
 
     def _workers(self) -> list[dict[str, Any]]:
-        pool = self.pool
-        if pool is None:
+        if self._crew is None:
             return []
+        up = dict(self._crew.rollouts.up)  # a copy: the loop that changes it may be another thread
         return [
-            {
-                "name": f"rollout-{rank}",
-                "weights_version": pool.versions.get(worker),
-                "in_flight": pool.in_flight[worker],
-            }
-            for rank, worker in enumerate(pool.workers)
+            {"name": w.name, "weights_version": w.version, "in_flight": w.in_flight}
+            for _, w in sorted(up.items())
         ]
 
     def _reward(self, name: str) -> dict[str, Any]:

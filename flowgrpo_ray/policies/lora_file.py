@@ -5,7 +5,7 @@ Reading checks that the adapters are plain ones: ``alpha / rank * B @ A`` on lay
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flowgrpo_ray.errors import ModelError
 from flowgrpo_ray.paths import local_path
+from flowgrpo_ray.strict_json import parse
 
 if TYPE_CHECKING:
     from flowgrpo_ray.spec_sections import ModelSpec
@@ -64,7 +65,7 @@ def read_lora(model: ModelSpec, pipeline: str) -> LoraFile:
         file = _weights_file(_downloaded(model))
         config_file = file.with_name(PEFT_CONFIG)
         if file.name == PEFT_WEIGHTS and config_file.is_file():
-            config = json.loads(config_file.read_text(encoding="utf-8"))
+            config = parse(config_file.read_bytes())
             weights, prefix = load_file(file), PEFT_PREFIX
         elif pipeline:
             weights, config = _read_diffusers(file, pipeline)
@@ -72,7 +73,7 @@ def read_lora(model: ModelSpec, pipeline: str) -> LoraFile:
         else:
             raise ValueError(f"this family takes peft's layout: a folder with {PEFT_CONFIG}")
         return _plain(place, weights, config, prefix)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(
             f"model.lora = {place!r}: no LoRA can be read from it. Give a folder or file as "
             "flowgrpo-ray export, diffusers or peft writes it, or the id of a hub model that this "
@@ -139,6 +140,13 @@ def _plain(
             n for n in sorted(halves) if not {n, n.replace("_B.", "_A.")} <= set(weights)
         )
         raise ValueError(f"{lacking.partition('.lora_')[0]} lacks its A or its B")
+    flat = [
+        n for n, tensor in weights.items() if tensor.ndim != 2 or not tensor.is_floating_point()
+    ]
+    if flat:
+        raise ValueError(f"{flat[0]} is no matrix of numbers")
+    if not isinstance(config, dict):
+        raise ValueError(f"{PEFT_CONFIG} holds no object")
     variants = [key for key in VARIANTS if config.get(key)]
     if variants:
         raise ValueError(f"it uses {', '.join(variants)}; only plain LoRA can be trained on")
@@ -146,4 +154,7 @@ def _plain(
     if len(ranks) != 1:
         raise ValueError(f"its layers have ranks {sorted(ranks)}; one for all is needed")
     rank = ranks.pop()
-    return LoraFile(place, weights, rank, float(config.get("lora_alpha", rank)))
+    alpha = float(config.get("lora_alpha", rank))
+    if not 0 < alpha < math.inf or rank < 1:
+        raise ValueError(f"its rank is {rank} and its lora_alpha {alpha:g}; both must be above 0")
+    return LoraFile(place, weights, rank, alpha)

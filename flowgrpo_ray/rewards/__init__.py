@@ -55,8 +55,8 @@ class Reward(Protocol):
 def resolve(reward: str) -> type:
     """The class that `reward` names: a key of `BUILTIN`, or an import path `module:Class`."""
     path = BUILTIN.get(reward, reward)
-    module_name, colon, class_name = path.partition(":")
-    if not colon:
+    module_name, _, class_name = path.partition(":")
+    if not all(map(str.isidentifier, [*module_name.split("."), class_name])):
         raise SpecError(
             f"unknown reward {reward!r}{nearest(reward, BUILTIN)}; "
             f"built in: {', '.join(BUILTIN)}; your own class: 'module:Class'"
@@ -74,6 +74,10 @@ def resolve(reward: str) -> type:
         raise SpecError(
             f"reward {reward!r}: {module_name!r} has no class {class_name!r}"
             f"{nearest(class_name, classes)}"
+        )
+    if not any("__call__" in vars(base) for base in found.__mro__):
+        raise SpecError(
+            f"reward {reward!r}: {class_name} scores nothing: a reward is a class with __call__"
         )
     return found
 

@@ -8,6 +8,7 @@ The schema is that of `cluster.reward_http`. `answer` holds the retries; the jud
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -20,12 +21,14 @@ import numpy as np
 from PIL import Image
 
 from flowgrpo_ray.errors import RewardError
+from flowgrpo_ray.strict_json import parse
 
 BACKOFF_S = 0.5
 """Wait before the first retry; each further one waits twice as long."""
 
 CONNECTION_ERRORS = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
 MAX_SCORE = float(np.finfo(np.float32).max)
+MOST_BYTES = 2**24  # of an answer
 
 
 class HttpReward:
@@ -80,7 +83,7 @@ class HttpReward:
             "metadata": json.dumps([dict(entry) for entry in metadata]),
         }
         response = answer(
-            lambda: self._client.post(self._url, files=files, data=data), retries=self._retries
+            lambda: post(self._client, self._url, files=files, data=data), retries=self._retries
         )
         return _scores(response, len(images))
 
@@ -103,7 +106,7 @@ def answer(
             time.sleep(BACKOFF_S * 2 ** (attempt - 1))
             recover()
         try:
-            response = send()
+            response = _whole(send())
         except httpx.RequestError as error:
             failure = f"{error.request.url}: {type(error).__name__}: {error}"
             if not isinstance(error, retried):
@@ -117,10 +120,31 @@ def answer(
     raise RewardError(f"{failure} (asked {1 + retries} times)")
 
 
+def post(client: httpx.Client, url: str, **content: Any) -> httpx.Response:
+    """A POST whose answer is not read yet."""
+    return client.send(client.build_request("POST", url, **content), stream=True)
+
+
+def _whole(response: httpx.Response) -> httpx.Response:
+    """An answer with its body; RewardError for one that is larger than any scores are."""
+    with contextlib.closing(response):
+        parts, size = [], 0
+        for part in response.iter_bytes():
+            parts.append(part)
+            size += len(part)
+            if size > MOST_BYTES:
+                raise RewardError(f"{response.url}: an answer of more than {MOST_BYTES >> 20} MiB")
+    # What was counted is what compressed bytes stand for.
+    kept = {k: v for k, v in response.headers.items() if k.lower() != "content-encoding"}
+    return httpx.Response(
+        response.status_code, headers=kept, content=b"".join(parts), request=response.request
+    )
+
+
 def _scores(response: httpx.Response, count: int) -> np.ndarray:
     """The scores of an answer, float32 [count]; null is NaN."""
     try:
-        body = response.json()
+        body = parse(response.content)
     except ValueError as error:
         raise RewardError(f"{response.url}: not JSON: {response.text[:500]!r}") from error
     scores = body.get("scores") if isinstance(body, dict) else None

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import httpx
 
+from flowgrpo_ray.environments import environments_folder, python_of
 from flowgrpo_ray.errors import RewardError
 from flowgrpo_ray.rewards import with_owner
 
@@ -105,7 +106,15 @@ class JudgeServer:
                 raise ValueError(f"{name} must be above 0, got {seconds}")
         self.model, self.api_key = model, secrets.token_urlsafe(32)
         self._command, self._arguments = COMMANDS[server], list(arguments)
+        if any(argument.startswith("--trust") for argument in self._arguments):
+            raise ValueError("arguments: --trust-remote-code would run code that a model brings")
         self._python = python or _python_for(server)
+        here = Path(self._python).is_relative_to(environments_folder())
+        if self._python != sys.executable and (not here or ".." in Path(self._python).parts):
+            raise ValueError(
+                f"python = {self._python!r}: not of an environment in {environments_folder()}; "
+                "build one with flowgrpo-ray rewards env build NAME"
+            )
         self._chat_template = chat_template
         if log is None:
             descriptor, log = tempfile.mkstemp(prefix="judge-", suffix=".log")
@@ -218,6 +227,4 @@ def _free_port() -> int:
 def _python_for(server: str) -> str:
     if server == "transformers":
         return sys.executable
-    from flowgrpo_ray.environments import python_of
-
     return python_of(server)

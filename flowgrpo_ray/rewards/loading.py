@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from flowgrpo_ray.errors import ModelError
+from flowgrpo_ray.paths import expand
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
+# What torch's reader of tensors raises for a file that is cut off or altered.
+DAMAGED = (
+    *(OSError, EOFError, ValueError, RuntimeError, LookupError, TypeError, AttributeError),
+    *(AssertionError, ArithmeticError, struct.error),
+)
 
 Source = tuple[str, str, str | None]
 """An option of a reward, the folder or hub id that it names, and the revision of a hub id."""
@@ -51,13 +58,18 @@ def load(cls: Any, source: Source, **more: Any) -> Any:
 
     logging.disable_progress_bar()
     option, place, revision = source
-    folder = Path(place).expanduser()
+    folder = expand(place)
     if not folder.is_dir() and place.startswith(("/", ".", "~")):
         raise ModelError(f"{option} = {place!r}: there is no such folder")
     if revision is not None:
         more["revision"] = revision
     try:
         return cls.from_pretrained(str(folder) if folder.is_dir() else place, **more)
+    except UnpicklingError as error:
+        # Its own message advises to run the code in the file.
+        raise ModelError(
+            f"{option} = {place!r}: its weights are no file of weights alone"
+        ) from error
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"{option} = {place!r}: cannot be loaded as {cls.__name__}. Give a local folder, or "
@@ -108,7 +120,7 @@ def read_weights(source: Source, filename: str) -> dict[str, torch.Tensor]:
     from transformers.utils.hub import cached_file
 
     option, place, revision = source
-    path = Path(place).expanduser()
+    path = expand(place)
     if not path.exists() and (
         place.startswith(("/", ".", "~")) or path.suffix in (".pt", ".pth", ".safetensors")
     ):
@@ -120,7 +132,7 @@ def read_weights(source: Source, filename: str) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
+    except (*DAMAGED, SafetensorError) as error:
         raise ModelError(
             f"{option} = {place!r}: no weights can be read. Give a .pt, .pth or .safetensors file, "
             f"or a folder or reachable hub id that holds {filename!r}. Cause: {error}"

@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 
 from flowgrpo_ray.errors import ModelError, RewardEnvironmentError
+from flowgrpo_ray.paths import expand
 from flowgrpo_ray.rewards.text_readers import (
     MIN_CONFIDENCE,
     ReaderOptions,
@@ -113,14 +114,19 @@ def _named(option: str, place: str | None) -> Model | None:
     """The model that an option names: a local folder, or a name that PaddleOCR knows."""
     if place is None:
         return None
-    folder = Path(place).expanduser()
+    folder = expand(place)
     if not folder.is_dir() and not place.startswith(("/", ".", "~")):
         return Model(place)
     for file in ("inference.yml", "inference.onnx"):
         if not (folder / file).is_file():
             raise ModelError(f"{option} = {place!r}: there is no file {folder / file}")
-    config = yaml.safe_load((folder / "inference.yml").read_text("utf-8"))
-    return Model(config["Global"]["model_name"], str(folder))
+    try:
+        config = yaml.safe_load((folder / "inference.yml").read_text("utf-8"))
+        return Model(str(config["Global"]["model_name"]), str(folder))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise ModelError(
+            f"{option} = {place!r}: {folder / 'inference.yml'} does not name its model: {error}"
+        ) from error
 
 
 def _detector(scratch: str) -> Model:

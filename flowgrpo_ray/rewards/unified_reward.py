@@ -23,8 +23,17 @@ from PIL import Image, ImageDraw
 
 from flowgrpo_ray.errors import RewardError
 from flowgrpo_ray.rewards.golden import Golden, Rankings, noise_picture
-from flowgrpo_ray.rewards.http import answer, base_url, bearer, check_bounds, check_lengths, png
+from flowgrpo_ray.rewards.http import (
+    answer,
+    base_url,
+    bearer,
+    check_bounds,
+    check_lengths,
+    png,
+    post,
+)
 from flowgrpo_ray.rewards.judge_server import JudgeServer
+from flowgrpo_ray.strict_json import parse
 
 BEST = 5
 GOLDEN_PROMPT = "a large red circle in the middle of a white background"
@@ -194,7 +203,7 @@ class UnifiedReward:
 
         def send() -> httpx.Response:
             url = self._server.url if self._server else self._url  # a restart changes it
-            return self._client.post(f"{url}/v1/chat/completions", json=payload)
+            return post(self._client, f"{url}/v1/chat/completions", json=payload)
 
         response = answer(
             send,
@@ -203,11 +212,14 @@ class UnifiedReward:
             recover=self._server.ensure_running if self._server else lambda: None,
         )
         try:
-            return response.json()["choices"][0]["message"]["content"] or ""
+            text = parse(response.content)["choices"][0]["message"]["content"]
+            if not isinstance(text, str | None):
+                raise TypeError(f"content is {type(text).__name__}")
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise RewardError(
                 f"{response.url}: no chat completion: {response.text[:500]!r}"
             ) from error
+        return text or ""
 
 
 def _launch(options: Mapping[str, Any]) -> JudgeServer:

@@ -39,6 +39,7 @@ async function ask(path, parameters) {
   const answer = await fetch(`${path}?${new URLSearchParams(parameters)}`, { signal: AbortSignal.timeout(30000) });
   if (answer.status === 401) throw new Trouble("The monitor was started anew and has another token. Open the address that it printed.");
   if (answer.status === 404) throw new Trouble("The run's folder is no longer there.");
+  if (answer.status === 422) throw new Trouble(String((await answer.json()).detail));
   if (!answer.ok) throw new Trouble(`The monitor answered ${answer.status}; its terminal says why.`);
   return answer.json();
 }

@@ -2,60 +2,108 @@
 // Where the time goes, what runs where, and the files behind it all.
 
 const LEDGER = 10; // iterations
+const STATES = { busy: "var(--c0)", loading: "var(--c1)", waiting: "var(--wait)", overhead: "var(--c3)" };
 
 function renderTime() {
   const rows = run.timed;
   const starts = run.timings.filter((row) => row.kind === "start");
-  if (!rows.length) place(byId("time-charts"), [empty(starts.length ? "No iteration timed yet." : "No times recorded yet.")]);
-  const stages = [...new Set(rows.flatMap((row) => Object.keys(row.stages ?? {})))];
-  if (rows.length) place(byId("time-charts"), timeCharts(rows, stages));
-  show(byId("time-tables"), rows.length ? [stageTable(rows, stages), slowestTable(rows)] : null, starts.map(startTable));
-  show(byId("time-ledger"), rows.length ? ledger(rows.slice(-LEDGER), stages) : null);
+  const recent = rows.slice(-LEDGER);
+  const kinds = ledgerOf(recent);
+  renderVerdict(recent.filter((row) => row.bottleneck));
+  show(byId("time-ledger"), kinds.length ? ledger(kinds, recent.length) : null);
+  if (rows.length) place(byId("time-charts"), timeCharts(rows, kinds.map(({ kind }) => kind)));
+  else place(byId("time-charts"), [empty(starts.length ? "No iteration timed yet." : "No times recorded yet.")]);
+  show(byId("time-tables"), kinds.length ? ledgerTable(kinds) : null, rows.length ? slowestTable(rows) : null, starts.map(startTable));
+  show(byId("time-recent"), recent.length ? recentTable(recent) : null);
 }
 
-function timeCharts(rows, stages) {
-  const stack = binned(rows.map((row) => ({ it: row.iteration, parts: stages.map((stage) => row.stages?.[stage] ?? null) })), stages);
-  stack.series.push(line("iteration", "var(--ink)", rows, "seconds"));
+// The stage that was slowest most of the time, and what would change that.
+function renderVerdict(rows) {
+  const verdict = byId("time-verdict");
+  verdict.hidden = !rows.length;
+  if (!rows.length) return;
+  const times = (stage) => rows.filter((row) => row.bottleneck.stage === stage).length;
+  const last = rows.toSorted((a, b) => times(b.bottleneck.stage) - times(a.bottleneck.stage) || b.iteration - a.iteration)[0].bottleneck;
+  const often = `Slowest in ${count(times(last.stage))} of the last ${plural(rows.length, "iteration")}`;
+  verdict.textContent = `${often}: ${last.stage}, ${seconds(last.seconds)} of work for each of its actors. ${last.advice ?? ""}`;
+  verdict.className = `verdict ${Object.keys(last.change ?? {}).length ? "open" : ""}`;
+}
+
+// Each kind of actor: mean seconds of a process by state and what it was, in the order of STATES.
+function ledgerOf(rows) {
+  const kinds = [...new Set(rows.flatMap((row) => Object.keys(row.ledger ?? {})))];
+  return kinds.map((kind) => {
+    const mine = rows.filter((row) => row.ledger?.[kind]);
+    const entries = Object.keys(STATES).flatMap((state) => {
+      const names = [...new Set(mine.flatMap((row) => Object.keys(row.ledger[kind][state] ?? {})))];
+      const of = names.map((what) => ({ state, what, value: sum(mine.map((row) => row.ledger[kind][state]?.[what])) / mine.length }));
+      return of.filter(({ value }) => value > 0).sort((a, b) => b.value - a.value);
+    });
+    const whole = sum(entries.map(({ value }) => value));
+    return { kind, processes: mine.at(-1).processes?.[kind], entries: entries.map((one) => ({ ...one, share: whole ? one.value / whole : 0 })) };
+  });
+}
+
+const spentOn = ({ state, what }) => ({ loading: `${what} weights`, waiting: `waiting for ${what}` })[state] ?? what;
+
+function ledger(kinds, iterations) {
+  const segment = (one) => {
+    const said = one.share > 0.12;
+    return el("i", { class: `${one.state} ${said ? "said" : ""}`, css: { width: `${100 * one.share}%` }, title: `${spentOn(one)}: ${seconds(one.value)}` }, said ? spentOn(one) : null);
+  };
+  const bar = ({ kind, processes, entries }) =>
+    el(
+      "div",
+      { class: "line" },
+      el("span", {}, kind, isNumber(processes) ? el("small", {}, ` × ${number(processes)}`) : null),
+      el("div", { class: "spent", role: "img", "aria-label": `${kind}: ${entries.map((one) => `${spentOn(one)} ${percent(one.share)}`).join(", ")}` }, entries.map(segment)),
+    );
+  const legend = Object.entries(STATES).map(([state, color]) => el("span", {}, el("span", { class: "swatch bar", css: { background: color } }), state));
+  return el("figure", { class: "ledger" }, el("figcaption", {}, el("h3", {}, `Ledger of the last ${plural(iterations, "iteration")}: a process of each kind`)), el("div", { class: "legend" }, legend), kinds.map(bar));
+}
+
+function ledgerTable(kinds) {
+  const entries = kinds.flatMap(({ kind, entries: of }) =>
+    of.map((one) => ({ cells: [kind, el("span", { class: "spent-on" }, spentOn(one)), seconds(one.value), percent(one.share)], share: one.share, color: STATES[one.state] })),
+  );
+  return titled("Ledger in seconds", gauges(["Actors", "Spent on", "Mean", "Share", "Of an iteration"], entries));
+}
+
+function timeCharts(rows, ledgers) {
   const kinds = [...new Set(rows.flatMap((row) => Object.keys(row.busy ?? {})))];
   const rewards = [...new Set(rows.flatMap((row) => Object.keys(row.rewards ?? {})))];
   const each = (names, get) => names.map((name, i) => line(name, COLORS[i % COLORS.length], rows, (row) => get(row, name)));
   const answer = ({ rewards: all }, name) => (all?.[name]?.calls ? all[name].seconds / all[name].calls : null);
   return [
-    chart({ title: "Seconds per iteration", unit: "seconds", floor: 0, ...stack }),
+    chart({ title: "Seconds per iteration", unit: "seconds", floor: 0, series: [line("iteration", COLORS[0], rows, "seconds")] }),
     ...(kinds.length ? [chart({ title: "Busy", unit: "share of the iteration", floor: 0, series: each(kinds, (row, kind) => row.busy?.[kind]) })] : []),
     chart({ title: "Images per second", unit: "images per second", floor: 0, series: [line("images per second", COLORS[0], rows, "images_per_second")] }),
     ...(rewards.length ? [chart({ title: "Answer time of rewards", unit: "seconds per call", floor: 0, series: each(rewards, answer) })] : []),
+    ...ledgers.map((kind) => ledgerChart(rows, kind)),
   ];
 }
 
-function stageTable(rows, stages) {
-  const whole = mean(rows.map((row) => row.seconds));
-  const entry = (name, values, color) => ({
-    cells: [name, seconds(values.at(-1)), seconds(mean(values)), seconds(largest(values))],
-    share: whole ? mean(values) / whole : 0,
-    color,
-  });
-  const entries = stages.map((stage, i) => entry(stage, rows.map((row) => row.stages?.[stage]), COLORS[i % COLORS.length]));
-  entries.push(entry("whole iteration", rows.map((row) => row.seconds), "var(--ink)"));
-  return titled("Stages", gauges(["Stage", "Last", "Mean busy", "Largest", "Mean"], entries));
+// A kind's states over the run, one on the other.
+function ledgerChart(rows, kind) {
+  const states = Object.keys(STATES);
+  const total = (entries) => (entries ? sum(Object.values(entries)) : 0);
+  const parts = (row) => states.map((state) => (row.ledger?.[kind] ? total(row.ledger[kind][state]) : null));
+  const stack = binned(rows.map((row) => ({ it: row.iteration, parts: parts(row) })), states);
+  for (const one of stack.series) one.color = STATES[one.name];
+  return chart({ id: `ledger ${kind}`, title: `Ledger of ${kind}`, unit: "seconds", floor: 0, ...stack });
 }
 
-// How often each stage was the slowest, and what the last such iteration says of replicas.
+// How often each stage was the slowest.
 function slowestTable(rows) {
   const seen = rows.filter((row) => row.bottleneck);
   if (!seen.length) return null;
   const names = [...new Set(seen.map((row) => row.bottleneck.stage))];
   const entries = names.map((name) => {
     const mine = seen.filter((row) => row.bottleneck.stage === name);
-    const replicas = mine.at(-1).bottleneck.replicas;
-    return {
-      cells: [name, count(mine.length), seconds(mean(mine.map((row) => row.bottleneck.seconds))), replicas == null ? "–" : count(replicas)],
-      share: mine.length / seen.length,
-      times: mine.length,
-    };
+    return { cells: [name, count(mine.length), seconds(mean(mine.map((row) => row.bottleneck.seconds)))], share: mine.length / seen.length, times: mine.length };
   });
   entries.sort((a, b) => b.times - a.times);
-  return titled("Slowest stage", gauges(["Stage", "Iterations", "Work of each actor", "Replicas that help", "Of all"], entries));
+  return titled("Slowest stage", gauges(["Stage", "Iterations", "Work of each actor", "Of all"], entries));
 }
 
 function startTable(row, i) {
@@ -63,15 +111,13 @@ function startTable(row, i) {
   return titled(`${i ? `Resume ${i}` : "Start-up"}, ${seconds(row.seconds)}`, gauges(["Phase", "Seconds", "Of the start"], entries));
 }
 
-function ledger(rows, stages) {
+function recentTable(rows) {
   const kinds = [...new Set(rows.flatMap((row) => Object.keys(row.busy ?? {})))];
-  const names = ["Iteration", "Whole", ...stages, ...kinds.map((kind) => `${kind} busy`), "Slowest"];
+  const names = ["Iteration", "Whole", ...kinds.map((kind) => `${kind} busy`), "Slowest"];
   const cells = rows.toReversed().map((row) => [
-    count(row.iteration), seconds(row.seconds),
-    ...stages.map((stage) => seconds(row.stages?.[stage])), ...kinds.map((kind) => percent(row.busy?.[kind])),
-    row.bottleneck?.stage ?? "–",
+    count(row.iteration), seconds(row.seconds), ...kinds.map((kind) => percent(row.busy?.[kind])), row.bottleneck?.stage ?? "–",
   ]);
-  return titled(`Ledger of the last ${plural(rows.length, "iteration")}`, table(names, cells));
+  return titled(`The last ${plural(rows.length, "iteration")}`, table(names, cells));
 }
 
 // ---- cluster ---------------------------------------------------------------------------------------

@@ -1,0 +1,192 @@
+"""Actors that take fixed times instead of computing: to time the driver, not the model.
+
+They stand in for rollout workers, learner ranks and a reward in the real driver, on real Ray and
+Serve. How long each call takes comes from the environment, which every process of a private cluster
+inherits: `set_times` before Ray starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowgrpo_ray.types import (
+    LearnerState,
+    MicrobatchStats,
+    Provenance,
+    StepStats,
+    Trajectory,
+    WeightsTicket,
+    WorkUnit,
+)
+
+HERE = Path(__file__).parent
+VARIABLE = "FLOWGRPO_SIMULATED"
+SIZE = (32, 48)
+GROUP = 4  # images of a unit, which is one group
+
+
+def set_times(**seconds: float) -> None:
+    """Seconds of a call: sample, score, accumulate; and bytes of the published weights."""
+    os.environ[VARIABLE] = json.dumps(seconds)
+    os.environ["PYTHONPATH"] = str(HERE)  # the actors import this module
+
+
+def seconds(what: str) -> float:
+    return json.loads(os.environ[VARIABLE]).get(what, 0.0)
+
+
+def work(what: str) -> float:
+    time.sleep(seconds(what))
+    return seconds(what)
+
+
+class SimulatedRollout:
+    """In place of ``RolloutWorker``."""
+
+    def __init__(self, spec: Any, rank: int) -> None:
+        self.draw = np.random.default_rng(rank)
+
+    def start(self) -> None: ...
+
+    def sigmas(self, steps: int) -> tuple[float, ...]:
+        return tuple(np.linspace(1, 0, steps + 1).tolist())
+
+    def encode(self, prompts: Sequence[str]) -> int:
+        return 0
+
+    def conditions(self, prompts: Sequence[str]) -> Any:
+        made = [{"text": np.zeros(16, np.float32)} for _ in prompts]
+        return made if len(made) > 1 else made[0]
+
+    def load(self, ticket: WeightsTicket, arrays: dict[str, np.ndarray]) -> tuple[str, float]:
+        began = time.perf_counter()
+        for array in arrays.values():
+            array[:: 1 << 10].sum()  # every page is read
+        return ticket.digest, time.perf_counter() - began
+
+    def sample(
+        self, unit: WorkUnit, ticket: WeightsTicket, *conditions: Any
+    ) -> tuple[Trajectory, np.ndarray, float]:
+        steps = len(unit.schedule.stochastic_steps)
+        latents = np.zeros((unit.batch, steps + 1, 4, 8, 12), np.float32)
+        images = self.draw.integers(0, 256, (unit.batch, *SIZE, 3), np.uint8)
+        provenance = Provenance(ticket.version, ticket.digest, unit.batch, "float32", unit.schedule)
+        log_probs = np.zeros((unit.batch, steps), np.float32)
+        return Trajectory(latents, log_probs, provenance), images, work("sample")
+
+
+class SimulatedLearner:
+    """In place of ``LearnerRank``; one rank."""
+
+    def __init__(self, spec: Any, rank: int) -> None: ...
+
+    def address(self) -> str:
+        return "nowhere"
+
+    def join(self, address: str) -> None: ...
+
+    def publish(self, version: int, averaged: bool) -> tuple[tuple[WeightsTicket, float], Any]:
+        began = time.perf_counter()
+        arrays = {"weights": np.ones(max(1, int(seconds("bytes") / 4)), np.float32)}
+        return (WeightsTicket(version, str(version)), time.perf_counter() - began), arrays
+
+    def measure_floor(self, *_: Any) -> float:
+        return 0.0
+
+    def accumulate(
+        self, unit: WorkUnit, trajectory: Trajectory, advantages: Any, keep: Any, *conditions: Any
+    ) -> MicrobatchStats:
+        zero = np.zeros(len(unit.schedule.stochastic_steps))
+        return MicrobatchStats(int(keep.sum()), zero, zero, 0, 0, 0, 0, 0, work("accumulate"))
+
+    def step(self, samples: int, steps: int) -> StepStats:
+        return StepStats(1.0, 1e-4, 0.0)
+
+    def state(self) -> LearnerState:
+        return LearnerState({}, {}, {}, {}, 0)
+
+    def load_state(self, state: LearnerState) -> None: ...
+
+
+class SimulatedReward:
+    """Mean brightness, after a while."""
+
+    def __call__(
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any]
+    ) -> np.ndarray:
+        work("score")
+        return images.mean(axis=(1, 2, 3), dtype=np.float64).astype(np.float32)
+
+
+class Silent:
+    def stage(self, stage: str) -> None: ...
+    def iteration(self, row: dict[str, Any], seconds: float) -> None: ...
+    def evaluation(self, iteration: int, rewards: dict[str, float | None]) -> None: ...
+    def note(self, message: str) -> None:
+        print(f"  ({message})", file=sys.stderr)
+
+
+def overrides(units: int, workers: int, replicas: int) -> list[str]:
+    """Of tiny-ocr: so many units of one group in an iteration, so many simulated actors."""
+    return [
+        f"sampling.group_size={GROUP}",
+        f"sampling.groups={units}",
+        f"sampling.micro_batch={GROUP}",
+        "objective={kind: flow_grpo, updates: 1}",
+        f"rewards={{sleeps: {{reward: 'simulated:SimulatedReward', replicas: {replicas}, "
+        "cpus: 0, golden: false}}",
+        "watch={}",
+        f"cluster.rollout={{count: {workers}, cpus: 0}}",
+        "cluster.learner={count: 1, cpus: 0}",
+    ]
+
+
+@asynccontextmanager
+async def trainer(settings: Sequence[str]) -> AsyncIterator[Any]:
+    """The real driver with simulated actors, all up, on a private cluster of its own."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    from flowgrpo_ray.cluster.session import ray_session
+    from flowgrpo_ray.prompts import load_prompt_sets
+    from flowgrpo_ray.run_folder import RunFolder
+    from flowgrpo_ray.spec_file import load_spec
+    from flowgrpo_ray.tracking import RunRecorder, StartClock
+
+    spec = load_spec("tiny-ocr", list(settings))
+    with tempfile.TemporaryDirectory() as root:
+        folder = RunFolder.claim(Path(root), spec, resume=False)
+        recorder = RunRecorder(folder.path, tensorboard=False)
+        with ray_session(spec, folder.logs):
+            from flowgrpo_ray.cluster.crew import Kinds
+            from flowgrpo_ray.cluster.driver import Trainer
+
+            clock, kinds = (
+                StartClock(time.perf_counter()),
+                Kinds(SimulatedRollout, SimulatedLearner),
+            )
+            prompts, held_out = load_prompt_sets(spec)
+            made = Trainer(spec, prompts, held_out, folder, recorder, Silent(), clock, kinds)
+            await made.start()
+            yield made
+
+
+async def iterate(made: Any, rounds: int, warm_up: int = 1) -> list[dict[str, float]]:
+    """Wall and driver CPU seconds of each iteration, after some to warm up."""
+    found = []
+    for iteration in range(1, warm_up + rounds + 1):
+        cpu, began = time.process_time(), time.perf_counter()
+        await made.iterate(iteration)
+        found.append({"wall": time.perf_counter() - began, "driver_cpu": time.process_time() - cpu})
+        await asyncio.sleep(0.2)
+    return found[warm_up:]

@@ -1,0 +1,169 @@
+"""The actors of a run, and the driver's calls to them: publish, sample, score, contribute.
+
+Only scores and object references come back to the driver; images and trajectories travel between
+actors and Serve.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from ray import ObjectRef
+from ray.util.placement_group import PlacementGroup
+
+from flowgrpo_ray.cluster import reward_deploy
+from flowgrpo_ray.cluster.actors import Losses, all_or_none, place
+from flowgrpo_ray.cluster.learner_group import Contribution, LearnerGroup, LearnerRank
+from flowgrpo_ray.cluster.live import Display
+from flowgrpo_ray.cluster.reward_args import args_of
+from flowgrpo_ray.cluster.reward_client import Patience, RewardClient, Traffic
+from flowgrpo_ray.cluster.rollout import RolloutWorker
+from flowgrpo_ray.cluster.rollout_pool import RolloutPool, Sampled
+from flowgrpo_ray.errors import ContractError
+from flowgrpo_ray.ledger import Ledger
+from flowgrpo_ray.metrics import Scores, Signal
+from flowgrpo_ray.prompts import Prompt, plan_iteration
+from flowgrpo_ray.rewards import weighted_total
+from flowgrpo_ray.spec import TrainingSpec
+from flowgrpo_ray.types import WeightsTicket, WorkUnit
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The classes of the actors; benchmarks put simulated ones in their place."""
+
+    rollout: type = RolloutWorker
+    learner: type = LearnerRank
+
+
+REAL = Kinds()
+
+
+class Crew:
+    """Learner ranks, rollout workers and the clients of the reward deployments."""
+
+    group: PlacementGroup
+    learners: LearnerGroup
+    rollouts: RolloutPool
+    rewards: RewardClient
+    sigmas: tuple[float, ...]  # the model's noise levels in training
+    eval_sigmas: tuple[float, ...]
+
+    def __init__(
+        self,
+        spec: TrainingSpec,
+        prompts: Mapping[str, Sequence[Prompt]],
+        traffic: Mapping[str, Traffic],
+        display: Display,
+        kinds: Kinds,
+    ) -> None:
+        self.spec, self.prompts, self.display = spec, prompts, display
+        self._traffic, self._kinds = traffic, kinds
+        self.own_rewards: list[str] = []  # those that this run deployed
+        counts = {"rollout": 0, "learner": spec.cluster.learner.count}
+        counts |= {f"reward-{name}": r.replicas for name, r in spec.rewards.items()}
+        self.ledger = Ledger(counts)
+        self.losses = Losses(spec.cluster.max_restarts, display.note)
+
+    async def start(self) -> None:
+        """Bring up learner, rollout workers and rewards, all at once; encode every new prompt."""
+        self.group = place(self.spec.cluster)
+        shared = (self.spec, self.group, self.ledger, self.losses)
+        self.learners = LearnerGroup(*shared, self._kinds.learner)
+        self.rollouts = RolloutPool(*shared, self._kinds.rollout)
+        await all_or_none(self._start_rewards(), self.learners.start(), self._start_rollouts())
+
+    async def _start_rewards(self) -> None:
+        args = [args_of(name, reward) for name, reward in self.spec.rewards.items()]
+        cluster, names = self.spec.cluster, list(self.spec.rewards)
+        reused = await asyncio.to_thread(
+            reward_deploy.deploy, args, http_port=cluster.reward_http_port
+        )
+        self.own_rewards = [name for name in names if name not in reused]
+        deadline = cluster.ready_timeout_s
+        await asyncio.to_thread(reward_deploy.wait, names, deadline_s=deadline, present=reused)
+        for arg in args:
+            if arg.name in reused:
+                await reward_deploy.check_same(arg)
+                self.display.note(f"using the deployment reward-{arg.name} that is there")
+        patience = {
+            name: Patience(deadline_s=reward.deadline_s, retries=reward.retries)
+            for name, reward in self.spec.rewards.items()
+        }
+        self.rewards = RewardClient(patience, self._traffic, self.ledger)
+
+    async def _start_rollouts(self) -> None:
+        await self.rollouts.start()
+        self.sigmas, self.eval_sigmas = await self.rollouts.sigmas(
+            self.spec.sampling.steps, self.spec.evaluation.steps
+        )
+        await self.rollouts.encode([p.text for stream in self.prompts.values() for p in stream])
+
+    async def publish(self, version: int, *, averaged: bool = False) -> WeightsTicket:
+        """Contract: no unit is sampled under other weights than the published, or the run stops."""
+        ticket, arrays = await self.learners.publish(version, averaged=averaged)
+        self.rollouts.publish(ticket, arrays)
+        return ticket
+
+    async def measure_floor(self) -> float:
+        """What this hardware cannot reproduce of a ratio of 1; the clip range must lie above."""
+        ticket = await self.publish(0)
+        units = plan_iteration(self.spec, 0, len(self.prompts["train"]), self.sigmas).units
+        probe = [
+            self.contribution(unit, await self.sample(unit, ticket))
+            for unit in units[: self.spec.cluster.learner.count]
+        ]
+        floor = await self.learners.measure_floor(probe)
+        objective = self.spec.objective
+        clips = objective.kind != "flow_dppo"
+        clip = min(objective.clip_low, objective.clip_high) if clips else float("inf")
+        if floor >= clip:
+            raise ContractError(
+                f"max |log rho| of a fresh trajectory is {floor:.3g} on this hardware, not below "
+                f"the clip range {clip:.3g} of objective.clip_low / clip_high: updates would "
+                "follow rounding errors. Widen the clip range, use model.dtype: float32, or put "
+                "rollout and learner on one kind of device"
+            )
+        if floor:
+            self.display.note(f"on this hardware |log rho| of fresh samples is up to {floor:.3g}")
+        return floor
+
+    def prompts_of(self, unit: WorkUnit) -> list[str]:
+        """The texts of a unit's distinct prompts, in order."""
+        return [self.prompts[unit.stream][prompt].text for prompt in unit.distinct_prompts]
+
+    def hold(self, units: Sequence[WorkUnit]) -> None:
+        """Have the conditions of these units' prompts read before workers are busy sampling; those
+        of others may go."""
+        self.rollouts.hold([text for unit in units for text in self.prompts_of(unit)])
+
+    async def sample(self, unit: WorkUnit, ticket: WeightsTicket) -> Sampled:
+        """Have a free worker sample ``unit``."""
+        return await self.rollouts.sample(unit, ticket, self.prompts_of(unit))
+
+    async def score(self, unit: WorkUnit, images: ObjectRef) -> Scores:
+        """Every reward's scores of a unit's images; NaN, and why, where one gave up."""
+        prompts = [self.prompts[unit.stream][prompt] for prompt in unit.prompts]
+        scored = await self.rewards.score(
+            images,
+            [p.text for p in prompts],
+            [p.metadata for p in prompts],
+            lambda name: self.ledger.scored(unit.key, name),
+        )
+        weights = self.spec.weights
+        failed = [why for name, why in scored.failures.items() if weights[name]]
+        total = weighted_total(scored.rewards, weights)
+        return Scores(scored.rewards, total, "; ".join(failed) or None, scored.failures)
+
+    def contribution(
+        self, unit: WorkUnit, sampled: Sampled, signal: Signal | None = None
+    ) -> Contribution:
+        """A unit on its way to the learner; without a signal, one that has no gradient."""
+        if signal is None:
+            signal = Signal(np.zeros(unit.batch, np.float32), np.zeros(unit.batch, bool))
+        return Contribution(
+            unit, sampled.trajectory, sampled.conditions, signal.advantages, signal.keep
+        )

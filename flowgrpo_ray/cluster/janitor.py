@@ -1,0 +1,95 @@
+"""Clears up after a driver that was killed: its private cluster's processes, and their folder.
+
+A driver that ends by itself, whatever the reason, clears up itself. One that gets SIGKILL cannot,
+so it has this small process beside it, which waits for its end. It runs as a script and needs the
+standard library alone.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+RAY = "ray"  # in a run's folder for temporary files, which no other user can enter
+LOOK_S = 5.0  # between two looks at what processes there are
+Process = tuple[int, int]  # a process id, and when it began: ids are used again
+
+
+@contextmanager
+def janitor(folder: Path, logs: Path) -> Iterator[None]:
+    """Within it, ``folder`` and all processes below this one go when this one is killed.
+
+    What Ray logged in ``folder`` is kept in ``logs``.
+    """
+    command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(folder), str(logs)]
+    # Its own session, so that Ctrl-C in a terminal does not end it before the driver.
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, cwd="/"
+    )
+    try:
+        yield
+    finally:
+        process.communicate()  # closes its input: it finds nothing to do, and ends
+
+
+def keep_logs(folder: Path, logs: Path) -> None:
+    """Copy the logs of every Ray session in ``folder``; tell it on stderr if they do not fit."""
+    for session in folder.glob(f"{RAY}/session_2*/logs"):
+        try:
+            shutil.copytree(session, logs / session.parent.name, dirs_exist_ok=True, symlinks=True)
+        except (OSError, shutil.Error) as error:
+            print(f"Ray's logs are not all kept in {logs}: {error}", file=sys.stderr)
+
+
+def processes() -> dict[Process, int]:
+    """All of this machine, with the id of the one that started each."""
+    found: dict[Process, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # ended meanwhile
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if fields[0] not in "ZX":
+                found[int(folder.name), int(fields[19])] = int(fields[1])
+    return found
+
+
+def below(roots: set[int], parents: dict[Process, int]) -> set[Process]:
+    """The processes that these started, and those that they did."""
+    found: set[Process] = set()
+    while new := {p for p, parent in parents.items() if parent in roots} - found:
+        found |= new
+        roots = {pid for pid, _ in new}
+    return found
+
+
+def main(driver: int, folder: Path, logs: Path) -> None:
+    known: set[Process] = set()
+    while not select.select([sys.stdin], [], [], LOOK_S)[0]:
+        known = below({driver}, processes())
+    if not folder.exists():
+        return
+    deadline = time.monotonic() + LOOK_S
+    while time.monotonic() < deadline:
+        now = processes()
+        alive = known & now.keys()  # those that were started since have a parent among them
+        known |= below({pid for pid, _ in alive}, now)
+        alive = {pid for pid, _ in known & now.keys()} - {os.getpid()}
+        if not alive:
+            break
+        for pid in alive:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    keep_logs(folder, logs)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
