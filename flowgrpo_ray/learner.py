@@ -34,7 +34,7 @@ from flowgrpo_ray.objective import (
     masked_loss,
 )
 from flowgrpo_ray.optimizer import LossScale, Optimizer
-from flowgrpo_ray.policies import load_policy
+from flowgrpo_ray.policies import Policy, load_policy
 from flowgrpo_ray.sampling import Replayed, batch_condition, replay
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.spec_sections import KlSpec, Objective
@@ -72,10 +72,21 @@ def join_group(rank: int, world: int, address: str, device: torch.device) -> Non
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
+def shard(policy: Policy, ranks: int) -> None:
+    """Share the network out over the ranks of the default process group: FSDP2, block by block."""
+    mesh = init_device_mesh(policy.device.type, (ranks,))
+    kinds = policy.block_classes()
+    for block in policy.network.modules():
+        if isinstance(block, kinds):
+            fully_shard(block, mesh=mesh)
+    fully_shard(policy.network, mesh=mesh)
+
+
 class Learner:
     """One rank of the learner; the default process group must exist (see ``join_group``)."""
 
-    def __init__(self, spec: TrainingSpec, device: torch.device) -> None:
+    def __init__(self, spec: TrainingSpec, device: torch.device, *, sharded: bool = False) -> None:
+        """``sharded`` puts a rank that is alone under FSDP as well."""
         self.spec, self.device = spec, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.policy = load_policy(spec, device, frozenset({"network"}))
@@ -83,7 +94,9 @@ class Learner:
         if spec.cluster.learner.activation_checkpointing:
             network: Any = self.policy.network
             network.enable_gradient_checkpointing()
-        self._shard()
+        # One rank has nothing to share out, and is a sixth faster without FSDP.
+        if self.world > 1 or sharded:
+            shard(self.policy, self.world)
         self.parameters = self.policy.trainable()
         home = torch.device("cpu") if spec.cluster.learner.offload_optimizer else None
         self.optimizer = Optimizer(self.parameters, spec.optimizer, spec.ema, home)
@@ -93,14 +106,6 @@ class Learner:
         self._arrays: dict[str, Float32] = {}  # of the last one, where a checkpoint needs them
         self.ratio_floor = 0.0
         self._gate_armed = False
-
-    def _shard(self) -> None:
-        mesh = init_device_mesh(self.device.type, (self.world,))
-        kinds = self.policy.block_classes()
-        for block in self.policy.network.modules():
-            if isinstance(block, kinds):
-                fully_shard(block, mesh=mesh)
-        fully_shard(self.policy.network, mesh=mesh)
 
     # --- weights
 

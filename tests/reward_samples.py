@@ -74,7 +74,7 @@ class Ranked(Probe):
         return [[Golden(white, "bright"), Golden(black, "bright")]]
 
 
-class BadConstructor:
+class BadConstructor(Probe):
     def __init__(self, size: int = 1):
         raise ValueError(f"size={size} is not served here")
 

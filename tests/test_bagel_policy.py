@@ -281,7 +281,7 @@ def test_a_sharded_learner_has_the_gradient_of_the_plain_network(folder, tuning)
     trajectory, _ = rollout(policy, of, encoded, SIZE, UNTRAINED)
     advantages = np.array([1.0, -2.0, 0.5, 3.0], np.float32)
     with alone():
-        learner = Learner(spec, CPU)
+        learner = Learner(spec, CPU, sharded=True)
         stats = learner.accumulate(of, trajectory, encoded, advantages, np.full(4, True))
         found = gradients(learner)
     assert stats.log_ratio_max == 0

@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from test_fuzz_files import Payload
 from whole_runs import alone
 
@@ -209,9 +210,16 @@ def test_a_pickled_file_of_a_base_model_is_not_read(tmp_path: Path, part: str):
     for file in (folder / part).glob("*.safetensors*"):
         file.unlink()
     payload: Any = Payload(tmp_path / "mark")
-    torch.save({"x": payload}, folder / part / "diffusion_pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"model\.path"):
-        load(folder, "network" if part == "transformer" else "decoder")
+    sound = {
+        name: tensor
+        for file in (TINY / part).glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+    assert sound
+    for weights in (payload, {"x": payload}, sound):
+        torch.save(weights, folder / part / "diffusion_pytorch_model.bin")
+        with pytest.raises(ModelError, match=r"model\.path"):
+            load(folder, "network" if part == "transformer" else "decoder")
     assert not (tmp_path / "mark").exists()
 
 
@@ -277,7 +285,9 @@ def test_no_text_moves_the_cursor(capsys: pytest.CaptureFixture[str]):
 
 def test_an_error_cannot_forge_the_screen(command_line: Any, tmp_path: Path):
     (tmp_path / "spec.yaml").write_text('"\\e[2J\\e[31mfine": 1\n')
-    for arguments in ([tmp_path / "spec.yaml"], ["tiny-ocr", "--set", "prompts.train=\x1b[2J"]):
+    named = tmp_path / "\x1b[2J.yaml"
+    named.touch()
+    for arguments in ([tmp_path / "spec.yaml"], [named], ["tiny-ocr", "--set", "seed=\x1b[2J"]):
         status, out, err = command_line("plan", *arguments)
         assert status == 2
         assert "\x1b" not in out + err
@@ -297,7 +307,7 @@ def listening(pids: set[int]) -> dict[tuple[str, int], int]:
     found = {}
     for connection in psutil.net_connections("tcp"):
         if connection.status == psutil.CONN_LISTEN and connection.pid in pids:
-            host, port = connection.laddr
+            host, port = connection.laddr or ("", 0)
             found[host, port] = connection.pid
     return found
 

@@ -355,7 +355,7 @@ def train_once(
     """Gradient and new state of one update from this rank's ``mine`` of the micro-batches."""
     from flowgrpo_ray.learner import Learner
 
-    learner = Learner(spec, CPU)
+    learner = Learner(spec, CPU, sharded=True)
     for batch in mine:
         batch.into(learner)
     gradient = {name: g.numpy().copy() for name, g in gradients(learner).items()}
