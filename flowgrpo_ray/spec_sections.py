@@ -38,6 +38,11 @@ class ModelSpec(Strict):
     decoder_dtype: Dtype | None = Field(default=None, description="of the decoder; default: dtype")
     max_sequence_length: int = Field(default=256, ge=1, description="tokens of a prompt")
     shift: float | None = Field(default=None, gt=0, description="of noise levels; default: its own")
+    compile: bool = Field(
+        default=False,
+        description="torch.compile each block: faster forwards, after a minute or more at the "
+        "first start; needs a C++ compiler on every machine",
+    )
     lora: str | None = Field(
         default=None,
         description="LoRA to start from: hub id, folder or file, of diffusers or peft; LoRA tuning "

@@ -29,6 +29,7 @@ from tiny_runs import (
 )
 
 from flowgrpo_ray import sampling
+from flowgrpo_ray.errors import ModelError
 from flowgrpo_ray.flow import KERNELS, LIKELIHOODS
 from flowgrpo_ray.learner import surrogate
 from flowgrpo_ray.policies import Policy
@@ -279,6 +280,27 @@ WINDOWS = (
 def etas(window: str) -> tuple[float, ...]:
     """Of the second iteration."""
     return draw_eta(small_spec(f"sampling.window={window}").sampling, 2, random.Random(0))
+
+
+@pytest.mark.slow  # a minute for the compiler
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_compiled_blocks_replay_what_they_sampled(tuning: str) -> None:
+    """Without gradients and with them, bit for bit."""
+    policy = sampler(small_spec(TUNINGS[tuning], "model.compile=true"))
+    of = unit(schedule(range(2)))
+    trajectory, _ = rollout(policy, of, conditions(), SIZE, UNTRAINED)
+    condition = batch_condition(policy, conditions(), of.prompts)
+    for step in replay(policy, trajectory, of.schedule, condition):
+        assert step.log_ratio.requires_grad
+        assert step.log_ratio.abs().max() == 0
+    blocks = [m for m in policy.network.modules() if isinstance(m, policy.block_classes())]
+    assert all(block._compiled_call_impl is not None for block in blocks)
+
+
+def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ModelError, match=r"model\.compile = true needs .*'no-such-compiler'"):
+        sampler(small_spec("model.compile=true"))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

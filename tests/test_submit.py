@@ -39,10 +39,10 @@ def _files(folder):
 def test_prompts_and_own_modules_are_uploaded_and_nothing_else(project, tmp_path):
     _prompts(project / "sets" / "train.txt")
     outside = _prompts(tmp_path / "elsewhere" / "heldout.txt", 200)
-    (project / "own_reward.py").write_text("class Good:\n    pass\n")
+    (project / "own_reward.py").write_text("class Good:\n    def __call__(self): ...\n")
     package = project / "own_package" / "deep"
     package.mkdir(parents=True)  # a package without __init__.py
-    (package / "scores.py").write_text("class Better:\n    pass\n")
+    (package / "scores.py").write_text("class Better:\n    def __call__(self): ...\n")
     (project / "secret.bin").write_bytes(b"x" * 1000)
     spec = load_spec(
         "tiny-ocr",

@@ -8,6 +8,9 @@ there and nowhere else.
 from __future__ import annotations
 
 import copy
+import os
+import shutil
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from flowgrpo_ray.errors import ModelError
 from flowgrpo_ray.policies.lora import add_lora, merge_file, start_lora, switch
 from flowgrpo_ray.policies.lora_file import read_lora
 from flowgrpo_ray.types import Condition, Images
@@ -170,7 +174,18 @@ class Policy(ABC):
         Trainable parameters are float32 masters. The LoRA that ``model.lora`` names becomes part of
         the network first, or the start of its adapters. ``with_reference`` keeps what ``reference``
         needs: a frozen copy of the network, or with adapters a copy of those that it started from.
+        With ``model.compile`` each block is compiled on its first forward, as sampling and training
+        both run it, so that they keep the same bits.
         """
+        self._tune(seed, with_reference)
+        if self.model.compile:
+            check_compiler()
+            for network in (self.network, self.reference_network):
+                for block in network.modules() if network is not None else ():
+                    if isinstance(block, self.block_classes()):
+                        block.compile()
+
+    def _tune(self, seed: int, with_reference: bool) -> None:
         self.with_reference = with_reference
         self.network.requires_grad_(False)
         start = read_lora(self.model, self.pipeline) if self.model.lora is not None else None
@@ -208,6 +223,17 @@ class Policy(ABC):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, in the network's own order."""
         return {n: p for n, p in self.network.named_parameters() if p.requires_grad}
+
+
+def check_compiler() -> None:
+    """``ModelError`` if this machine lacks what torch.compile calls."""
+    wanted = os.environ.get("CXX") or "g++"
+    if shutil.which(wanted) is None:
+        raise ModelError(
+            f"model.compile = true needs a C++ compiler, and {wanted!r} is not on PATH of "
+            f"{socket.gethostname()}: install one on every machine of the run, name it in CXX, or "
+            "leave out that key"
+        )
 
 
 def as_array(tensor: Tensor) -> NDArray[Any]:
