@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import harness
 import simulated
 
 STAGES = ("sample", "score", "accumulate")
@@ -26,36 +25,40 @@ async def measure(slowest: str, arguments: argparse.Namespace) -> dict[str, Any]
     simulated.set_times(**times)
     async with simulated.trainer(simulated.overrides(arguments.units, 1, 1)) as trainer:
         rounds = await simulated.iterate(trainer, arguments.rounds)
-    walls = [one["wall"] for one in rounds]
-    bound = arguments.units * arguments.slow
+    stage = arguments.units * arguments.slow
     return {
         "slowest": slowest,
-        "walls": walls,
-        "stage": bound,
-        "bound": bound + 2 * arguments.fast,
-        "ratio": median(walls) / bound,
+        "stage": stage,
+        "least": stage + 2 * arguments.fast,
+        "walls": [one["wall"] for one in rounds],
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
     parser.add_argument("--units", type=int, default=32)
     parser.add_argument("--slow", type=float, default=0.06, help="seconds of the slowest stage")
     parser.add_argument("--fast", type=float, default=0.03, help="seconds of the other two")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    found = [asyncio.run(measure(stage, arguments)) for stage in STAGES]
-    print(f"{arguments.units} units, {arguments.rounds} rounds, medians")
-    print("slowest stage   its seconds   least possible   wall              wall / slowest")
-    for row in found:
-        walls = row["walls"]
-        print(
-            f"{row['slowest']:14}  {row['stage']:11.2f}   {row['bound']:14.2f}   "
-            f"{median(walls):4.2f} ({min(walls):.2f}-{max(walls):.2f})   {row['ratio']:14.3f}"
-        )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    found = [asyncio.run(measure(stage, arguments)) for stage in arguments.stages]
+    print(f"{arguments.units} units, {arguments.rounds} rounds: median (least-most)")
+    harness.table(
+        ("slowest stage", "its seconds", "least possible", "wall", "wall / slowest"),
+        [
+            (
+                row["slowest"],
+                f"{row['stage']:.2f}",
+                f"{row['least']:.2f}",
+                harness.spread(row["walls"]),
+                harness.spread((wall / row["stage"] for wall in row["walls"]), 3),
+            )
+            for row in found
+        ],
+    )
+    harness.save(arguments.json, {"units": arguments.units, "stages": found})
 
 
 if __name__ == "__main__":

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
-import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 
 from flowgrpo_ray.types import (
@@ -50,6 +48,11 @@ def seconds(what: str) -> float:
 def work(what: str) -> float:
     time.sleep(seconds(what))
     return seconds(what)
+
+
+def loopback_bytes() -> int:
+    """What all processes of this machine have sent each other through sockets of the network."""
+    return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
 
 
 class SimulatedRollout:
@@ -126,16 +129,8 @@ class SimulatedReward:
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any]
     ) -> np.ndarray:
-        work("score")
+        time.sleep(seconds("score") * len(images) / GROUP)  # calls may come as one batch
         return images.mean(axis=(1, 2, 3), dtype=np.float64).astype(np.float32)
-
-
-class Silent:
-    def stage(self, stage: str) -> None: ...
-    def iteration(self, row: dict[str, Any], seconds: float) -> None: ...
-    def evaluation(self, iteration: int, rewards: dict[str, float | None]) -> None: ...
-    def note(self, message: str) -> None:
-        print(f"  ({message})", file=sys.stderr)
 
 
 def overrides(units: int, workers: int, replicas: int) -> list[str]:
@@ -153,40 +148,27 @@ def overrides(units: int, workers: int, replicas: int) -> list[str]:
     ]
 
 
-@asynccontextmanager
-async def trainer(settings: Sequence[str]) -> AsyncIterator[Any]:
+def trainer(settings: Sequence[str]) -> AbstractAsyncContextManager[Any]:
     """The real driver with simulated actors, all up, on a private cluster of its own."""
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    from flowgrpo_ray.cluster.session import ray_session
-    from flowgrpo_ray.prompts import load_prompt_sets
-    from flowgrpo_ray.run_folder import RunFolder
-    from flowgrpo_ray.spec_file import load_spec
-    from flowgrpo_ray.tracking import RunRecorder, StartClock
-
-    spec = load_spec("tiny-ocr", list(settings))
-    with tempfile.TemporaryDirectory() as root:
-        folder = RunFolder.claim(Path(root), spec, resume=False)
-        recorder = RunRecorder(folder.path, tensorboard=False)
-        with ray_session(spec, folder.logs):
-            from flowgrpo_ray.cluster.crew import Kinds
-            from flowgrpo_ray.cluster.driver import Trainer
-
-            clock, kinds = (
-                StartClock(time.perf_counter()),
-                Kinds(SimulatedRollout, SimulatedLearner),
-            )
-            prompts, held_out = load_prompt_sets(spec)
-            made = Trainer(spec, prompts, held_out, folder, recorder, Silent(), clock, kinds)
-            await made.start()
-            yield made
+    return harness.trainer(settings, SimulatedRollout, SimulatedLearner)
 
 
 async def iterate(made: Any, rounds: int, warm_up: int = 1) -> list[dict[str, float]]:
-    """Wall and driver CPU seconds of each iteration, after some to warm up."""
+    """Of each iteration, after some to warm up: wall seconds, CPU seconds of the driver and of its
+    event loop's thread alone, bytes between processes."""
     found = []
     for iteration in range(1, warm_up + rounds + 1):
-        cpu, began = time.process_time(), time.perf_counter()
+        before = _meters()
         await made.iterate(iteration)
-        found.append({"wall": time.perf_counter() - began, "driver_cpu": time.process_time() - cpu})
+        found.append({name: now - before[name] for name, now in _meters().items()})
         await asyncio.sleep(0.2)
     return found[warm_up:]
+
+
+def _meters() -> dict[str, float]:
+    return {
+        "wall": time.perf_counter(),
+        "driver_cpu": time.process_time(),
+        "loop_cpu": time.thread_time(),
+        "bytes": loopback_bytes(),
+    }

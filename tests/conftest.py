@@ -1,6 +1,7 @@
 """A local Ray cluster for the tests that need one."""
 
 import atexit
+import fcntl
 import os
 import secrets
 import shutil
@@ -41,6 +42,15 @@ def ray_cluster() -> Iterator[None]:
     serve.shutdown()
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def hardly_disturbed() -> Iterator[None]:
+    """One module at a time has this: Ray gives its processes 30 s to start, which many clusters at
+    once on a small machine do not manage."""
+    with Path(tempfile.gettempdir(), "flowgrpo-tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture

@@ -19,9 +19,13 @@ from flowgrpo_ray.checkpoint import list_checkpoints
 from flowgrpo_ray.paths import builtin_path
 from flowgrpo_ray.tracking import read_rows
 
+pytestmark = pytest.mark.usefixtures("hardly_disturbed")
+
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Command, str]:
+def undisturbed(
+    hardly_disturbed: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Command, str]:
     command = Command(tmp_path_factory.mktemp("undisturbed"))
     return command, command.finish()
 

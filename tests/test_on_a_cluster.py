@@ -26,6 +26,7 @@ from whole_runs import alone, final_digests, trained
 from flowgrpo_ray.checkpoint import list_checkpoints
 from flowgrpo_ray.tracking import read_rows
 
+pytestmark = pytest.mark.usefixtures("hardly_disturbed")
 ITERATIONS = 90
 SPEC = """
 name: signs
@@ -140,7 +141,7 @@ def wait_until(true: Callable[[], bool], what: str, seconds: float = 300) -> Non
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(hardly_disturbed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run on this machine alone, from start to end; its folder."""
     folder = write_project(tmp_path_factory.mktemp("alone"), 0)
     subprocess.run(
@@ -154,7 +155,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+def shell(hardly_disturbed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
     runs = tmp_path_factory.mktemp("shared-storage")
     head = {"CPU": 4, "learner_node": 1}
     with clusters.cluster(head, several=True, FLOWGRPO_RUNS=str(runs)) as cluster:

@@ -20,6 +20,7 @@ from whole_runs import Command, final_digests
 
 from flowgrpo_ray.tracking import read_rows
 
+pytestmark = pytest.mark.usefixtures("hardly_disturbed")
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 LONG = 30  # iterations: enough for all losses of a run to come before its end
 RUN: dict[str, Any] = {
@@ -34,7 +35,7 @@ TWO_REPLICAS = {"rewards.ocr.deadline_s": "8", "rewards.ocr.replicas": "2"}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(hardly_disturbed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = Command(tmp_path_factory.mktemp("undisturbed"), **RUN)
     command.finish()
     return command.run

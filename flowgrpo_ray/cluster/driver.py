@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import ObjectLostError
 
 from flowgrpo_ray.checkpoint import (
     Progress,
@@ -27,9 +28,8 @@ from flowgrpo_ray.checkpoint import (
 from flowgrpo_ray.cluster.actors import LearnerLostError
 from flowgrpo_ray.cluster.crew import REAL, Crew, Kinds
 from flowgrpo_ray.cluster.live import Display
-from flowgrpo_ray.cluster.rollout_pool import Sampled
 from flowgrpo_ray.cluster.stages import StageReader
-from flowgrpo_ray.cluster.stream import Stream
+from flowgrpo_ray.cluster.stream import Stream, sample_and_score
 from flowgrpo_ray.cluster.telemetry import Telemetry
 from flowgrpo_ray.errors import RewardError
 from flowgrpo_ray.metrics import Scores, mean_and_std, train_row, unscored
@@ -275,12 +275,6 @@ class Trainer:
                 + (why[-1] if why else f"Images without a score in the last iteration: {silent}")
             )
 
-    async def _sample_and_score(
-        self, unit: WorkUnit, ticket: WeightsTicket
-    ) -> tuple[Sampled, Scores]:
-        sampled = await self.crew.sample(unit, ticket)
-        return sampled, await self.crew.score(unit, sampled.images)
-
     # --- around the iterations
 
     async def evaluate(self) -> None:
@@ -291,9 +285,7 @@ class Trainer:
         ticket = await self.crew.publish(iteration, averaged=True)
         held_out = self.prompts["eval"]
         units = plan_evaluation(self.spec, len(held_out), self.crew.eval_sigmas)
-        self.crew.hold(units)
-        results = await asyncio.gather(*(self._sample_and_score(unit, ticket) for unit in units))
-        sampled, scores = zip(*results, strict=True)
+        scores, images = await self._held_out(units, ticket)
         rewards = {
             name: np.concatenate([score.rewards[name] for score in scores])
             for name in self.spec.rewards
@@ -316,17 +308,30 @@ class Trainer:
         if iteration == 0:
             self.progress = replace(self.progress, eval_before=means)
         self.progress = replace(self.progress, eval_last=means)
-        await self._keep_grid(iteration, sampled, rewards)
+        self._keep_grid(iteration, images, rewards)
         seconds = time.perf_counter() - began
         self._record_time("eval", iteration, seconds)
         self.display.evaluation(iteration, means)
 
-    async def _keep_grid(
-        self, iteration: int, sampled: Sequence[Sampled], rewards: dict[str, np.ndarray]
-    ) -> None:
+    async def _held_out(
+        self, units: Sequence[WorkUnit], ticket: WeightsTicket
+    ) -> tuple[list[Scores], np.ndarray]:
+        """Scores of all units, and the images ``[n, H, W, 3]`` of the sample grid."""
         size = self.spec.evaluation.grid
         needed = -(-size // self.spec.evaluation.micro_batch)
-        images = np.concatenate(await asyncio.gather(*(s.images for s in sampled[:needed])))[:size]
+        while True:
+            self.crew.hold(units)
+            calls = [sample_and_score(self.crew, unit, ticket) for unit in units]
+            results = await asyncio.gather(*calls)
+            try:
+                first = await asyncio.gather(*(sampled.images for sampled, _ in results[:needed]))
+                return [scores for _, scores in results], np.concatenate(first)[:size]
+            except ObjectLostError as error:  # they went away with their machine
+                self.crew.losses.add("images of an evaluation", error)
+
+    def _keep_grid(
+        self, iteration: int, images: np.ndarray, rewards: dict[str, np.ndarray]
+    ) -> None:
         texts = [prompt.text for prompt in self.prompts["eval"][: len(images)]]
         scores = {name: values[: len(images)] for name, values in rewards.items()}
         save_samples(self.folder.path, iteration, images, texts, scores)

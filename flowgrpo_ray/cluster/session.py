@@ -79,16 +79,24 @@ def _private(spec: TrainingSpec, logs: Path) -> Iterator[None]:
     needed = required_resources(spec)
     temporary = Path(tempfile.mkdtemp(prefix="flowgrpo-", dir="/tmp"))  # short: it holds sockets
     with janitor(temporary, logs), _cleared(temporary, logs):
-        ray.init(
-            num_cpus=max(os.cpu_count() or 1, math.ceil(needed["CPU"])),
-            # This one machine stands for all that the spec places by custom resources.
-            resources={k: math.ceil(n) for k, n in needed.items() if k not in ("CPU", "GPU")},
-            include_dashboard=spec.cluster.dashboard,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=str(temporary / RAY),  # it opens this one to all users of the machine
-            _node_ip_address="127.0.0.1",
-        )
+        try:
+            ray.init(
+                num_cpus=max(os.cpu_count() or 1, math.ceil(needed["CPU"])),
+                # This one machine stands for all that the spec places by custom resources.
+                resources={k: math.ceil(n) for k, n in needed.items() if k not in ("CPU", "GPU")},
+                include_dashboard=spec.cluster.dashboard,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(temporary / RAY),  # it opens this one to all users of the machine
+                _node_ip_address="127.0.0.1",
+            )
+        except Exception as error:  # Ray has no class for it
+            if "timed out during startup" not in str(error):
+                raise
+            raise ClusterError(
+                "Ray did not start within the 30 s that it gives itself: this machine is busy "
+                "with other work, or short of memory. Try again when it is not"
+            ) from error
         check_resources(spec)
         yield
 

@@ -33,6 +33,19 @@ class Source(Protocol):
     async def score(self, unit: WorkUnit, images: ObjectRef) -> Scores: ...
 
 
+async def sample_and_score(
+    source: Source, unit: WorkUnit, ticket: WeightsTicket
+) -> tuple[Sampled, Scores]:
+    """A unit's way to its scores; again from the start if its images went away with a machine."""
+    while True:
+        sampled = await source.sample(unit, ticket)
+        source.ledger.sampled(unit.key)
+        try:
+            return sampled, await source.score(unit, sampled.images)
+        except ObjectLostError as error:
+            source.losses.add(f"images of micro-batch {unit.index}", error)
+
+
 class Stream:
     """Units sample and score all at once, and come out in the order of the plan.
 
@@ -100,13 +113,7 @@ class Stream:
                 self._compare(block)
 
     async def _unit(self, unit: WorkUnit) -> tuple[Sampled, Scores]:
-        while True:
-            sampled = await self._source.sample(unit, self.ticket)
-            self._source.ledger.sampled(unit.key)
-            try:
-                return sampled, await self._source.score(unit, sampled.images)
-            except ObjectLostError as error:  # images that went away with their machine
-                self._source.losses.add(f"images of micro-batch {unit.index}", error)
+        return await sample_and_score(self._source, unit, self.ticket)
 
     async def _scores(self, scope: Sequence[WorkUnit]) -> list[Scores]:
         return [(await self._units[unit.index])[1] for unit in scope]
