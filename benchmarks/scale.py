@@ -23,7 +23,6 @@ from typing import Any
 import harness
 import simulated
 
-UNITS = 4  # of each worker or replica, in an iteration
 MEGABYTE = 10**6
 TINY = 7 * MEGABYTE  # weights of the tiny model
 
@@ -31,8 +30,8 @@ TINY = 7 * MEGABYTE  # weights of the tiny model
 async def sampling(workers: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Iterations whose sampling is all the work."""
     replicas = max(1, workers // 4)
-    simulated.set_times(sample=arguments.seconds, bytes=TINY)
-    units = UNITS * workers
+    simulated.set_times(sample=arguments.seconds, bytes=TINY, side=arguments.side)
+    units = arguments.units * workers
     async with simulated.trainer(simulated.overrides(units, workers, replicas)) as trainer:
         rounds = await simulated.iterate(trainer, arguments.rounds)
         publication = await publish(trainer, arguments.rounds)
@@ -43,8 +42,8 @@ async def sampling(workers: int, arguments: argparse.Namespace) -> dict[str, Any
 
 async def scoring(replicas: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Iterations whose scoring is all the work, by so many replicas."""
-    simulated.set_times(score=arguments.seconds)
-    units = UNITS * replicas
+    simulated.set_times(score=arguments.seconds, side=arguments.side)
+    units = arguments.units * replicas
     async with simulated.trainer(simulated.overrides(units, 2, replicas)) as trainer:
         rounds = await simulated.iterate(trainer, arguments.rounds)
     return {"replicas": replicas, **speed(units, rounds)}
@@ -87,7 +86,9 @@ async def profile(trainer: Any, units: int, iteration: int) -> None:
     await trainer.iterate(iteration)
     profiler.disable()
     print(f"an iteration of {units} units on the driver's event loop:")
-    pstats.Stats(profiler).strip_dirs().sort_stats("tottime").print_stats(40)
+    found = pstats.Stats(profiler).sort_stats("cumtime")
+    found.print_stats("flowgrpo_ray", 25)
+    found.strip_dirs().sort_stats("tottime").print_stats(25)
 
 
 def show(rows: list[dict[str, Any]], count: str) -> None:
@@ -118,6 +119,8 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument("--megabytes", type=int, nargs="*", default=[1, 10, 100, 1000])
     parser.add_argument("--seconds", type=float, default=2.0, help="of a unit")
+    parser.add_argument("--side", type=int, default=32, help="pixels of an image's sides")
+    parser.add_argument("--units", type=int, default=4, help="of each actor, in an iteration")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="the driver, with the workers")
     parser.add_argument("--json", type=Path)

@@ -47,6 +47,7 @@ async def turns(arguments: argparse.Namespace) -> list[dict[str, float]]:
                     script.send("iterate")
                     theirs = script.recv()
                 found.append({"cluster": ours, "script": theirs["iteration"]})
+                print(f"  cluster {ours:.2f} s, script {theirs['iteration']:.2f} s", flush=True)
     return found[WARM_UP:]
 
 

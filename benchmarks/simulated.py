@@ -31,12 +31,14 @@ from flowgrpo_ray.types import (
 
 HERE = Path(__file__).parent
 VARIABLE = "FLOWGRPO_SIMULATED"
-SIZE = (32, 48)
+SIDE = 32  # pixels of an image's sides, unless times say otherwise
+IDLE_S = 2.0  # in which an idle cluster is listened to
 GROUP = 4  # images of a unit, which is one group
 
 
 def set_times(**seconds: float) -> None:
-    """Seconds of a call: sample, score, accumulate; and bytes of the published weights."""
+    """Seconds of a call: sample, score, accumulate; bytes of the published weights; side, the
+    pixels of an image's sides."""
     os.environ[VARIABLE] = json.dumps(seconds)
     os.environ["PYTHONPATH"] = str(HERE)  # the actors import this module
 
@@ -60,6 +62,7 @@ class SimulatedRollout:
 
     def __init__(self, spec: Any, rank: int) -> None:
         self.draw = np.random.default_rng(rank)
+        self.side = int(seconds("side")) or SIDE
 
     def start(self) -> None: ...
 
@@ -83,8 +86,8 @@ class SimulatedRollout:
         self, unit: WorkUnit, ticket: WeightsTicket, *conditions: Any
     ) -> tuple[Trajectory, np.ndarray, float]:
         steps = len(unit.schedule.stochastic_steps)
-        latents = np.zeros((unit.batch, steps + 1, 4, 8, 12), np.float32)
-        images = self.draw.integers(0, 256, (unit.batch, *SIZE, 3), np.uint8)
+        latents = np.zeros((unit.batch, steps + 1, 16, self.side // 8, self.side // 8), np.float32)
+        images = self.draw.integers(0, 256, (unit.batch, self.side, self.side, 3), np.uint8)
         provenance = Provenance(ticket.version, ticket.digest, unit.batch, "float32", unit.schedule)
         log_probs = np.zeros((unit.batch, steps), np.float32)
         return Trajectory(latents, log_probs, provenance), images, work("sample")
@@ -153,16 +156,22 @@ def trainer(settings: Sequence[str]) -> AbstractAsyncContextManager[Any]:
     return harness.trainer(settings, SimulatedRollout, SimulatedLearner)
 
 
-async def iterate(made: Any, rounds: int, warm_up: int = 1) -> list[dict[str, float]]:
-    """Of each iteration, after some to warm up: wall seconds, CPU seconds of the driver and of its
-    event loop's thread alone, bytes between processes."""
+async def iterate(made: Any, rounds: int) -> list[dict[str, float]]:
+    """Of each iteration, after one to warm up: wall seconds, CPU seconds of the driver and of its
+    event loop's thread alone, and bytes between processes beyond what an idle cluster sends."""
+    await made.iterate(1)
+    before = _meters()
+    await asyncio.sleep(IDLE_S)
+    idle = (loopback_bytes() - before["bytes"]) / IDLE_S
     found = []
-    for iteration in range(1, warm_up + rounds + 1):
+    for iteration in range(2, 2 + rounds):
         before = _meters()
         await made.iterate(iteration)
-        found.append({name: now - before[name] for name, now in _meters().items()})
+        row = {name: now - before[name] for name, now in _meters().items()}
+        row["bytes"] = max(0.0, row["bytes"] - idle * row["wall"])
+        found.append(row)
         await asyncio.sleep(0.2)
-    return found[warm_up:]
+    return found
 
 
 def _meters() -> dict[str, float]:

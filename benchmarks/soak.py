@@ -36,8 +36,8 @@ from flowgrpo_ray.tracking import read_rows
 
 MARK = "FLOWGRPO_SOAK"  # in the environment of all processes of a run
 KINDS = {  # by what a command line holds
-    "ray::RolloutWorker": "rollout worker",
-    "ray::LearnerRank": "learner rank",
+    "RolloutWorker": "rollout worker",
+    "LearnerRank": "learner rank",
     "ray::ServeReplica:reward-": "reward replica",
     "ray::ServeController": "Serve controller",
     "ray::": "other actors",
@@ -47,7 +47,7 @@ KINDS = {  # by what a command line holds
     "": "Ray's agents, janitor",
 }
 VICTIMS = ("rollout worker", "learner rank", "reward replica")
-YOUNG = 60.0  # seconds in which a process still loads and warms up
+YOUNG = 120.0  # seconds in which a process still loads and warms up
 SETTINGS = [
     # Two replicas of each reward: with one, its calls could not be repeated elsewhere in time.
     "rewards.ocr={options: {detect: false}, replicas: 2, deadline_s: 10, retries: 5}",
@@ -114,7 +114,7 @@ class Run:
             with suppress(psutil.Error):
                 if process.environ().get(MARK) == self.mark:
                     title = " ".join(process.cmdline())
-                    found[next(k for part, k in KINDS.items() if part in title)].append(process)
+                    found[kind_of(title)].append(process)
         return found
 
     def weigh(self) -> None:
@@ -147,6 +147,11 @@ class Run:
             with suppress(psutil.Error):
                 process.kill()
         return sorted(found)
+
+
+def kind_of(title: str) -> str:
+    """Of a process, by its command line or what Ray has put in its place."""
+    return next(kind for part, kind in KINDS.items() if part in title)
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:
@@ -193,7 +198,7 @@ def disturb(run: Run, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
     def act() -> None:
         nonlocal last
-        if run.trained() and run.seconds - last > arguments.period:
+        if run.seconds - last > arguments.period and run.trained():
             last = run.seconds
             if event := strike(run, draw, kinds):
                 struck.append(event)

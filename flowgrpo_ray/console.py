@@ -115,7 +115,7 @@ def ledger_table(timings: Sequence[Mapping[str, Any]]) -> Table | None:
     last = f"last {len(rows)} iterations" if len(rows) > 1 else "last iteration"
     title = f"mean seconds of a process in the {last}"
     table = Table(title=title, title_justify="left")
-    columns = ("actors", "processes", "busy", "loading", "waiting", "overhead", "waiting for")
+    columns = ("actors", "count", "busy", "loading", "overhead", "waiting", "mostly for")
     for column in columns:
         table.add_column(column, justify="left" if column in (columns[0], columns[-1]) else "right")
     for kind in rows[-1]["ledger"]:
@@ -128,11 +128,9 @@ def ledger_table(timings: Sequence[Mapping[str, Any]]) -> Table | None:
             f"{sum(s for (state, _), s in means.items() if state == column):.2f}"
             for column in columns[2:6]
         ]
-        waits = [(what, s) for (state, what), s in means.most_common() if state == "waiting"]
-        whole = sum(means.values())
-        reasons = [f"{what} {s:.2f}" for what, s in waits if s > 0.02 * whole]
+        waits = [what for (state, what), s in means.most_common() if state == "waiting" and s > 0]
         count = f"{rows[-1]['processes'][kind]:g}"
-        table.add_row(kind, count, *states, escape(", ".join(reasons)))
+        table.add_row(kind, count, *states, escape(waits[0] if waits else ""))
     return table
 
 

@@ -19,7 +19,8 @@ from flowgrpo_ray.checkpoint import list_checkpoints
 from flowgrpo_ray.paths import builtin_path
 from flowgrpo_ray.tracking import read_rows
 
-pytestmark = pytest.mark.usefixtures("hardly_disturbed")
+# The first test waits for its turn, which counts.
+pytestmark = [pytest.mark.usefixtures("hardly_disturbed"), pytest.mark.timeout(3000)]
 
 
 @pytest.fixture(scope="module")

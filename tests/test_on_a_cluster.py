@@ -26,7 +26,8 @@ from whole_runs import alone, final_digests, trained
 from flowgrpo_ray.checkpoint import list_checkpoints
 from flowgrpo_ray.tracking import read_rows
 
-pytestmark = pytest.mark.usefixtures("hardly_disturbed")
+# The first test waits for its turn, which counts.
+pytestmark = [pytest.mark.usefixtures("hardly_disturbed"), pytest.mark.timeout(3000)]
 ITERATIONS = 90
 SPEC = """
 name: signs
@@ -165,7 +166,6 @@ def shell(hardly_disturbed: None, tmp_path_factory: pytest.TempPathFactory) -> I
         yield Shell(cluster, folder)
 
 
-@pytest.mark.timeout(1500)
 def test_a_cluster_is_used_and_disturbed_and_nothing_is_lost(
     shell: Shell, undisturbed: Path
 ) -> None:

@@ -20,7 +20,8 @@ from whole_runs import Command, final_digests
 
 from flowgrpo_ray.tracking import read_rows
 
-pytestmark = pytest.mark.usefixtures("hardly_disturbed")
+# The first test waits for its turn, which counts.
+pytestmark = [pytest.mark.usefixtures("hardly_disturbed"), pytest.mark.timeout(3000)]
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 LONG = 30  # iterations: enough for all losses of a run to come before its end
 RUN: dict[str, Any] = {
