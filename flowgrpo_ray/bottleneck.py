@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flowgrpo_ray.spec import TrainingSpec
-from flowgrpo_ray.spec_sections import ActorsSpec, RewardSpec
+from flowgrpo_ray.spec_cluster import ActorsSpec
+from flowgrpo_ray.spec_sections import RewardSpec
 
 STEADY = 3  # iterations in a row before it is worth telling
 EVEN = 1.1  # below this many times the next load, the split is even

@@ -15,10 +15,10 @@ from pydantic import Field, model_validator
 
 from flowgrpo_ray.errors import SpecError
 from flowgrpo_ray.rewards import resolve
+from flowgrpo_ray.spec_cluster import ClusterSpec, Strict
 from flowgrpo_ray.spec_sections import (
     AdvantagesSpec,
     CheckpointSpec,
-    ClusterSpec,
     EmaSpec,
     EvaluationSpec,
     FlowGrpo,
@@ -29,7 +29,6 @@ from flowgrpo_ray.spec_sections import (
     RewardName,
     RewardSpec,
     SamplingSpec,
-    Strict,
     TrackingSpec,
     Tuning,
     WatchSpec,

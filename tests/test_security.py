@@ -154,7 +154,7 @@ def test_images_of_others_are_opened_by_named_readers():
 
 
 def test_tokens_are_compared_in_constant_time():
-    for name in ("monitor.py", "cluster/reward_http.py"):
+    for name in ("monitor_guard.py", "cluster/reward_http.py"):
         called = [name for name, _ in calls(SOURCES[name])]
         assert called.count("secrets.compare_digest") == 1
         text = (PACKAGE / name).read_text("utf-8")

@@ -34,7 +34,8 @@ def monitor(
     The printed address has the token that opens the page. It is new at every start, unless the
     variable FLOWGRPO_MONITOR_TOKEN has one.
     """
-    from flowgrpo_ray.monitor import TOKEN_VARIABLE, Monitor, choose_token
+    from flowgrpo_ray.monitor import Monitor
+    from flowgrpo_ray.monitor_guard import TOKEN_VARIABLE, choose_token
 
     console = Console()
     given = os.environ.get(TOKEN_VARIABLE)

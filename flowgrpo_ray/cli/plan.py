@@ -16,7 +16,7 @@ from flowgrpo_ray.errors import SpecError
 from flowgrpo_ray.preflight import check_run
 from flowgrpo_ray.run_folder import RunFolder, difference
 from flowgrpo_ray.spec import TrainingSpec, required_resources
-from flowgrpo_ray.spec_sections import ActorsSpec
+from flowgrpo_ray.spec_cluster import ActorsSpec
 from flowgrpo_ray.tracking import TIMINGS, read_rows
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from flowgrpo_ray.errors import ClusterError
 from flowgrpo_ray.ledger import Ledger
-from flowgrpo_ray.spec_sections import ActorsSpec, ClusterSpec
+from flowgrpo_ray.spec_cluster import ActorsSpec, ClusterSpec
 
 if TYPE_CHECKING:
     import torch
@@ -204,8 +204,10 @@ class Losses:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of Ray says, without the paragraphs of advice behind it."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+    """What an error of Ray says, without the paragraphs of advice behind it; of an actor that could
+    not be made, why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    return f"it cannot start: {lines[-1]}" if "its creation task" in lines[0] else lines[0]
 
 
 def seen(task: asyncio.Future[Any]) -> None:

@@ -4,7 +4,8 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flowgrpo_ray.spec_sections import Resources, RewardSpec
+from flowgrpo_ray.spec_cluster import Resources
+from flowgrpo_ray.spec_sections import RewardSpec
 
 
 class Strict(BaseModel):

@@ -1,0 +1,114 @@
+"""The section of a training spec that says what runs where: actors, their resources, patience."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _custom(name: str) -> str:
+    if name in ("CPU", "GPU", "memory", "object_store_memory"):
+        raise ValueError(f"{name!r} is no custom resource; cpus and gpus are keys of their own")
+    return name
+
+
+ResourceName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.:-]*$"), AfterValidator(_custom)]
+Resources = Annotated[
+    dict[ResourceName, Annotated[float, Field(gt=0)]],
+    Field(
+        description="custom Ray resources that each reserves, to place it on machines that have "
+        "them, as {rollout_node: 0.001}"
+    ),
+]
+
+
+class ActorsSpec(Strict):
+    """How many actors of one kind, and what each takes."""
+
+    count: int = Field(default=1, ge=1, description="processes")
+    cpus: float = Field(default=1, ge=0, description="that Ray reserves for each")
+    gpus: float = Field(default=0, ge=0, description="that Ray reserves; 0 runs on the CPU")
+    resources: Resources = Field(default_factory=dict)
+    threads: int = Field(default=1, ge=1, description="torch threads of each, on the CPU")
+
+
+class RolloutSpec(ActorsSpec):
+    """Rollout workers; more or fewer of them change no result."""
+
+    max_count: int | None = Field(
+        default=None,
+        ge=1,
+        description="further workers join up to this many while the cluster has room for them; "
+        "default: count",
+    )
+
+    @model_validator(mode="after")
+    def _at_least_count(self) -> RolloutSpec:
+        if self.max_count is not None and self.max_count < self.count:
+            raise ValueError(f"max_count = {self.max_count} is below count = {self.count}")
+        return self
+
+    @property
+    def most(self) -> int:
+        """Workers that there may be."""
+        return self.max_count or self.count
+
+
+class LearnerSpec(ActorsSpec):
+    """Learner ranks, and what they do to fit into their memory; neither changes a result."""
+
+    activation_checkpointing: bool = Field(
+        default=False, description="recompute each block's activations in the backward pass"
+    )
+    offload_optimizer: bool = Field(
+        default=False, description="keep AdamW's moments and the averages in the host's memory"
+    )
+
+    @model_validator(mode="after")
+    def _one_rank_per_gpu(self) -> LearnerSpec:
+        if self.count > 1 and 0 < self.gpus <= 0.5:
+            raise ValueError(
+                f"count = {self.count} with gpus = {self.gpus}: Ray would put two ranks on one "
+                "GPU, which NCCL refuses; give each more than 0.5"
+            )
+        return self
+
+
+class ClusterSpec(Strict):
+    """What runs where. The number of rollout workers never changes a result; that of learner ranks,
+    and the kind of device, only its last bits."""
+
+    rollout: RolloutSpec = RolloutSpec()
+    learner: LearnerSpec = LearnerSpec()
+    dashboard: bool = Field(default=False, description="of a local cluster; costs seconds at start")
+    reward_http_port: int | None = Field(
+        default=None, ge=1, le=65535, description="serve rewards over HTTP"
+    )
+    ready_timeout_s: float = Field(
+        default=300, gt=0, description="for actors and deployments to be up"
+    )
+    hang_timeout_s: float = Field(
+        default=600,
+        gt=0,
+        description="an actor that answers nothing for so long, one micro-batch being the most it "
+        "does at once, is taken for dead",
+    )
+    max_restarts: int = Field(
+        default=3,
+        ge=0,
+        description="times that one actor may be lost and replaced before the run gets an "
+        "iteration further; one more ends it",
+    )
+    max_failed_groups: int = Field(default=0, ge=0, description="dropped groups that a run bears")
+
+    @field_validator("rollout", "learner")
+    @classmethod
+    def _whole_gpus(cls, actors: ActorsSpec) -> ActorsSpec:
+        if actors.gpus > 1:
+            raise ValueError(f"gpus = {actors.gpus}: an actor drives one GPU at most; raise count")
+        return actors
