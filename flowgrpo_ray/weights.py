@@ -77,7 +77,7 @@ def to_arrays(parameters: Mapping[str, Tensor], *, keep: bool = True) -> dict[st
 
 
 def _array(tensor: Tensor) -> Float32:
-    return tensor.cpu().numpy().copy()
+    return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format).numpy()
 
 
 @torch.no_grad()

@@ -9,11 +9,11 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_until
 from websockets.sync.client import connect
 
 CHROMIUM = "/usr/bin/chromium"
@@ -47,7 +47,9 @@ class Browser:
             start_new_session=True,
         )
         port_file = Path(self._home, "data", "DevToolsActivePort")
-        self._until(lambda: port_file.exists() and port_file.read_text().count("\n") == 1)
+        wait_until(
+            lambda: port_file.exists() and port_file.read_text().count("\n") == 1, "the browser"
+        )
         port, path = port_file.read_text().split()
         self._socket = connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None)
         self._number = 0
@@ -131,7 +133,7 @@ class Browser:
             except NavigatedError:  # the entrance of the monitor goes on to the page
                 return False
 
-        self._until(true, seconds, script)
+        wait_until(true, script, seconds)
 
     def press(self, key: str, **more: Any) -> None:
         for kind in ("keyDown", "keyUp"):
@@ -150,10 +152,3 @@ class Browser:
         """A screenshot, of the window or of all the page."""
         answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(answer["data"]))
-
-    @staticmethod
-    def _until(true: Any, seconds: float = 30, what: str = "the browser") -> None:
-        end = time.monotonic() + seconds
-        while not true():
-            assert time.monotonic() < end, f"waited {seconds} s for {what}"
-            time.sleep(0.05)

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +27,13 @@ class Probe:
                 scores[i] = os.getpid()  # exact in float32: below 2**24
             if "torch" in asked:
                 scores[i] = "torch" in sys.modules
+            if "threads" in asked:
+                scores[i] = importlib.import_module("torch").get_num_threads()
             if "infinite" in asked:
                 scores[i] = np.inf
             if "fail" in asked or asked.get("fail on") == os.getpid():
                 raise RuntimeError("the probe was asked to fail")
-            time.sleep(asked.get("seconds", 0))
-            time.sleep(3 if asked.get("slow on") == os.getpid() else 0)
-            time.sleep(300 if asked.get("hang on") == os.getpid() else 0)
+            _take_time(asked)
             if "die once" in asked and not Path(asked["die once"]).exists():
                 Path(asked["die once"]).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -48,6 +49,16 @@ class Probe:
     def check_prompt(prompt, metadata):
         if not prompt:
             raise ValueError("the probe wants a prompt")
+        if "sign in" in metadata:  # a file for each image, as soon as its call has arrived
+            Path(metadata["sign in"], f"{uuid.uuid4()}.{os.getpid()}").touch()
+
+
+def _take_time(asked):
+    time.sleep(asked.get("seconds", 0))
+    time.sleep(3 if asked.get("slow on") == os.getpid() else 0)
+    time.sleep(300 if asked.get("hang on") == os.getpid() else 0)
+    while "until" in asked and not Path(asked["until"]).exists():
+        time.sleep(0.02)
 
 
 class Darkness:

@@ -242,21 +242,33 @@ def test_advice_comes_once_for_each_stage_after_three_iterations_in_a_row():
     assert said("ocr", "ocr", "ocr", "ocr") == [None] * 4
 
 
-def test_what_the_driver_writes_and_says():
-    reader = StageReader(spec_of(), lambda: AMPLE)
-    rows = {
-        "rollout": Account(4.0, {"busy": {"sample": 2.5}, "loading": {"load": 0.5}}),
+REWARDS = {
+    "ocr": RewardStats(calls=32, images=128, busy_s=18.0, replicas={"a", "b"}),
+    "sign_colour": RewardStats(),
+}
+
+
+def accounts(workers=4.0):
+    return {
+        "rollout": Account(workers, {"busy": {"sample": 2.5}, "loading": {"load": 0.5}}),
         "learner": Account(1.0, {"busy": {"accumulate": 1.0, "step": 0.5}}),
         "reward-ocr": Account(2.0, {"busy": {"score": 9.0}, "waiting": {"images": 3.0}}),
         "reward-sign_colour": Account(1.0, {"waiting": {"images": 12.0}}),
     }
-    rewards = {
-        "ocr": RewardStats(calls=32, images=128, busy_s=18.0, replicas={"a", "b"}),
-        "sign_colour": RewardStats(),
-    }
-    row, first = reader.read(rows, 12.0, rewards)
-    _, second = reader.read(rows, 12.0, rewards)
-    again, third = reader.read(rows, 12.0, rewards)
+
+
+def test_iterations_that_lost_an_actor_give_no_advice():
+    reader = StageReader(spec_of(), lambda: AMPLE)
+    workers = [4.0, 4.0, 3.2, 4.0, 4.0]
+    told = [reader.read(accounts(count), 12.0, REWARDS)[1] for count in workers]
+    assert [text is not None for text in told] == [False, False, False, True, False]
+
+
+def test_what_the_driver_writes_and_says():
+    reader, rows = StageReader(spec_of(), lambda: AMPLE), accounts()
+    row, first = reader.read(rows, 12.0, REWARDS)
+    _, second = reader.read(rows, 12.0, REWARDS)
+    again, third = reader.read(rows, 12.0, REWARDS)
     assert third is not None
     assert row == again
     assert row["ledger"] == {kind: account.seconds for kind, account in rows.items()}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Container, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -23,7 +26,7 @@ from flowgrpo_ray.run_folder import RunFolder
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.spec_file import load_spec
 from flowgrpo_ray.tracking import RunRecorder, StartClock, read_rows
-from flowgrpo_ray.types import WeightsTicket, WorkUnit
+from flowgrpo_ray.types import MicrobatchStats, WeightsTicket, WorkUnit
 
 T = TypeVar("T")
 SMALL = (
@@ -211,6 +214,91 @@ def test_the_driver_loads_no_diffusers() -> None:
     code += "print([m for m in ('diffusers', 'transformers', 'torch') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_an_actor_computes_on_as_many_threads_as_the_spec_says() -> None:
+    """Else each takes all cores, and they fight for them."""
+    import subprocess
+    import sys
+
+    code = "from flowgrpo_ray.cluster.actors import set_up_process\n"
+    code += "from flowgrpo_ray.spec_cluster import ActorsSpec\n"
+    code += "set_up_process(ActorsSpec(threads=3), 'rollout-0', 'run')\n"
+    code += "import os, torch; print(torch.get_num_threads(), os.environ['OMP_NUM_THREADS'])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.splitlines()[-1] == "3 3"
+
+
+def test_a_lost_actor_is_told_in_a_line(ray_cluster: None) -> None:
+    import os
+
+    import ray
+    from ray.exceptions import ActorDiedError
+
+    from flowgrpo_ray.cluster.actors import first_line
+
+    class Broken:
+        def __init__(self, how: str) -> None:
+            if how == "at start":
+                raise ValueError("no such device")
+
+        def work(self) -> None:
+            os.kill(os.getpid(), 9)
+
+    def told(how: str) -> str:
+        actor = ray.remote(Broken).options(num_cpus=0).remote(how)
+        with pytest.raises(ActorDiedError) as lost:
+            ray.get(actor.work.remote())
+        return first_line(lost.value)
+
+    assert told("at start") == "it cannot start: ValueError: no such device"
+    assert "died unexpectedly" in told("later")
+
+
+@pytest.mark.parametrize(("ranks", "called"), [(1, [[0, 3]]), (2, [[0, 2], [1, 3]])])
+def test_the_learner_never_fetches_a_row_without_gradient(
+    ranks: int, called: list[list[int]]
+) -> None:
+    """Rows of one unit for each rank; of units 0 to 5, only 0 and 3 have a gradient."""
+    from flowgrpo_ray.cluster.actors import Calls
+    from flowgrpo_ray.cluster.learner_group import Contribution, LearnerGroup
+
+    class Rank:
+        def __init__(self) -> None:
+            self.units: list[int] = []
+            self.accumulate = self
+
+        async def remote(self, unit: WorkUnit, *others: object) -> MicrobatchStats:
+            self.units.append(unit.index)
+            zero = np.zeros(1)
+            return MicrobatchStats(1, zero, zero, 0, 0, 0, 0, 0, 0)
+
+    async def accumulate() -> list[Rank]:
+        spec = stream_spec(groups=6)
+        group = LearnerGroup(spec, ANY, Ledger({"learner": ranks}), ANY)
+        group.ranks = [Rank() for _ in range(ranks)]
+        group._calls = [Calls("learner", f"learner-{n}", 9, group._ledger) for n in range(ranks)]
+        for unit in plan_iteration(spec, 1, 256, (1.0, 0.8, 0.6, 0.3, 0.0)).units:
+            keep = np.full(unit.batch, unit.index in (0, 3))
+            signal = np.zeros(unit.batch, np.float32)
+            group.accumulate(Contribution(unit, ANY, [], signal, keep))
+        await asyncio.gather(*group._running)
+        return group.ranks
+
+    assert [rank.units for rank in asyncio.run(accumulate())] == called
+
+
+def test_a_checkpoint_is_freed_as_soon_as_it_is_taken_up(
+    trainer: Any, loop: asyncio.AbstractEventLoop
+) -> None:
+    """The driver would hold a whole learner in memory until the end of a resumed run."""
+    state = run(loop, trainer.crew.learners.state())
+    held = weakref.ref(state)
+    trainer._saved = state, trainer.progress
+    del state
+    run(loop, trainer._take_up())
+    gc.collect()
+    assert held() is None
 
 
 def test_a_unit_gives_the_same_bits_on_every_worker_in_any_order(

@@ -13,14 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
-from whole_runs import ITERATIONS, Command, final_digests
+from whole_runs import IN_TURNS, ITERATIONS, Command, final_digests
 
 from flowgrpo_ray.checkpoint import list_checkpoints
 from flowgrpo_ray.paths import builtin_path
 from flowgrpo_ray.tracking import read_rows
 
-# The first test waits for its turn, which counts.
-pytestmark = [pytest.mark.usefixtures("hardly_disturbed"), pytest.mark.timeout(3000)]
+pytestmark = IN_TURNS
 
 
 @pytest.fixture(scope="module")

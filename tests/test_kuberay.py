@@ -23,6 +23,7 @@ import typer
 import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 from scripts import load_script
+from waiting import wait_until
 
 from flowgrpo_ray import cli
 from flowgrpo_ray.cluster.reward_admin import read_config
@@ -365,9 +366,11 @@ def test_the_hook_stops_training_jobs_and_no_others():
         jobs = [submit(client, f"sleep 300 # {name}", deadline) for name in names]
 
         def wait_for(job: str, status: JobStatus) -> None:
-            while client.get_job_status(job) != status:
-                assert time.monotonic() < deadline, client.get_job_status(job)
-                time.sleep(0.2)
+            wait_until(
+                lambda: client.get_job_status(job) == status,
+                f"{job} {status}",
+                deadline - time.monotonic(),
+            )
 
         for job in jobs:
             wait_for(job, JobStatus.RUNNING)

@@ -600,6 +600,27 @@ def test_published_weights_are_those_that_a_worker_loads(tuning):
     assert learner.publish(7)[0].digest not in (last.digest, averaged.digest)
 
 
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_only_what_is_trained_is_published(tuning):
+    """LoRA: the factors alone, a fraction of the network."""
+    learner = Learner(small_spec(TUNINGS[tuning]), CPU)
+    sizes = {name: part.numel() for name, part in learner.policy.network.named_parameters()}
+    _, arrays = learner.publish(1)
+    assert {name: array.size for name, array in arrays.items()} == {
+        name: size for name, size in sizes.items() if tuning == "full" or ".lora_" in name
+    }
+    assert all(array.flags.c_contiguous for array in arrays.values())
+    assert (len(arrays) < len(sizes)) == (tuning != "full")
+
+
+def test_a_learner_holds_neither_encoders_nor_decoder():
+    policy = Learner(small_spec(LORA), CPU).policy
+    held = [part for part in vars(policy).values() if hasattr(part, "parameters")]
+    assert held == [policy.network]
+    pixels = load_policy(small_spec(LORA), CPU, frozenset({"network", "decoder"}))
+    assert len([part for part in vars(pixels).values() if hasattr(part, "parameters")]) > 1
+
+
 def test_a_run_without_averaging_publishes_the_weights():
     spec = small_spec(LORA, "ema=null")
     learner = Learner(spec, CPU)

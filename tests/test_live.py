@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 from flowgrpo_ray.cluster import telemetry
 from flowgrpo_ray.cluster.live import Live
@@ -65,13 +66,6 @@ def read(folder: RunFolder) -> dict[str, Any]:
     return json.loads((folder.path / "live.json").read_text())
 
 
-def soon(true: Any) -> None:
-    end = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize(
     ("done", "error", "state", "message"),
     [
@@ -97,7 +91,7 @@ def a_run(folder: RunFolder, done: int, error: BaseException | None) -> None:
     with Live(folder, SPEC, Heard()) as live:
         assert read(folder)["state"] == "starting", "before anything else"
         live.follow(Doing(state="stopping", iteration=done))
-        soon(lambda: read(folder)["state"] == "stopping")
+        wait_until(lambda: read(folder)["state"] == "stopping", "stopping", 10)
         if error:
             raise error
 
@@ -107,7 +101,7 @@ def test_a_stage_is_there_at_once_and_all_is_passed_on(folder: RunFolder):
     with Live(folder, SPEC, display) as live:
         began = time.monotonic()
         live.stage("evaluating")
-        soon(lambda: read(folder)["stage"] == "evaluating")
+        wait_until(lambda: read(folder)["stage"] == "evaluating", "evaluating", 10)
         assert time.monotonic() - began < 0.9, "sooner than the next beat"
         live.note("a note")
         live.iteration({"iteration": 1}, 2.0)
@@ -140,10 +134,10 @@ def test_a_file_that_cannot_be_written_is_told_once_and_ends_nothing(folder: Run
         for stage in "abc":
             live.stage(stage)
             time.sleep(0.1)
-        soon(lambda: display.notes)
+        wait_until(lambda: display.notes, "a note", 10)
         folder.path.mkdir()
         live.stage("d")
-        soon((folder.path / "live.json").exists)
+        wait_until((folder.path / "live.json").exists, "live.json", 10)
     (note,) = display.notes
     assert note.startswith("live.json cannot be written, so nobody sees this run live: ")
     assert read(folder)["state"] == "stopped"

@@ -12,23 +12,24 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import clusters
 import pytest
-from whole_runs import alone, final_digests, trained
+from waiting import wait_until
+from whole_runs import IN_TURNS, alone, final_digests, trained
 
 from flowgrpo_ray.checkpoint import list_checkpoints
 from flowgrpo_ray.tracking import read_rows
 
-# The first test waits for its turn, which counts.
-pytestmark = [pytest.mark.usefixtures("hardly_disturbed"), pytest.mark.timeout(3000)]
+pytestmark = IN_TURNS
 ITERATIONS = 90
+patiently = partial(wait_until, seconds=300, pause=0.3)
 SPEC = """
 name: signs
 seed: 5
@@ -100,7 +101,7 @@ class Shell:
             assert found["status"] in ("PENDING", "RUNNING", "SUCCEEDED"), found["message"]
             return trained(run) >= iteration
 
-        wait_until(done, f"iteration {iteration}")
+        patiently(done, f"iteration {iteration}")
 
     def actors(self) -> dict[str, dict[str, Any]]:
         """Every living actor that has a name, by its name."""
@@ -132,13 +133,6 @@ def write_project(folder: Path, http_port: int) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     return folder
-
-
-def wait_until(true: Callable[[], bool], what: str, seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, f"{what}: not within {seconds} s"
-        time.sleep(0.3)
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +169,9 @@ def test_a_cluster_is_used_and_disturbed_and_nothing_is_lost(
         urllib.request.urlopen(f"{cluster.dashboard}/api/jobs/")  # without the token
     rollout_node = cluster.add_node({"CPU": 2, "rollout_node": 1})
     cluster.add_node({"CPU": 2, "reward_node": 1})
-    wait_until(lambda: bool(shell.nodes_with("rollout_node")), "the node of rollout workers")
+    patiently(lambda: bool(shell.nodes_with("rollout_node")), "the node of rollout workers")
     shell("serve", "deploy", "rewards.yaml")
-    wait_until(lambda: shell_state(shell, "ocr") == "RUNNING", "reward-ocr")
+    patiently(lambda: shell_state(shell, "ocr") == "RUNNING", "reward-ocr")
 
     other_rewards = cluster.add_node({"CPU": 2, "reward_node": 1})
 
@@ -217,12 +211,12 @@ def test_a_cluster_is_used_and_disturbed_and_nothing_is_lost(
     assert shell.job(second)["status"] == "RUNNING"
 
     second_node = cluster.add_node({"CPU": 2, "rollout_node": 1})
-    wait_until(lambda: len(workers(run)) == 4, "two more workers join")
+    patiently(lambda: len(workers(run)) == 4, "two more workers join")
     cluster.end_node(rollout_node)
-    wait_until(lambda: workers(run) == {"rollout-2", "rollout-3"}, "they go on alone")
+    patiently(lambda: workers(run) == {"rollout-2", "rollout-3"}, "they go on alone")
     shell.train_until(run, trained(run) + 3, second)
     cluster.end_node(second_node)
-    wait_until(lambda: workers(run) == set(), "nobody is left")
+    patiently(lambda: workers(run) == set(), "nobody is left")
     third_node = cluster.add_node({"CPU": 2, "rollout_node": 1})
     shell.train_until(run, trained(run) + 3, second)
     logs = shell("ray", "job", "logs", second)
@@ -232,11 +226,11 @@ def test_a_cluster_is_used_and_disturbed_and_nothing_is_lost(
     assert trained(run) < ITERATIONS, "the run was still going on"
 
     cluster.end_node(third_node)
-    wait_until(lambda: not shell.nodes_with("rollout_node"), "the cluster notices")
+    patiently(lambda: not shell.nodes_with("rollout_node"), "the cluster notices")
     printed = shell("flowgrpo-ray", "submit", "signs.yaml", "--wait", status=1)
     assert "ask for 1 rollout_node and the cluster has 0" in " ".join(printed.split())
     cluster.add_node({"CPU": 2, "rollout_node": 1})
-    wait_until(lambda: bool(shell.nodes_with("rollout_node")), "another such node")
+    patiently(lambda: bool(shell.nodes_with("rollout_node")), "another such node")
     plainly = ["ray", "job", "submit", "--working-dir", ".", "--"]
     shell(*plainly, "flowgrpo-ray", "train", "signs.yaml", "--resume")
     assert final_digests(run, ITERATIONS) == final_digests(undisturbed, ITERATIONS)

@@ -55,7 +55,7 @@ def train_on_ray(spec: TrainingSpec, root: Path) -> Path:
     recorder = RunRecorder(folder.path, tensorboard=False)
     clock = StartClock(time.perf_counter())
     trainer = Trainer(spec, *load_prompt_sets(spec), folder, recorder, Mock(), clock)
-    asyncio.run(asyncio.wait_for(trainer.train(None), 240))
+    asyncio.run(asyncio.wait_for(trainer.train(), 240))
     crew = trainer.crew
     workers = [worker.actor for worker in crew.rollouts.up.values()]
     for actor in (*workers, *crew.learners.ranks):

@@ -2,13 +2,15 @@
 
 import asyncio
 import threading
-import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
+from waiting import wait_until
 
 from flowgrpo_ray.cluster import reward_deploy
 from flowgrpo_ray.cluster.reward_args import RewardServiceArgs
@@ -61,6 +63,30 @@ def test_a_retry_goes_to_another_replica(twins):
     assert stats.calls == 30
 
 
+def test_calls_at_once_are_spread_evenly(ray_cluster, tmp_path):
+    _deploy(RewardServiceArgs(name="four", reward=PROBE, replicas=4))
+    for turn in range(3):
+        gate, arrived = tmp_path / f"gate{turn}", tmp_path / f"arrived{turn}"
+        arrived.mkdir()
+        with ThreadPoolExecutor(1) as beside:  # none is answered before all have a replica
+            calls = [{"sign in": str(arrived), "until": str(gate)}] * 16
+            asked = beside.submit(_ask, "four", calls, retries=0)
+            wait_until(lambda: len(list(arrived.iterdir())) == 16, "all have a replica")  # noqa: B023
+            gate.touch()
+            asked.result()
+        pids = Counter(signature.suffix for signature in arrived.iterdir())
+        assert list(pids.values()) == [4] * 4
+    serve.delete(app_name("four"))
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(0.25, 1), (2, 2)])
+def test_a_replica_computes_on_as_many_threads_as_it_has_cpus(ray_cluster, cpus, threads):
+    _deploy(RewardServiceArgs(name="wide", reward=PROBE, cpus=cpus))
+    (outcome,), _ = _ask("wide", [{"threads": 1}])
+    assert outcome.rewards["wide"].tolist() == [threads]
+    serve.delete(app_name("wide"))
+
+
 def test_a_slow_replica_costs_its_deadline_and_no_score(twins):
     slow, fast = twins()
     outcomes, stats = _ask("twins", [{"slow on": slow, "pid": 1}] * 8, retries=1, deadline_s=1)
@@ -77,7 +103,7 @@ def test_a_replica_killed_under_load_loses_no_call(twins, tmp_path):
     assert all(outcome.rewards["twins"].tolist() == [np.float32(0.2)] for outcome in outcomes)
     assert (tmp_path / "died").exists()
     assert stats.failures >= 1
-    _wait_until(lambda: len(twins()) == 2)
+    wait_until(lambda: len(twins()) == 2, "another replica")
     assert len(set(before) & set(twins())) == 1, "the other one was left alone"
 
 
@@ -87,13 +113,6 @@ def test_autoscaling_begins_at_its_least(ray_cluster):
     _deploy(RewardServiceArgs.model_validate(args))
     assert len(_stats("elastic")) == 2
     serve.delete(app_name("elastic"))
-
-
-def _wait_until(true, seconds=30):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.2)
 
 
 def test_infinity_is_no_score(twins):
@@ -164,7 +183,7 @@ def test_a_reward_that_turns_to_nonsense_is_replaced(ray_cluster):
     def replaced():
         return before.pid not in {stats.pid for stats in _stats("drifting")}
 
-    _wait_until(replaced)
+    wait_until(replaced, "another replica")
     reward_deploy.wait(["drifting"], deadline_s=30)
     (outcome,), _ = _ask("drifting", [{}], retries=4)
     assert outcome.rewards["drifting"].tolist() == [np.float32(0.2)]

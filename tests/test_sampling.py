@@ -285,9 +285,12 @@ def etas(window: str) -> tuple[float, ...]:
 @pytest.mark.slow  # a minute for the compiler
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_compiled_blocks_replay_what_they_sampled(tuning: str) -> None:
-    """Without gradients and with them, bit for bit."""
+    """Without gradients and with them, bit for bit, after an evaluation of another batch size."""
     policy = sampler(small_spec(TUNINGS[tuning], "model.compile=true"))
     of = unit(schedule(range(2)))
+    rollout(policy, of, conditions(), SIZE, UNTRAINED)
+    half = replace(of, prompts=of.prompts[:2], samples=of.samples[:2])
+    rollout(policy, half, conditions(), SIZE, UNTRAINED)
     trajectory, _ = rollout(policy, of, conditions(), SIZE, UNTRAINED)
     condition = batch_condition(policy, conditions(), of.prompts)
     for step in replay(policy, trajectory, of.schedule, condition):

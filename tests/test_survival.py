@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from whole_runs import Command, final_digests
+from whole_runs import IN_TURNS, Command, final_digests
 
 from flowgrpo_ray.tracking import read_rows
 
-# The first test waits for its turn, which counts.
-pytestmark = [pytest.mark.usefixtures("hardly_disturbed"), pytest.mark.timeout(3000)]
+pytestmark = IN_TURNS
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 LONG = 30  # iterations: enough for all losses of a run to come before its end
 RUN: dict[str, Any] = {

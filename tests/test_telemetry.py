@@ -27,6 +27,7 @@ import yaml
 from clusters import BIN, Cluster, cluster, free_ports
 from grafana import DASHBOARD, FOLDER, queries
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import wait_until
 
 from flowgrpo_ray.cluster.metric_table import FROM_ROWS, OF_DRIVER, OF_REPLICAS
 from flowgrpo_ray.cluster.reward_client import RewardClient, Traffic
@@ -103,11 +104,9 @@ def labels(tags: Mapping[str, str]) -> str:
 
 def of_session(of: Cluster, path: str) -> Path:
     """A file that Ray writes into its session's folder soon after its start."""
-    end = time.monotonic() + 60
-    while not (found := [*Path(of.folder).glob(f"*/session_latest/{path}")]):
-        assert time.monotonic() < end, f"{path} is not written"
-        time.sleep(0.2)
-    return found[0]
+    pattern = f"*/session_latest/{path}"
+    wait_until(lambda: [*Path(of.folder).glob(pattern)], path, 60)
+    return next(Path(of.folder).glob(pattern))
 
 
 def metrics_of(of: Cluster) -> str:

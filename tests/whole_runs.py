@@ -40,6 +40,8 @@ def final_digests(run: Path, iterations: int) -> dict[str, str]:
     return manifest
 
 
+# Modules of whole runs take turns; the time that a first test waits for its turn counts.
+IN_TURNS = [pytest.mark.usefixtures("hardly_disturbed"), pytest.mark.timeout(3000)]
 ITERATIONS = 8
 SMALL: dict[str, Any] = {
     "name": "small",

@@ -56,8 +56,10 @@ class Trainer:
         display: Display,
         clock: StartClock,
         kinds: Kinds = REAL,
+        saved: Saved | None = None,
     ) -> None:
         self.clock = clock
+        self._saved = saved  # until it is taken up: as large as the whole learner
         self.spec, self.folder, self.recorder, self.display = spec, folder, recorder, display
         self.prompts = {"train": prompts, "eval": held_out}
         self.stopping = False
@@ -85,17 +87,17 @@ class Trainer:
 
     # --- the run
 
-    async def train(self, resume: Saved | None) -> Progress:
+    async def train(self) -> Progress:
         """Train to ``spec.iterations``, or until ``stop``; where it ends is checkpointed."""
-        if resume:
-            self._earlier_seconds = resume[1].seconds
+        if self._saved:
+            self._earlier_seconds = self._saved[1].seconds
         async with self.telemetry:
             await self.start()
             try:
-                while not await self._finished(resume):
-                    resume = await self._go_back()
+                while not await self._finished():
+                    await self._go_back()
             finally:
-                self._drop_ahead()
+                self.drop_ahead()
             return self.progress
 
     async def start(self) -> None:
@@ -105,22 +107,21 @@ class Trainer:
         self.telemetry.follow(self.crew)
         self.clock.lap("actors")
 
-    async def _finished(self, saved: Saved | None) -> bool:
+    async def _finished(self) -> bool:
         """Train from a checkpoint or from the beginning; False if a learner rank was lost."""
         try:
-            await self._train_from(saved)
+            await self._train()
         except LearnerLostError as lost:
             self.crew.losses.add(lost.name, lost)
             return False
         return True
 
-    async def _train_from(self, saved: Saved | None) -> None:
-        first_time = self.ratio_floor is None
-        if saved:
-            await self._take_up(*saved)
+    async def _train(self) -> None:
+        first_time, afresh = self.ratio_floor is None, self._saved is None
+        await self._take_up()
         self.ratio_floor = await self.crew.measure_floor()
         self.clock.lap("ratio floor")
-        if not saved and not self.stopping:
+        if afresh and not self.stopping:
             await self.evaluate()
             self.clock.lap("first evaluation")
         if first_time:
@@ -136,27 +137,28 @@ class Trainer:
             if self.diverged:
                 break
 
-    async def _take_up(self, state: LearnerState, progress: Progress) -> None:
-        """Go on after a checkpoint."""
-        self.progress = progress
+    async def _take_up(self) -> None:
+        """Go on after a checkpoint, if there is one."""
+        if self._saved is None:
+            return
+        (state, self.progress), self._saved = self._saved, None
         self._behaviour = await self.crew.learners.load_state(state)
         if self._behaviour:
             self.crew.rollouts.publish(self._behaviour, ray.put(state.behaviour))
 
-    async def _go_back(self) -> Saved | None:
+    async def _go_back(self) -> None:
         """A new learner, and all else as it was after the last checkpoint, or before training."""
         self.display.stage("replacing the learner")
-        self._drop_ahead()
+        self.drop_ahead()
         self._behaviour = None
         await self.crew.learners.restart()
-        saved = await asyncio.to_thread(self.folder.latest)
-        self.progress = saved[1] if saved else self._begun
-        at = self.progress.iteration if saved else None
+        self._saved = await asyncio.to_thread(self.folder.latest)
+        self.progress = self._saved[1] if self._saved else self._begun
+        at = self.progress.iteration if self._saved else None
         self.recorder.rewind(at, self.spec.evaluation.every)
         self.watch, self.diverged = Watch(self.spec), None
         self.watch.replay(self.recorder.metrics())
         self.display.note(f"going on after iteration {self.progress.iteration}, the last saved one")
-        return saved
 
     def stop(self) -> None:
         """Finish the iteration, checkpoint it and return."""
@@ -227,7 +229,8 @@ class Trainer:
         self.crew.hold(plan.units)
         return Stream(self.crew, plan, ticket)
 
-    def _drop_ahead(self) -> None:
+    def drop_ahead(self) -> None:
+        """End what is sampled of the next iteration."""
         if self._ahead:
             self._ahead.cancel()
             self._ahead = None

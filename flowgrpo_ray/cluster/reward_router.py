@@ -1,9 +1,10 @@
-"""Which replica of a reward answers a call: the less busy of two, and at a retry another one."""
+"""Which replica of a reward answers a call: the least busy one, and at a retry another one."""
 
 from __future__ import annotations
 
+import asyncio
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import Any
 
 from ray.serve.request_router import (
@@ -18,35 +19,61 @@ REMEMBERED_CALLS = 10_000
 
 
 class RetryElsewhere(LocalityMixin, RequestRouter):
-    """Power of two choices among the replicas that a call has not been sent to before.
+    """The least busy of the replicas that a call has not been sent to before.
 
-    A call is told by its argument `call`. It lives in the process of the caller.
+    An iteration's calls are few, long and come in bursts, so one replica with a call more than the
+    others holds all up. The queue lengths that Serve knows are those before the burst: calls are
+    counted here from the moment that they have a replica. A call is told by its argument `call`.
+    All this lives in the process of the caller.
     """
+
+    # Serve passes over a replica that does not tell its queue length in 0.1 s: too short on a busy
+    # machine, and nothing beside the seconds that a call takes.
+    queue_len_response_deadline_s = 2.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._tried: OrderedDict[str, set[ReplicaID]] = OrderedDict()
+        self._ongoing: dict[str, tuple[asyncio.Future[Any], ReplicaID]] = {}  # by Serve's own id
 
     async def choose_replicas(
         self,
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """Two replicas, of which Serve takes the one with fewer calls."""
+        """Each replica as a rank of its own, the least busy first."""
         tried = self._tried.get(_call(pending_request), set())
         fresh = [r for r in candidate_replicas if r.replica_id not in tried]
         among = fresh or candidate_replicas
-        return [random.sample(among, min(2, len(among)))]
+        self._ongoing = {k: v for k, v in self._ongoing.items() if not v[0].cancelled()}
+        counted = Counter(replica for _, replica in self._ongoing.values())
+
+        def calls(replica: RunningReplica) -> int:
+            told = self.replica_queue_len_cache.get(replica.replica_id) or 0  # of all callers
+            return max(told, counted[replica.replica_id])
+
+        ranked = sorted(random.sample(among, len(among)), key=calls)
+        if pending_request and ranked:
+            key = pending_request.metadata.internal_request_id
+            self._ongoing[key] = pending_request.future, ranked[0].replica_id
+        return [[replica] for replica in ranked]
 
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
     ) -> None:
         """Remembers where the call went."""
+        key = pending_request.metadata.internal_request_id
+        if key in self._ongoing:  # else it has ended already
+            self._ongoing[key] = pending_request.future, replica_id
         call = _call(pending_request)
         if call:
             self._tried.setdefault(call, set()).add(replica_id)
             while len(self._tried) > REMEMBERED_CALLS:
                 self._tried.popitem(last=False)
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Answered or failed: the replica has one less."""
+        self._ongoing.pop(internal_request_id, None)
 
 
 def _call(request: PendingRequest | None) -> str:

@@ -259,9 +259,13 @@ class RolloutPool:
         trajectory, images, seconds = worker.actor.sample.options(num_returns=3).remote(
             unit, ticket, *conditions
         )
-        sampled = worker.calls.answer("sample", seconds, float)
-        _, busy = await asyncio.gather(asyncio.shield(worker.loading), sampled)
-        return Sampled(trajectory, images, conditions, busy)
+        sampled = asyncio.ensure_future(worker.calls.answer("sample", seconds, float))
+        sampled.add_done_callback(seen)
+        try:
+            await asyncio.shield(worker.loading)  # where both fail, this is why
+            return Sampled(trajectory, images, conditions, await sampled)
+        finally:
+            sampled.cancel()
 
     async def _loaded(self, worker: Worker, ticket: WeightsTicket, answer: ObjectRef) -> None:
         """Contract: the worker holds exactly the published weights, or the run stops."""

@@ -20,7 +20,6 @@ from flowgrpo_ray.report import write_report
 from flowgrpo_ray.run_folder import RunFolder
 from flowgrpo_ray.spec import TrainingSpec
 from flowgrpo_ray.tracking import SUMMARY, RunRecorder, StartClock
-from flowgrpo_ray.types import LearnerState
 
 if TYPE_CHECKING:
     from flowgrpo_ray.checkpoint import Progress
@@ -78,11 +77,14 @@ def train(
             from flowgrpo_ray.cluster import reward_deploy
             from flowgrpo_ray.cluster.driver import Trainer
 
-            trainer = Trainer(spec, prompts, held_out, folder, recorder, display, clock)
+            trainer = Trainer(
+                spec, prompts, held_out, folder, recorder, display, clock, saved=saved
+            )
+            del saved  # so that the trainer can free it
             trainer.watch.replay(recorder.metrics())
             live.follow(trainer)
             try:
-                progress = asyncio.run(_until_stopped(trainer, saved))
+                progress = asyncio.run(_until_stopped(trainer))
             except OSError as error:
                 if error.errno not in DISK:
                     raise
@@ -100,10 +102,10 @@ def train(
         return Outcome(folder.path, summary, stopped, trainer.diverged)
 
 
-async def _until_stopped(trainer: Trainer, saved: tuple[LearnerState, Progress] | None) -> Progress:
+async def _until_stopped(trainer: Trainer) -> Progress:
     """Train under signal handlers; installed here because ``ray.init`` replaces SIGTERM's."""
     loop = asyncio.get_running_loop()
-    task = asyncio.ensure_future(trainer.train(saved))
+    task = asyncio.ensure_future(trainer.train())
 
     def interrupt() -> None:
         if trainer.stopping:

@@ -123,6 +123,8 @@ def private_environment() -> dict[str, str]:
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Finished calls that Ray remembers, 2 kB each: its own 100,000 grow for hours.
+        "RAY_task_events_max_num_task_in_gcs": "10000",
     }
 
 

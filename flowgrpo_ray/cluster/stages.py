@@ -44,8 +44,16 @@ class StageReader:
                 "then": advice.seconds,
             },
         }
+        if self._some_lost(rows):
+            return row, None
         says = advice.describe(slowest, stages[slowest.stage].actors)
         return row, self._adviser.see(slowest.stage, says)
+
+    def _some_lost(self, rows: Mapping[str, Account]) -> bool:
+        """Whether actors were missing for a while; what held such an iteration up is no advice."""
+        cluster = self._spec.cluster
+        counts = {"rollout": cluster.rollout.count, "learner": cluster.learner.count}
+        return any(rows[kind].processes < 0.99 * count for kind, count in counts.items())
 
 
 def _stage(account: Account) -> Stage:

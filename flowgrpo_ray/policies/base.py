@@ -175,15 +175,20 @@ class Policy(ABC):
         the network first, or the start of its adapters. ``with_reference`` keeps what ``reference``
         needs: a frozen copy of the network, or with adapters a copy of those that it started from.
         With ``model.compile`` each block is compiled on its first forward, as sampling and training
-        both run it, so that they keep the same bits.
+        both run it, so that they keep the same bits; for each size of a batch anew, so that an
+        evaluation does not change the program that training uses.
         """
         self._tune(seed, with_reference)
         if self.model.compile:
             check_compiler()
+            # A program for each kind of block, size of a batch, with and without gradients, and of
+            # the reference; beyond torch's limit blocks would run uncompiled, with other bits.
+            torch._dynamo.config.recompile_limit = 64
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
             for network in (self.network, self.reference_network):
                 for block in network.modules() if network is not None else ():
                     if isinstance(block, self.block_classes()):
-                        block.compile()
+                        block.compile(dynamic=False)
 
     def _tune(self, seed: int, with_reference: bool) -> None:
         self.with_reference = with_reference
