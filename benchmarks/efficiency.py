@@ -4,7 +4,7 @@ Pure compute is the network's forwards (sampling, and the reference of the KL) a
 spec's micro-batch, decoding and reading text; nothing else: no noise, no statistics, no optimizer.
 It is timed in single-thread processes, one per core, all at work together, while every process of
 the cluster stands still. The ideal wall time is that of all cores busy with nothing but it, and
-efficiency the part of it in the measured one. Iterations and pure compute take turns.
+efficiency the part of it in the measured one. Four iterations and pure compute take turns.
 
     .venv/bin/python benchmarks/efficiency.py [--rounds 8] [--set KEY=VALUE ...]
 """
@@ -24,7 +24,6 @@ from typing import Any
 import harness
 
 Seconds = dict[str, float]
-WARM_UP = 2  # iterations
 KINDS = ("forward", "decode", "ocr", "train")  # of pure compute
 
 
@@ -59,10 +58,7 @@ class Compute:
         """Seconds of each kind of work, summed over the units of the iteration."""
         import torch
 
-        schedule, total = (
-            self.plan.schedule,
-            dict.fromkeys(("forward", "decode", "ocr", "train"), 0),
-        )
+        schedule, total = self.plan.schedule, dict.fromkeys(KINDS, 0.0)
         with torch.no_grad():
             for unit, condition in zip(self.plan.units, self.conditions, strict=True):
                 x = torch.randn(unit.batch, *self.shape)
@@ -111,17 +107,15 @@ async def turns(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         ]
         async with harness.trainer(arguments.set) as trainer:
             await trainer.crew.measure_floor()
-            for iteration in range(1, WARM_UP + arguments.rounds + 1):
-                began = time.perf_counter()
-                await trainer.iterate(iteration)
-                wall = time.perf_counter() - began
+            for _ in range(harness.WARM_UP + arguments.rounds):
+                wall = await harness.turn(trainer)
                 with harness.frozen(*(pid for _, pid in pure)):
                     for connection, _ in pure:
                         connection.send("")
                     each = [connection.recv() for connection, _ in pure]
                 work = {kind: fmean(one[kind] for one in each) for kind in each[0]}
                 found.append({"wall": wall, "ideal": sum(work.values()) / cores, **work})
-    return found[WARM_UP:]
+    return found[harness.WARM_UP :]
 
 
 def main() -> None:
@@ -131,7 +125,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rounds = asyncio.run(turns(arguments))
-    print(f"{arguments.rounds} rounds, in turns, {os.cpu_count()} cores: median (least-most)")
+    print(f"{arguments.rounds} turns of {harness.TURN} iterations: median (least-most)")
     kinds = [(kind, f"{median(row[kind] for row in rounds):.2f}") for kind in KINDS]
     harness.table(("pure compute", "core seconds"), kinds)
     for name in ("ideal", "wall"):

@@ -21,6 +21,9 @@ from typing import Any
 
 import psutil
 
+TURN = 4  # iterations, where they take turns with something else
+WARM_UP = 1  # turns
+
 
 class Silent:
     """A display that shows notes alone."""
@@ -61,7 +64,15 @@ async def trainer(settings: Sequence[str], *simulated: type) -> AsyncIterator[An
             try:
                 yield made
             finally:
-                made._drop_ahead()
+                made.drop_ahead()
+
+
+async def turn(trainer: Any) -> float:
+    """Wall seconds of an iteration: the mean of the next ``TURN``."""
+    began = time.perf_counter()
+    for _ in range(TURN):
+        await trainer.iterate(trainer.progress.iteration + 1)
+    return (time.perf_counter() - began) / TURN
 
 
 def quiet() -> None:

@@ -1,11 +1,11 @@
 """The cluster against a straight script: the same recipe, the same machine.
 
 The recipe is ``tiny-ocr`` without KL, averages and the watched reward; the script is
-``baseline.py``, in a process of its own. They take turns, iteration by iteration, because machines
+``baseline.py``, in a process of its own. They take turns of a few iterations, because machines
 drift; while the script works every process of the cluster stands still. With --to, whole trainings
 run one after the other instead, until a held-out reward is reached.
 
-    .venv/bin/python benchmarks/side_by_side.py [--rounds 12] [--set KEY=VALUE ...]
+    .venv/bin/python benchmarks/side_by_side.py [--micro-batch 24] [--set KEY=VALUE ...]
     .venv/bin/python benchmarks/side_by_side.py --to 0.85 [--rounds 2]
 """
 
@@ -30,25 +30,24 @@ SAME = [
     "rewards={ocr: {options: {detect: false}}}",
     "watch={}",
 ]
-WARM_UP = 2  # iterations
 
 
 async def turns(arguments: argparse.Namespace) -> list[dict[str, float]]:
-    """Wall seconds of the iterations of both, in turns."""
+    """Wall seconds of an iteration of both, in turns."""
     found = []
     with harness.process(baseline.serve, *of_script(arguments, 0)) as (script, script_id):
         async with harness.trainer(of_cluster(arguments, 0)) as trainer:
             await trainer.crew.measure_floor()
-            for iteration in range(1, WARM_UP + arguments.rounds + 1):
-                began = time.perf_counter()
-                await trainer.iterate(iteration)
-                ours = time.perf_counter() - began
+            for _ in range(harness.WARM_UP + arguments.rounds):
+                ours = await harness.turn(trainer)
+                theirs = 0.0
                 with harness.frozen(script_id):
-                    script.send("iterate")
-                    theirs = script.recv()
-                found.append({"cluster": ours, "script": theirs["iteration"]})
-                print(f"  cluster {ours:.2f} s, script {theirs['iteration']:.2f} s", flush=True)
-    return found[WARM_UP:]
+                    for _ in range(harness.TURN):
+                        script.send("iterate")
+                        theirs += script.recv()["iteration"] / harness.TURN
+                found.append({"cluster": ours, "script": theirs})
+                print(f"  cluster {ours:.2f} s, script {theirs:.2f} s", flush=True)
+    return found[harness.WARM_UP :]
 
 
 async def cluster_to(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -103,7 +102,8 @@ class Curve:
 
 
 def of_cluster(arguments: argparse.Namespace, seed: int) -> list[str]:
-    return [*SAME, f"seed={seed}", *arguments.set]
+    batch = f"sampling.micro_batch={arguments.micro_batch}"
+    return [*SAME, f"seed={seed}", batch, *arguments.set]
 
 
 def of_script(arguments: argparse.Namespace, seed: int) -> tuple[int, int, int]:
@@ -116,8 +116,8 @@ def compare_speed(arguments: argparse.Namespace) -> dict[str, Any]:
     for who in ("script", "cluster"):
         speeds = harness.spread((IMAGES / row[who] for row in rounds), 1)
         rows.append((who, speeds, harness.spread(row[who] for row in rounds)))
-    print(f"{arguments.rounds} rounds of {IMAGES} images, in turns: median (least-most)")
-    harness.table(("", "images/s", "iteration s"), rows)
+    print(f"{arguments.rounds} turns of {harness.TURN} iterations, {IMAGES} images each")
+    harness.table(("median (least-most)", "images/s", "iteration s"), rows)
     print("cluster / script", harness.spread(row["script"] / row["cluster"] for row in rounds))
     return {"rounds": rounds}
 
@@ -153,9 +153,9 @@ def compare_time(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=12, help="iterations, or trainings with --to")
+    parser.add_argument("--rounds", type=int, default=8, help="turns, or trainings with --to")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--micro-batch", type=int, default=48, help="of the script")
+    parser.add_argument("--micro-batch", type=int, default=24, help="of both; 24 is tiny-ocr's")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the script")
     parser.add_argument("--to", type=float, metavar="REWARD")
     parser.add_argument("--every", type=int, default=5, help="iterations between evaluations")

@@ -1,10 +1,10 @@
-"""Hours of training under a kill a minute, against a run that nobody disturbs.
+"""Hours of training under a kill a minute, beside a run that nobody disturbs.
 
-Trains ``tiny-ocr`` by `flowgrpo-ray train`; every --period seconds a rollout worker, a learner
-rank or a reward replica, drawn by the seed, gets SIGKILL or SIGSTOP (with --driver also the driver,
-which is then started again with --resume). After --minutes the run is stopped, and a second one
-trains the same number of iterations in peace. Both must have written the same metrics and the same
-weights. The memory of every process is sampled all the while: how much it grows per hour.
+Two runs of `flowgrpo-ray train tiny-ocr` at once. Every --period seconds a rollout worker, a
+learner rank or a reward replica of the first, drawn by the seed, gets SIGKILL or SIGSTOP (with
+--driver also its driver, which is then started again with --resume). After --minutes both are
+stopped. As far as both came, they must have written the same metrics, digests of the weights among
+them. The memory of every process is sampled all the while: how much it grows per hour.
 
     .venv/bin/python benchmarks/soak.py [--minutes 120] [--period 60] [--driver] [--json FILE]
 """
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,6 @@ import harness
 import numpy as np
 import psutil
 
-from flowgrpo_ray.checkpoint import list_checkpoints
 from flowgrpo_ray.tracking import read_rows
 
 MARK = "FLOWGRPO_SOAK"  # in the environment of all processes of a run
@@ -131,8 +130,14 @@ class Run:
         used = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
         self.memory.append(Sample(now, str(SHARED), "", used))
 
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
     def end(self, within: float) -> int | None:
-        """Have it finish its iteration and save; its status."""
+        """Have it finish its iteration and save; its status, 0 if all went well."""
+        if self.ended:
+            return self.process.returncode or -1  # it was to train for ever
         self.process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(within)
@@ -180,32 +185,23 @@ def strike(run: Run, draw: random.Random, kinds: Iterable[str]) -> dict[str, Any
     return {**event, "signal": number.name}
 
 
-def watch(run: Run, over: Callable[[], bool], every: float, act: Callable[[], None]) -> None:
-    """Sample memory and ``act`` until ``over``; the run must not end before."""
-    weighed = 0.0
-    while not over() and run.process.poll() is None:
-        act()
-        if run.seconds - weighed > every:
-            weighed = run.seconds
-            run.weigh()
-        time.sleep(0.5)
-
-
-def disturb(run: Run, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train for ``--minutes``, under kills; what was struck."""
-    draw, struck, last = random.Random(arguments.seed), [], 0.0
+def train(run: Run, peaceful: Run, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Both for ``--minutes`` or until one ends, the first one under kills; what was struck."""
+    draw, struck, last, weighed = random.Random(arguments.seed), [], 0.0, 0.0
     kinds = (*VICTIMS, "driver") if arguments.driver else VICTIMS
-
-    def act() -> None:
-        nonlocal last
+    run.start()
+    peaceful.start()
+    while run.seconds < 60 * arguments.minutes and not (run.ended or peaceful.ended):
         if run.seconds - last > arguments.period and run.trained():
             last = run.seconds
             if event := strike(run, draw, kinds):
                 struck.append(event)
                 print(json.dumps(event), flush=True)
-
-    run.start()
-    watch(run, lambda: run.seconds > 60 * arguments.minutes, arguments.every, act)
+        if run.seconds - weighed > arguments.every:
+            weighed = run.seconds
+            run.weigh()
+            peaceful.weigh()
+        time.sleep(0.5)
     return struck
 
 
@@ -273,23 +269,12 @@ def report(run: Run, rows: list[dict[str, Any]]) -> None:
     )
 
 
-def same(run: Run, peaceful: Run) -> dict[str, bool]:
-    """Whether two runs of as many iterations agree.
-
-    The one that ends by itself is evaluated once more at its end; that row the other one lacks.
-    """
-    metrics = [(each.folder / "metrics.jsonl").read_bytes() for each in (run, peaceful)]
-    weights = []
-    for each in (run, peaceful):
-        newest = list_checkpoints(each.folder / "checkpoints")[-1]
-        manifest = json.loads((newest / "manifest.json").read_text())
-        manifest.pop("state.json")  # holds clock times
-        weights.append((newest.name, manifest))
-    more = len(metrics[1].splitlines()) - len(metrics[0].splitlines())
-    return {
-        "metrics": metrics[1].startswith(metrics[0]) and more in (0, 1),
-        "weights": weights[0] == weights[1],
-    }
+def same(run: Run, peaceful: Run) -> tuple[int, bool]:
+    """How many rows of metrics both runs have, and whether these are equal, byte for byte."""
+    files = [(each.folder / "metrics.jsonl").read_bytes() for each in (run, peaceful)]
+    rows = min(file.count(b"\n") for file in files)
+    first, second = (file.splitlines()[:rows] for file in files)
+    return rows, first == second
 
 
 def main() -> None:
@@ -306,42 +291,37 @@ def main() -> None:
     root = arguments.runs or Path("runs") / time.strftime("soak-%Y%m%d-%H%M%S")
     root.mkdir(parents=True)
     settings = [*SETTINGS, *arguments.set]
-    disturbed = Run(root, "disturbed", 10**6, settings)
-    peaceful = None
+    disturbed, peaceful = (Run(root, name, 10**6, settings) for name in ("disturbed", "peaceful"))
+    both = (disturbed, peaceful)
     try:
-        struck = disturb(disturbed, arguments)
-        if disturbed.end(within=300) != 0:
-            raise SystemExit(f"the run did not end well: see {root / 'disturbed.log'}")
+        struck = train(disturbed, peaceful, arguments)
+        failed = [run.name for run in both if run.end(within=300) != 0]
         left = disturbed.clear()
-        found = memory_rows(disturbed)
-        report(disturbed, found)
-        peaceful = Run(root, "undisturbed", disturbed.trained(), settings)
-        peaceful.start()
-        limit = 60 * arguments.minutes + 300
-        watch(peaceful, lambda: peaceful.seconds > limit, arguments.every, lambda: None)
-        if peaceful.process.poll() != 0:
-            raise SystemExit(f"it did not end in time, or badly: see {root / 'undisturbed.log'}")
-        report(peaceful, memory_rows(peaceful))
-        agree = same(disturbed, peaceful)
     finally:
-        for run in (disturbed, peaceful):
-            if run and run.process.poll() is None:
-                run.process.kill()
-            if run:
-                run.clear(grace=0)
-    print(f"{len(struck)} processes struck; the same: {agree}; left behind: {left or 'nothing'}")
+        for run in both:
+            run.clear(grace=0)
+    memory = {run.name: memory_rows(run) for run in both}
+    for run in both:
+        report(run, memory[run.name])
+    rows, equal = same(disturbed, peaceful)
+    print(f"{len(struck)} processes struck; left behind: {left or 'nothing'}")
+    print(f"{rows} rows of metrics that both have are {'equal' if equal else 'NOT EQUAL'}")
+    for name in failed:
+        print(f"did not end well: see {root / name}.log")
     harness.save(
         arguments.json,
         {
             "minutes": arguments.minutes,
             "struck": struck,
-            "same": agree,
+            "rows": rows,
+            "equal": equal,
             "left": left,
-            "iterations": disturbed.trained(),
-            "memory": {run.name: memory_rows(run) for run in (disturbed, peaceful)},
+            "failed": failed,
+            "iterations": {run.name: run.trained() for run in both},
+            "memory": memory,
         },
     )
-    if not all(agree.values()) or left:
+    if left or failed or not equal:
         sys.exit(1)
 
 
