@@ -69,21 +69,27 @@ def below(roots: set[int], parents: dict[Process, int]) -> set[Process]:
     return found
 
 
+def family(driver: int, known: set[Process]) -> set[Process]:
+    """What is alive of the processes below ``driver``: those ``known``, whoever is their parent now
+    that theirs may have died, and all that were started since."""
+    now = processes()
+    alive = known & now.keys()
+    return alive | below({driver, *(pid for pid, _ in alive)}, now)
+
+
 def main(driver: int, folder: Path, logs: Path) -> None:
     known: set[Process] = set()
     while not select.select([sys.stdin], [], [], LOOK_S)[0]:
-        known = below({driver}, processes())
+        known = family(driver, known)
     if not folder.exists():
         return
     deadline = time.monotonic() + LOOK_S
     while time.monotonic() < deadline:
-        now = processes()
-        alive = known & now.keys()  # those that were started since have a parent among them
-        known |= below({pid for pid, _ in alive}, now)
-        alive = {pid for pid, _ in known & now.keys()} - {os.getpid()}
-        if not alive:
+        known = family(driver, known)
+        others = {pid for pid, _ in known} - {os.getpid()}
+        if not others:
             break
-        for pid in alive:
+        for pid in others:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
