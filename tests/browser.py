@@ -123,7 +123,7 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 30) -> None:
+    def wait(self, script: str) -> None:
         """Until an expression is true; a page that still loads may not know the names in it."""
         tried = f"(() => {{ try {{ return Boolean({script}) }} catch {{ return false }} }})()"
 
@@ -133,7 +133,7 @@ class Browser:
             except NavigatedError:  # the entrance of the monitor goes on to the page
                 return False
 
-        wait_until(true, script, seconds)
+        wait_until(true, script)
 
     def press(self, key: str, **more: Any) -> None:
         for kind in ("keyDown", "keyUp"):

@@ -10,13 +10,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+from waiting import wait_until
 
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
@@ -88,14 +88,13 @@ class Cluster:
 
     def wait_until_it_answers(self) -> None:
         """`ray start --block` returns only at the end: ask until the dashboard answers."""
-        end = time.monotonic() + 90
-        while time.monotonic() < end:
-            with socket.socket() as knock:
-                if knock.connect_ex(("127.0.0.1", self.dashboard_port)) == 0:
-                    return
+
+        def answers() -> bool:
             assert self._nodes[0].poll() is None, "the head has ended"
-            time.sleep(0.2)
-        raise AssertionError("the cluster does not start")
+            with socket.socket() as knock:
+                return knock.connect_ex(("127.0.0.1", self.dashboard_port)) == 0
+
+        wait_until(answers, "the cluster's start", pause=0.2)
 
     def shell(self, *command: object, status: int = 0, folder: Path | None = None) -> str:
         """What a command prints; with its errors, where it fails."""

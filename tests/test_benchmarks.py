@@ -144,7 +144,7 @@ def test_all_processes_below_stand_still_but_those_named():
 
 def wait_for(pid: int, status: str) -> None:
     """The kernel takes a moment."""
-    wait_until(lambda: psutil.Process(pid).status() == status, status, 20)
+    wait_until(lambda: psutil.Process(pid).status() == status, status)
 
 
 def test_growth_is_taken_within_each_process():

@@ -4,13 +4,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 from tiny_judge import tiny_judge
+from waiting import wait_until
 
 from flowgrpo_ray.errors import RewardError, SpecError
 from flowgrpo_ray.rewards import build, judge_server
@@ -74,9 +74,8 @@ def the_server(processes, word=FAKE):
 
 def family_of(server):
     """The four processes of a fake judge: two supervisors, the server, its child."""
-    deadline = time.monotonic() + 20
-    while len(found := family(server._process.pid)) < 4 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: len(family(server._process.pid)) >= 4, "the four")
+    found = family(server._process.pid)
     assert len(found) == 4
     return found
 
@@ -94,10 +93,7 @@ def alive(processes):
 
 
 def assert_gone(processes):
-    deadline = time.monotonic() + 20
-    while alive(processes) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not alive(processes)
+    wait_until(lambda: not alive(processes), "their end")
 
 
 def kill(server):

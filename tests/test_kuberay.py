@@ -23,7 +23,7 @@ import typer
 import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 from scripts import load_script
-from waiting import wait_until
+from waiting import PATIENCE_S, wait_until
 
 from flowgrpo_ray import cli
 from flowgrpo_ray.cluster.reward_admin import read_config
@@ -361,9 +361,9 @@ def test_the_hook_stops_training_jobs_and_no_others():
     with clusters.cluster({"CPU": 1}) as cluster:
         cluster.wait_until_it_answers()
         client = JobSubmissionClient(cluster.dashboard)
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + PATIENCE_S
         names = ("flowgrpo-ray train x", "another job")
-        jobs = [submit(client, f"sleep 300 # {name}", deadline) for name in names]
+        jobs = [submit(client, f"sleep 3000 # {name}", deadline) for name in names]
 
         def wait_for(job: str, status: JobStatus) -> None:
             wait_until(

@@ -91,7 +91,7 @@ def a_run(folder: RunFolder, done: int, error: BaseException | None) -> None:
     with Live(folder, SPEC, Heard()) as live:
         assert read(folder)["state"] == "starting", "before anything else"
         live.follow(Doing(state="stopping", iteration=done))
-        wait_until(lambda: read(folder)["state"] == "stopping", "stopping", 10)
+        wait_until(lambda: read(folder)["state"] == "stopping", "stopping")
         if error:
             raise error
 
@@ -101,7 +101,7 @@ def test_a_stage_is_there_at_once_and_all_is_passed_on(folder: RunFolder):
     with Live(folder, SPEC, display) as live:
         began = time.monotonic()
         live.stage("evaluating")
-        wait_until(lambda: read(folder)["stage"] == "evaluating", "evaluating", 10)
+        wait_until(lambda: read(folder)["stage"] == "evaluating", "evaluating")
         assert time.monotonic() - began < 0.9, "sooner than the next beat"
         live.note("a note")
         live.iteration({"iteration": 1}, 2.0)
@@ -134,10 +134,10 @@ def test_a_file_that_cannot_be_written_is_told_once_and_ends_nothing(folder: Run
         for stage in "abc":
             live.stage(stage)
             time.sleep(0.1)
-        wait_until(lambda: display.notes, "a note", 10)
+        wait_until(lambda: display.notes, "a note")
         folder.path.mkdir()
         live.stage("d")
-        wait_until((folder.path / "live.json").exists, "live.json", 10)
+        wait_until((folder.path / "live.json").exists, "live.json")
     (note,) = display.notes
     assert note.startswith("live.json cannot be written, so nobody sees this run live: ")
     assert read(folder)["state"] == "stopped"

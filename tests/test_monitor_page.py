@@ -493,12 +493,12 @@ def test_a_real_run_from_its_start_to_its_end(tmp_path: Path, browser: Browser):
             start_new_session=True,
         )
         try:
-            browser.wait("document.querySelector('.runs a')", 60)
+            browser.wait("document.querySelector('.runs a')")
             assert "starting" in browser.look("byId('runs-list').textContent")
             browser.open(served.address + "?run=small")
-            browser.wait("run.state === 'running' && run.live.workers.length === 1", 200)
-            browser.wait("run.train.length > 0 && run.live.rewards.ocr.calls > 0", 100)
-            browser.wait("run.state === 'finished' && run.live.state === 'finished'", 100)
+            browser.wait("run.state === 'running' && run.live.workers.length === 1")
+            browser.wait("run.train.length > 0 && run.live.rewards.ocr.calls > 0")
+            browser.wait("run.state === 'finished' && run.live.state === 'finished'")
             output = process.communicate(timeout=60)[0]
         finally:
             if process.poll() is None:

@@ -29,7 +29,7 @@ from flowgrpo_ray.tracking import read_rows
 
 pytestmark = IN_TURNS
 ITERATIONS = 90
-patiently = partial(wait_until, seconds=300, pause=0.3)
+patiently = partial(wait_until, pause=0.3)
 SPEC = """
 name: signs
 seed: 5

@@ -10,6 +10,7 @@ import ray
 import yaml
 from overlays import build_or_skip
 from ray import serve
+from waiting import PATIENCE_S
 
 from flowgrpo_ray import environments
 from flowgrpo_ray.cluster import reward_deploy, reward_service
@@ -48,7 +49,7 @@ def scores(folder, ray_cluster):
         RewardServiceArgs(**paddle["args"]),
         RewardServiceArgs(name="ocr-base", reward="ocr"),
     ]
-    reward_deploy.start_rewards(args, http_port=None, deadline_s=150)
+    reward_deploy.start_rewards(args, http_port=None, deadline_s=PATIENCE_S)
     names = [arg.name for arg in args]
     images = np.stack([render_plain(text, "yellow", (96, 160)) for text in ("407", "582")])
     client = RewardClient({name: Patience(retries=0) for name in names})
@@ -83,7 +84,7 @@ def test_what_is_served_says_its_environment(scores):
     "start",
     [
         reward_service.app,
-        lambda args: reward_deploy.start_rewards([args], http_port=None, deadline_s=30),
+        lambda args: reward_deploy.start_rewards([args], http_port=None, deadline_s=PATIENCE_S),
     ],
     ids=["builder", "driver"],
 )

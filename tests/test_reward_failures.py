@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
-from waiting import wait_until
+from waiting import PATIENCE_S, wait_until
 
 from flowgrpo_ray.cluster import reward_deploy
 from flowgrpo_ray.cluster.reward_args import RewardServiceArgs
@@ -22,7 +22,7 @@ PROBE, RANKED = "reward_samples:Probe", "reward_samples:Ranked"
 
 
 def _deploy(*args):
-    reward_deploy.start_rewards(args, http_port=None, deadline_s=60)
+    reward_deploy.start_rewards(args, http_port=None, deadline_s=PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_a_reward_that_turns_to_nonsense_is_replaced(ray_cluster):
         return before.pid not in {stats.pid for stats in _stats("drifting")}
 
     wait_until(replaced, "another replica")
-    reward_deploy.wait(["drifting"], deadline_s=30)
+    reward_deploy.wait(["drifting"], deadline_s=PATIENCE_S)
     (outcome,), _ = _ask("drifting", [{}], retries=4)
     assert outcome.rewards["drifting"].tolist() == [np.float32(0.2)]
     serve.delete(app_name("drifting"))

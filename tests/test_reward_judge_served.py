@@ -8,6 +8,7 @@ import psutil
 import pytest
 import ray
 from tiny_judge import tiny_judge
+from waiting import PATIENCE_S
 
 from flowgrpo_ray.cluster import reward_deploy
 from flowgrpo_ray.cluster.reward_args import RewardServiceArgs
@@ -31,7 +32,7 @@ def test_a_served_judge_scores_after_its_server_died_and_ends_with_its_deploymen
     launch = {"model": model, "server": "transformers", "log": str(tmp_path / "judge.log")}
     options = {"launch": launch, "concurrency": 4, "max_tokens": 16}
     args = RewardServiceArgs(name="judge", reward="unified_reward", options=options)
-    reward_deploy.start_rewards([args], http_port=None, deadline_s=120)
+    reward_deploy.start_rewards([args], http_port=None, deadline_s=PATIENCE_S)
     client = RewardClient({"judge": Patience(deadline_s=90, retries=0)})
     images = ray.put(
         np.stack([np.full((64, 64, 3), level, np.uint8) for level in (230, 20, 220, 30)])

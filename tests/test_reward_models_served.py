@@ -10,6 +10,7 @@ from test_rewards_geneval import tiny_detector
 from test_rewards_imagereward import WORDS, checkpoint
 from test_rewards_pickscore import one_thread, tiny_clip
 from transformers import BertTokenizer
+from waiting import PATIENCE_S
 
 from flowgrpo_ray.cluster import reward_deploy
 from flowgrpo_ray.cluster.reward_args import RewardServiceArgs
@@ -41,7 +42,7 @@ def test_served_models_score_as_their_classes_do(options, ray_cluster):
         RewardServiceArgs(name=name, options=of_reward | {"device": "cpu"}, golden=[])
         for name, of_reward in options.items()
     ]
-    reward_deploy.start_rewards(args, http_port=None, deadline_s=120)
+    reward_deploy.start_rewards(args, http_port=None, deadline_s=PATIENCE_S)
     images = np.random.default_rng(0).integers(0, 256, (5, 40, 56, 3), dtype=np.uint8)
     prompts, metadata = ["a red cat", "two dogs", "", "a dog", "cat"], [DOG] * 5
     client = RewardClient(dict.fromkeys(options, Patience(retries=0)))
@@ -58,6 +59,6 @@ def test_served_models_score_as_their_classes_do(options, ray_cluster):
 def test_a_model_without_training_is_refused(options, ray_cluster):
     args = RewardServiceArgs(name="untrained", reward="pickscore", options=options["pickscore"])
     with pytest.raises(RewardError, match="reward-untrained: DEPLOY_FAILED") as caught:
-        reward_deploy.start_rewards([args], http_port=None, deadline_s=90)
+        reward_deploy.start_rewards([args], http_port=None, deadline_s=PATIENCE_S)
     assert "loads but does not score as it must: golden image" in str(caught.value)
     reward_deploy.remove(["untrained"])

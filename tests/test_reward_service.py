@@ -22,6 +22,7 @@ from PIL import Image
 from pydantic import ValidationError
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
+from waiting import PATIENCE_S
 
 from flowgrpo_ray.cluster import reward_deploy, reward_service
 from flowgrpo_ray.cluster.reward_args import RewardServiceArgs
@@ -58,7 +59,7 @@ def port(ray_cluster):
             ),
         ],
         http_port=port,
-        deadline_s=90,
+        deadline_s=PATIENCE_S,
     )
     return port
 
@@ -487,10 +488,10 @@ def test_a_killed_replica_is_replaced_and_the_call_repeated(port, tmp_path):
 
 
 def test_what_is_deployed_already_is_used_as_it_is(port):
-    reward_deploy.wait(["probe"], deadline_s=30)
+    reward_deploy.wait(["probe"], deadline_s=PATIENCE_S)
     before = _pid()
     again = RewardServiceArgs(name="probe", reward="ocr")
-    assert reward_deploy.start_rewards([again], http_port=port, deadline_s=30) == ["probe"]
+    assert reward_deploy.start_rewards([again], http_port=port, deadline_s=PATIENCE_S) == ["probe"]
     assert _pid() == before
 
 
@@ -503,10 +504,10 @@ def test_another_port_than_that_of_a_running_serve_is_refused(port):
 def test_a_reward_that_cannot_start_is_named_with_its_cause(port):
     bad = RewardServiceArgs(name="bad", reward="reward_samples:BadConstructor", options={"size": 9})
     with pytest.raises(RewardError, match="reward-bad: DEPLOY_FAILED") as caught:
-        reward_deploy.start_rewards([bad], http_port=port, deadline_s=60)
+        reward_deploy.start_rewards([bad], http_port=port, deadline_s=PATIENCE_S)
     assert "size=9 is not served here" in str(caught.value)
     corrected = RewardServiceArgs(name="bad", reward=PROBE)
-    assert reward_deploy.start_rewards([corrected], http_port=port, deadline_s=60) == []
+    assert reward_deploy.start_rewards([corrected], http_port=port, deadline_s=PATIENCE_S) == []
     serve.delete("reward-bad")
 
 

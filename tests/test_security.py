@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from test_fuzz_files import Payload
+from waiting import PATIENCE_S
 from whole_runs import alone
 
 import flowgrpo_ray
@@ -356,7 +357,7 @@ def test_a_run_listens_on_loopback_lets_in_no_stranger_and_tells_no_token(tmp_pa
         )
     try:
         rows = tmp_path / "run" / "metrics.jsonl"
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE_S
         while not (rows.exists() and '"train"' in rows.read_text()):
             assert driver.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()

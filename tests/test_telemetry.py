@@ -27,7 +27,7 @@ import yaml
 from clusters import BIN, Cluster, cluster, free_ports
 from grafana import DASHBOARD, FOLDER, queries
 from prometheus_client.parser import text_string_to_metric_families
-from waiting import wait_until
+from waiting import PATIENCE_S, wait_until
 
 from flowgrpo_ray.cluster.metric_table import FROM_ROWS, OF_DRIVER, OF_REPLICAS
 from flowgrpo_ray.cluster.reward_client import RewardClient, Traffic
@@ -105,7 +105,7 @@ def labels(tags: Mapping[str, str]) -> str:
 def of_session(of: Cluster, path: str) -> Path:
     """A file that Ray writes into its session's folder soon after its start."""
     pattern = f"*/session_latest/{path}"
-    wait_until(lambda: [*Path(of.folder).glob(pattern)], path, 60)
+    wait_until(lambda: [*Path(of.folder).glob(pattern)], path)
     return next(Path(of.folder).glob(pattern))
 
 
@@ -153,7 +153,7 @@ def follow(
     then: Callable[[], None] = lambda: None,
 ) -> None:
     """Read live.json until the run ends; each read must be a whole content."""
-    end = time.monotonic() + 240
+    end = time.monotonic() + PATIENCE_S
     while process.poll() is None:
         assert time.monotonic() < end, "the run does not end"
         if live.exists():

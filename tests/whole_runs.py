@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import PATIENCE_S
 
 from flowgrpo_ray.checkpoint import list_checkpoints
 from flowgrpo_ray.tracking import read_rows
@@ -88,7 +89,7 @@ class Command:
         self.wait_until(lambda: self.trained() >= iteration)
 
     def wait_until(self, true: Callable[[], bool], pause: float = 0.02) -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + PATIENCE_S
         while not true():
             if self.process.poll() is not None or time.monotonic() > end:
                 self.process.kill()
@@ -99,13 +100,13 @@ class Command:
         os.killpg(self.process.pid, number)
 
     def finish(self, status: int = 0) -> str:
-        output = self.process.communicate(timeout=180)[0]
+        output = self.process.communicate(timeout=PATIENCE_S)[0]
         assert self.process.returncode == status, output
         assert not self.left_behind(), "processes of the run are still there"
         assert "Traceback" not in output, output
         return output
 
-    def left_behind(self, grace: float = 15) -> list[str]:
+    def left_behind(self, grace: float = 30) -> list[str]:
         """Processes that inherited this run's environment, and folders that its Ray made, after
         some seconds of grace."""
         end = time.monotonic() + grace
