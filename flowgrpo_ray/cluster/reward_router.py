@@ -22,9 +22,9 @@ class RetryElsewhere(LocalityMixin, RequestRouter):
     """The least busy of the replicas that a call has not been sent to before.
 
     An iteration's calls are few, long and come in bursts, so one replica with a call more than the
-    others holds all up. The queue lengths that Serve knows are those before the burst: calls are
-    counted here from the moment that they have a replica. A call is told by its argument `call`.
-    All this lives in the process of the caller.
+    others holds all up. The queue lengths that Serve knows are those before the burst, or of one
+    that is over: calls are counted here from the moment that they have a replica. A call is told by
+    its argument `call`. All this lives in the process of the caller.
     """
 
     # Serve passes over a replica that does not tell its queue length in 0.1 s: too short on a busy
@@ -48,11 +48,12 @@ class RetryElsewhere(LocalityMixin, RequestRouter):
         self._ongoing = {k: v for k, v in self._ongoing.items() if not v[0].cancelled()}
         counted = Counter(replica for _, replica in self._ongoing.values())
 
-        def calls(replica: RunningReplica) -> int:
-            told = self.replica_queue_len_cache.get(replica.replica_id) or 0  # of all callers
-            return max(told, counted[replica.replica_id])
+        def busy(replica: RunningReplica) -> tuple[int, int]:
+            """Own calls; among equals those of all callers, as last heard of."""
+            heard = self.replica_queue_len_cache.get(replica.replica_id) or 0
+            return counted[replica.replica_id], heard
 
-        ranked = sorted(random.sample(among, len(among)), key=calls)
+        ranked = sorted(random.sample(among, len(among)), key=busy)
         if pending_request and ranked:
             key = pending_request.metadata.internal_request_id
             self._ongoing[key] = pending_request.future, ranked[0].replica_id
