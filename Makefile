@@ -1,15 +1,17 @@
-# The two commands of the README. Both need Python 3.11 or 3.12 and make, nothing else.
+# The README's two commands. Both need Python 3.11, 3.12 or 3.13 and make, nothing else.
 #   make quickstart   train the embedded tiny model on this machine and write its report
-#   make test         lint, type-check and test
+#   make test         lint, type-check and test, in ten minutes
+#   make test-slow    the tests that take longer; make test-all both
 
-PYTHON ?= $(shell for v in 3.12 3.11; do command -v python$$v >/dev/null 2>&1 && python$$v -c '' >/dev/null 2>&1 && echo python$$v && break; done || true)
+PYTHON ?= $(shell for v in 3.12 3.13 3.11; do command -v python$$v >/dev/null 2>&1 && python$$v -c '' >/dev/null 2>&1 && echo python$$v && break; done || true)
 PYTHON := $(or $(PYTHON),python3)
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # A second quickstart gets a folder of its own.
 NAME ?= tiny-ocr$(if $(wildcard runs/tiny-ocr),-$(shell date +%m%d-%H%M%S))
 
-.PHONY: quickstart test install clean
+.PHONY: quickstart test test-slow test-all install clean
 
 quickstart: install
 	@$(BIN)/flowgrpo-ray train tiny-ocr --set name=$(NAME)
@@ -18,12 +20,17 @@ test: install
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/basedpyright
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(PYTEST)
+
+test-slow: install
+	@$(PYTEST) -m 'slow and not gpu'
+
+test-all: test test-slow
 
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit(f"Python 3.11 or 3.12 is needed, this is {v[0]}.{v[1]}; name one with: make PYTHON=/path/to/python3.11 ...")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit(f"Python 3.11, 3.12 or 3.13 is needed, this is {v[0]}.{v[1]}; name one with: make PYTHON=/path/to/python3.11 ...")'
 	@echo "installing into $(VENV) (about 7 GB: the torch of the registry carries its CUDA libraries)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv

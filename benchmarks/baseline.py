@@ -32,7 +32,7 @@ from torch import Tensor
 import flowgrpo_ray
 from flowgrpo_ray.rewards.ocr import OcrReward
 
-ASSETS = Path(flowgrpo_ray.__file__).parent / "assets"
+ASSETS = Path(flowgrpo_ray.__file__).parent / "tiny" / "assets"
 PROMPTS, IMAGES = 8, 12  # of an iteration; of a prompt
 STEPS, WINDOW, LAST_START = 10, 2, 2  # of denoising; of them with noise; where these begin at most
 NOISE_LEVEL, CLIP, UPDATES = 0.8, 1e-3, 2

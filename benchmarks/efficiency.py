@@ -34,11 +34,11 @@ class Compute:
         harness.quiet()
         import torch
 
+        from flowgrpo_ray.algorithm.sampling import batch_condition
         from flowgrpo_ray.policies import load_policy
-        from flowgrpo_ray.prompts import load_prompt_sets, plan_iteration
         from flowgrpo_ray.rewards import build
-        from flowgrpo_ray.sampling import batch_condition
-        from flowgrpo_ray.spec_file import load_spec
+        from flowgrpo_ray.spec.file import load_spec
+        from flowgrpo_ray.spec.prompts import load_prompt_sets, plan_iteration
 
         torch.set_num_threads(1)
         self.spec = spec = load_spec("tiny-ocr", settings)

@@ -28,16 +28,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from flowgrpo_ray.footprint import Footprint, estimate, find_configs
-from flowgrpo_ray.learner import FLOOR_MARGIN, Learner, join_group
-from flowgrpo_ray.policies import Policy, load_policy
-from flowgrpo_ray.policies.base import Configs, as_array
-from flowgrpo_ray.prompts import plan_iteration
-from flowgrpo_ray.sampling import rollout
-from flowgrpo_ray.spec import TrainingSpec
-from flowgrpo_ray.spec_file import load_spec
-from flowgrpo_ray.types import Condition, Trajectory, WeightsTicket, WorkUnit
-from flowgrpo_ray.weights import digest
+from flowgrpo_ray.algorithm.learner import FLOOR_MARGIN, Learner, join_group
+from flowgrpo_ray.algorithm.sampling import rollout
+from flowgrpo_ray.algorithm.weights import digest
+from flowgrpo_ray.common.types import Condition, Trajectory, WeightsTicket, WorkUnit
+from flowgrpo_ray.estimate.footprint import Footprint, estimate, find_configs
+from flowgrpo_ray.policies import load_policy
+from flowgrpo_ray.policies.base import Configs, Policy, as_array
+from flowgrpo_ray.spec.file import load_spec
+from flowgrpo_ray.spec.prompts import plan_iteration
+from flowgrpo_ray.spec.training import TrainingSpec
 
 # Dense bfloat16 and float16 FLOP/s of the vendor's data sheets, by a part of the device's name.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -248,10 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.scale == "full" and not torch.cuda.is_available():
         parser.error("--scale full needs a GPU; --scale tiny runs on the CPU")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    join_group(0, 1, address, device)
+    join_group(0, 1, socket.create_server(("127.0.0.1", 0)), device)
     try:
         results = [run(options.scale, dtype, device) for dtype in options.dtypes]
     finally:

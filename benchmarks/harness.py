@@ -44,10 +44,10 @@ async def trainer(settings: Sequence[str], *simulated: type) -> AsyncIterator[An
     logging.getLogger("ray").setLevel(logging.ERROR)
     os.environ["GRPC_VERBOSITY"] = "NONE"  # else a line for every process that is started
     from flowgrpo_ray.cluster.session import ray_session
-    from flowgrpo_ray.prompts import load_prompt_sets
-    from flowgrpo_ray.run_folder import RunFolder
-    from flowgrpo_ray.spec_file import load_spec
-    from flowgrpo_ray.tracking import RunRecorder, StartClock
+    from flowgrpo_ray.run.folder import RunFolder
+    from flowgrpo_ray.run.tracking import RunRecorder, StartClock
+    from flowgrpo_ray.spec.file import load_spec
+    from flowgrpo_ray.spec.prompts import load_prompt_sets
 
     spec = load_spec("tiny-ocr", list(settings))
     with tempfile.TemporaryDirectory() as root:

@@ -18,7 +18,6 @@ import io
 import json
 import logging
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -31,8 +30,9 @@ import numpy as np
 from PIL import Image
 
 from flowgrpo_ray.cluster.session import private_environment
+from flowgrpo_ray.common.ports import reserve_port
 from flowgrpo_ray.rewards import build
-from flowgrpo_ray.signs import render_plain
+from flowgrpo_ray.rewards.signs import render_plain
 
 IMAGES, CALLERS = 8, 4
 SIZES = {"small": (32, 48), "512": (512, 512)}
@@ -87,7 +87,7 @@ class Bench:
     """One reward at one size."""
 
     def __init__(self, reward: str, size: str, port: int) -> None:
-        from flowgrpo_ray.cluster.reward_client import Patience, RewardClient
+        from flowgrpo_ray.serving.client import Patience, RewardClient
 
         self.reward, self.size = reward, size
         self.images = np.stack([render_plain("407", "red", SIZES[size])] * IMAGES)
@@ -137,8 +137,8 @@ class Bench:
 
 
 def deploy(port: int) -> None:
-    from flowgrpo_ray.cluster.reward_args import RewardServiceArgs
-    from flowgrpo_ray.cluster.reward_deploy import start_rewards
+    from flowgrpo_ray.serving.args import RewardServiceArgs
+    from flowgrpo_ray.serving.deploy import start_rewards
 
     args = [
         RewardServiceArgs(
@@ -166,9 +166,8 @@ def main() -> None:
     os.environ.update(private_environment())
     import ray
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    reserved = reserve_port()
+    port = reserved.getsockname()[1]
     folder = tempfile.mkdtemp(prefix="fgr", dir="/tmp")
     ray.init(
         num_cpus=4,
@@ -178,6 +177,7 @@ def main() -> None:
         _temp_dir=folder,
     )
     deploy(port)
+    reserved.close()  # Serve listens there
     rows = []
     for reward, sizes in REWARDS.items():
         for size in sizes:

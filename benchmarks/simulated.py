@@ -19,7 +19,7 @@ from typing import Any
 import harness
 import numpy as np
 
-from flowgrpo_ray.types import (
+from flowgrpo_ray.common.types import (
     LearnerState,
     MicrobatchStats,
     Provenance,

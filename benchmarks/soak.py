@@ -31,7 +31,7 @@ import harness
 import numpy as np
 import psutil
 
-from flowgrpo_ray.tracking import read_rows
+from flowgrpo_ray.run.tracking import read_rows
 
 MARK = "FLOWGRPO_SOAK"  # in the environment of all processes of a run
 KINDS = {  # by what a command line holds

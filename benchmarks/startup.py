@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from flowgrpo_ray.tracking import read_rows
+from flowgrpo_ray.run.tracking import read_rows
 
 
 def start_once() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowgrpo_ray.spec import TrainingSpec
+from flowgrpo_ray.spec.training import TrainingSpec
 
 PAGE = Path(__file__).with_name("spec.md")
 BEGIN, END = "<!-- spec-reference: begin -->", "<!-- spec-reference: end -->"
@@ -165,7 +165,7 @@ def _meaning(place: str, section: str | None, value: Schema, used: set[str]) -> 
     if said is None and "const" in value:
         return "says which table holds"
     if said is None:
-        raise SystemExit(f"{place} has no meaning: describe it in flowgrpo_ray/spec_sections.py")
+        raise SystemExit(f"{place} has no meaning: describe it in flowgrpo_ray/spec/sections.py")
     return said.replace("|", "\\|")
 
 

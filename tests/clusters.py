@@ -16,18 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ports import own_port
 from waiting import wait_until
 
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 class Cluster:
@@ -45,7 +38,7 @@ class Cluster:
         variables: Mapping[str, str],
     ) -> None:
         self.folder = folder
-        self.port, self.dashboard_port, client, self.http_port = free_ports(4)
+        self.port, self.dashboard_port, client, self.http_port = (own_port() for _ in range(4))
         self.dashboard = f"http://127.0.0.1:{self.dashboard_port}"
         self._nodes: list[subprocess.Popen[bytes]] = []
         self.variables = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(HERE)}
@@ -73,7 +66,7 @@ class Cluster:
         self, options: Sequence[str], resources: Mapping[str, float]
     ) -> subprocess.Popen[bytes]:
         custom = {name: amount for name, amount in resources.items() if name != "CPU"}
-        agent, metrics = free_ports(2)
+        agent, metrics = own_port(), own_port()
         # Nodes that share a folder would delete each other's working folders of jobs.
         folder = f"{self._folder}/{agent}"
         command = [BIN / "ray", "start", "--block", *options, *self._where]

@@ -2,14 +2,15 @@
 
 import pytest
 
-from flowgrpo_ray import environments
-from flowgrpo_ray.errors import RewardEnvironmentError
+from flowgrpo_ray.common.errors import RewardEnvironmentError
+from flowgrpo_ray.rewards.environment_build import build
+from flowgrpo_ray.rewards.environments import Manifest
 
 
-def build_or_skip(name: str, *requirements: str) -> environments.Manifest:
-    """As `environments.build`, which does nothing where the environment is there and sound."""
+def build_or_skip(name: str, *requirements: str) -> Manifest:
+    """As `environment_build.build`, which does nothing where the environment is there and sound."""
     try:
-        return environments.build(name, requirements)
+        return build(name, requirements)
     except RewardEnvironmentError as error:
         if "Failed to fetch" not in str(error):
             raise

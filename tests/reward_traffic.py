@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import ray
 
-from flowgrpo_ray.cluster.reward_client import Patience, RewardClient
+from flowgrpo_ray.serving.client import Patience, RewardClient
 
 ray.init(log_to_driver=False)
 stop = threading.Event()

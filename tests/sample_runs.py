@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from flowgrpo_ray.tracking import RunRecorder, save_samples
+from flowgrpo_ray.run.tracking import RunRecorder, save_samples
 
 HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>"
 COLOURS = {"red": (196, 52, 44), "green": (46, 140, 84), "blue": (44, 92, 180), "black": (40,) * 3}

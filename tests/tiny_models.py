@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import pickle
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,14 +22,14 @@ import torch
 from tiny_bagel import build_bagel
 from tiny_runs import CPU, SIZE, UNTRAINED, Batch, gradients, kept, small_spec, unit
 
+from flowgrpo_ray.algorithm.sampling import rollout
+from flowgrpo_ray.common.types import Condition, LearnerState, Schedule, WeightsTicket
 from flowgrpo_ray.policies import load_policy
-from flowgrpo_ray.sampling import rollout
-from flowgrpo_ray.spec import TrainingSpec
-from flowgrpo_ray.types import Condition, LearnerState, Schedule, WeightsTicket
+from flowgrpo_ray.spec.training import TrainingSpec
 
 if TYPE_CHECKING:
-    from flowgrpo_ray.learner import Learner
-    from flowgrpo_ray.policies import Policy
+    from flowgrpo_ray.algorithm.learner import Learner
+    from flowgrpo_ray.policies.base import Policy
 
 PROMPTS = ('red sign "407"', 'blue sign "129"', 'dark pink sign "550", of the size of a wall')
 TOKENS = 40  # more than any of them has
@@ -81,8 +82,8 @@ def build_flux(folder: Path, *, guidance_embeds: bool = True) -> None:
     from diffusers import FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    from flowgrpo_ray.tiny_base import TOKENS as CLIP_TOKENS
-    from flowgrpo_ray.tiny_base import clip_tokenizer, t5_tokenizer
+    from flowgrpo_ray.tiny.parts import TOKENS as CLIP_TOKENS
+    from flowgrpo_ray.tiny.parts import clip_tokenizer, t5_tokenizer
 
     torch.manual_seed(0)
     words, pieces = clip_tokenizer(), t5_tokenizer()
@@ -353,7 +354,7 @@ def train_once(
     spec: TrainingSpec, mine: Sequence[Batch], of: Sequence[Batch]
 ) -> tuple[dict[str, Any], LearnerState]:
     """Gradient and new state of one update from this rank's ``mine`` of the micro-batches."""
-    from flowgrpo_ray.learner import Learner
+    from flowgrpo_ray.algorithm.learner import Learner
 
     learner = Learner(spec, CPU, sharded=True)
     for batch in mine:
@@ -363,15 +364,15 @@ def train_once(
     return gradient, learner.state()
 
 
-def train_as_rank(rank: int, folder: Path) -> dict[Any, Any]:
+def train_as_rank(rank: int, folder: Path, listener: socket.socket | None = None) -> dict[Any, Any]:
     """What that one of two ranks makes of each case in ``cases.pickle``, which names the address
     to meet at too."""
     import torch.distributed as dist
 
-    from flowgrpo_ray.learner import join_group
+    from flowgrpo_ray.algorithm.learner import join_group
 
     address, cases = pickle.loads((folder / "cases.pickle").read_bytes())
-    join_group(rank, 2, address, CPU)
+    join_group(rank, 2, listener or address, CPU)
     results = {
         name: train_once(spec, batches[rank::2], batches) for name, (spec, batches) in cases.items()
     }
@@ -381,7 +382,7 @@ def train_as_rank(rank: int, folder: Path) -> dict[Any, Any]:
 
 def train_as_second_rank(_: int, folder: Path) -> None:
     """The process of rank 1. Its imports take longer than its work, so it waits for that."""
-    import flowgrpo_ray.learner  # noqa: F401
+    import flowgrpo_ray.algorithm.learner  # noqa: F401
 
     torch.set_num_threads(1)
     (folder / "ready").touch()

@@ -18,11 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from flowgrpo_ray.policies import load_policy
-from flowgrpo_ray.sampling import rollout
-from flowgrpo_ray.spec import TrainingSpec
-from flowgrpo_ray.spec_file import load_spec
-from flowgrpo_ray.types import (
+from flowgrpo_ray.algorithm.sampling import rollout
+from flowgrpo_ray.common.types import (
     Condition,
     Float32,
     LearnerState,
@@ -31,10 +28,13 @@ from flowgrpo_ray.types import (
     WeightsTicket,
     WorkUnit,
 )
+from flowgrpo_ray.policies import load_policy
+from flowgrpo_ray.spec.file import load_spec
+from flowgrpo_ray.spec.training import TrainingSpec
 
 if TYPE_CHECKING:
-    from flowgrpo_ray.learner import Learner, StepStats
-    from flowgrpo_ray.policies import Policy
+    from flowgrpo_ray.algorithm.learner import Learner, StepStats
+    from flowgrpo_ray.policies.base import Policy
 
 CPU = torch.device("cpu")
 SIZE = (32, 48)
@@ -130,17 +130,16 @@ def alone() -> Iterator[None]:
     """This process as the only learner rank, over gloo."""
     import torch.distributed as dist
 
-    from flowgrpo_ray.learner import join_group
+    from flowgrpo_ray.algorithm.learner import join_group
 
-    join_group(0, 1, free_address(), CPU)
+    join_group(0, 1, meeting(), CPU)
     yield
     dist.destroy_process_group()
 
 
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+def meeting() -> socket.socket:
+    """Where ranks meet, for rank 0; the others are told its address."""
+    return socket.create_server(("127.0.0.1", 0))
 
 
 # --- an update's input
@@ -209,7 +208,7 @@ def update(learner: Learner, batches: Sequence[Batch], of: Sequence[Batch] = ())
 
 def gradients(learner: Learner) -> dict[str, torch.Tensor]:
     """The accumulated gradient, whole, summed over samples and steps of all ranks."""
-    from flowgrpo_ray.weights import full
+    from flowgrpo_ray.algorithm.weights import full
 
     return {
         name: full(p.grad) * learner.world  # FSDP takes the mean over the ranks
@@ -242,7 +241,7 @@ def train_and_reload(
     spec: TrainingSpec, mine: Sequence[Batch], of: Sequence[Batch], load: LearnerState
 ) -> RankResult:
     """Two updates on this rank's share, then a fresh learner that loads ``load``."""
-    from flowgrpo_ray.learner import Learner
+    from flowgrpo_ray.algorithm.learner import Learner
 
     learner = Learner(spec, CPU)
     for batch in mine:
@@ -255,13 +254,15 @@ def train_and_reload(
     return RankResult(gradient, norms, learner.state(), fresh.state())
 
 
-def rank_results(rank: int, address: str, folder: Path) -> dict[str, RankResult]:
+def rank_results(
+    rank: int, at: socket.socket | tuple[str, int], folder: Path
+) -> dict[str, RankResult]:
     """What one learner rank of two makes of ``cases.pickle``; rank 0 is the process of the test."""
     import torch.distributed as dist
 
-    from flowgrpo_ray.learner import join_group
+    from flowgrpo_ray.algorithm.learner import join_group
 
-    join_group(rank, 2, address, CPU)
+    join_group(rank, 2, at, CPU)
     cases = pickle.loads((folder / "cases.pickle").read_bytes())
     results = {
         name: train_and_reload(spec, batches[rank::2], batches, load)
@@ -271,7 +272,7 @@ def rank_results(rank: int, address: str, folder: Path) -> dict[str, RankResult]
     return results
 
 
-def second_rank(_: int, address: str, folder: Path) -> None:
+def second_rank(_: int, address: tuple[str, int], folder: Path) -> None:
     """The process of rank 1."""
     torch.set_num_threads(1)
     rank_results(1, address, folder)

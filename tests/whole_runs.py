@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from waiting import PATIENCE_S
 
-from flowgrpo_ray.checkpoint import list_checkpoints
-from flowgrpo_ray.tracking import read_rows
+from flowgrpo_ray.run.checkpoint import list_checkpoints
+from flowgrpo_ray.run.tracking import read_rows
 
 
 def alone() -> dict[str, str]:
@@ -43,6 +43,7 @@ def final_digests(run: Path, iterations: int) -> dict[str, str]:
 
 # Modules of whole runs take turns; the time that a first test waits for its turn counts.
 IN_TURNS = [pytest.mark.usefixtures("hardly_disturbed"), pytest.mark.timeout(3000)]
+SLOW_IN_TURNS = [*IN_TURNS, pytest.mark.slow]
 ITERATIONS = 8
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -98,6 +99,25 @@ class Command:
 
     def signal_group(self, number: int) -> None:
         os.killpg(self.process.pid, number)
+
+    def lose(self, moment: str, number: int) -> None:
+        """Send a signal to a process of the run in the moment that its name says."""
+        found: list[int] = []
+
+        def caught() -> bool:
+            if not found:
+                actor = moment.rpartition(".")[0] or moment
+                found.extend(p.pid for p in self.processes() if actor in p.title)
+            for pid in found:
+                try:
+                    if moment in Path(f"/proc/{pid}/cmdline").read_bytes().decode():
+                        os.kill(pid, number)
+                        return True
+                except (ProcessLookupError, FileNotFoundError):
+                    found.clear()
+            return False
+
+        self.wait_until(caught, pause=0)
 
     def finish(self, status: int = 0) -> str:
         output = self.process.communicate(timeout=PATIENCE_S)[0]

@@ -10,8 +10,8 @@ from urllib.parse import quote
 import typer
 from rich.console import Console
 
-from flowgrpo_ray.loopback import is_loopback
-from flowgrpo_ray.paths import runs_root
+from flowgrpo_ray.common.loopback import is_loopback
+from flowgrpo_ray.common.paths import runs_root
 
 
 def monitor(
@@ -34,8 +34,8 @@ def monitor(
     The printed address has the token that opens the page. It is new at every start, unless the
     variable FLOWGRPO_MONITOR_TOKEN has one.
     """
-    from flowgrpo_ray.monitor import Monitor
-    from flowgrpo_ray.monitor_guard import TOKEN_VARIABLE, choose_token
+    from flowgrpo_ray.view.guard import TOKEN_VARIABLE, choose_token
+    from flowgrpo_ray.view.monitor import Monitor
 
     console = Console()
     given = os.environ.get(TOKEN_VARIABLE)

@@ -1,16 +1,51 @@
-"""`--option KEY=VALUE`, as the commands about rewards take it."""
+"""Arguments and options that several commands take."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from flowgrpo_ray.errors import SpecError
-from flowgrpo_ray.spec_file import parse_yaml
-from flowgrpo_ray.strict_json import parse
+import typer
+
+from flowgrpo_ray.common.errors import SpecError
+from flowgrpo_ray.common.strict_json import parse
+from flowgrpo_ray.spec.file import parse_yaml
+
+SpecArgument = Annotated[
+    str, typer.Argument(metavar="SPEC|RECIPE", help="a YAML training spec, or a recipe by name")
+]
+TargetArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN|SPEC",
+        help="a run folder, or a spec or recipe, which stands for its untrained base model",
+    ),
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, as runs/tiny-ocr")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override a key of the spec, as seed=1"),
+]
+WeightsOption = Annotated[
+    Literal["ema", "last"], typer.Option(help="averaged weights, or those of the last update")
+]
+StepsOption = Annotated[
+    int | None, typer.Option(min=1, help="denoising steps; default: evaluation.steps of the spec")
+]
+RunsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="folder that holds the run folders; default: FLOWGRPO_RUNS, else runs, and in a Ray "
+        "job ~/flowgrpo-runs"
+    ),
+]
+IterationOption = Annotated[
+    int | None, typer.Option(min=0, help="of the checkpoint; default: newest")
+]
 
 
 def parse_option(text: str, example: str = "batch=4") -> tuple[str, Any]:
-    """Key and value of `key=value`; the value is JSON or YAML."""
+    """Key and value of `--option key=value`; the value is JSON or YAML."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise SpecError(f"--option {text!r}: write it as key=value, for example --option {example}")

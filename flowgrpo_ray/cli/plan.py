@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from flowgrpo_ray.errors import SpecError
-from flowgrpo_ray.preflight import check_run
-from flowgrpo_ray.run_folder import RunFolder, difference
-from flowgrpo_ray.spec import TrainingSpec, required_resources
-from flowgrpo_ray.spec_cluster import ActorsSpec
-from flowgrpo_ray.tracking import TIMINGS, read_rows
+from flowgrpo_ray.common.errors import SpecError
+from flowgrpo_ray.estimate.preflight import check_run
+from flowgrpo_ray.run.folder import RunFolder, difference
+from flowgrpo_ray.run.tracking import TIMINGS, read_rows
+from flowgrpo_ray.spec.cluster import ActorsSpec
+from flowgrpo_ray.spec.training import TrainingSpec, required_resources
 
 if TYPE_CHECKING:
-    from flowgrpo_ray.footprint import Footprint, Work
+    from flowgrpo_ray.estimate.footprint import Footprint, Work
 
 GIB = 2**30
 # GiB that torch can use, rounded down: a little less than what the name says.
@@ -50,7 +50,7 @@ def show_plan(
     if price is not None and measured is None:
         raise SpecError("--gpu-hour: name a run to take times from with --measured RUN")
     cost = None if measured is None else cost_of(spec, measured, price)
-    from flowgrpo_ray.footprint import count_work, estimate, gpu_here
+    from flowgrpo_ray.estimate.footprint import count_work, estimate, gpu_here
 
     work, footprint = count_work(spec, len(held_out)), estimate(spec)
     reserved = required_resources(spec)

@@ -17,13 +17,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from flowgrpo_ray.cli.options import parse_option
-from flowgrpo_ray.errors import RewardError, SpecError
+from flowgrpo_ray.common.errors import RewardError, SpecError
 from flowgrpo_ray.rewards import BUILTIN, build, check_options, prompt_check
-from flowgrpo_ray.spec_file import load_spec, recipe_names
-from flowgrpo_ray.spec_sections import RewardSpec
+from flowgrpo_ray.spec.file import load_spec, recipe_names
+from flowgrpo_ray.spec.sections import RewardSpec
 
 if TYPE_CHECKING:
-    from flowgrpo_ray.calibration import Picture, Report
+    from flowgrpo_ray.rewards.calibration import Picture, Report
 
 DEFAULT_SIZE = (512, 512)
 
@@ -56,7 +56,7 @@ def check(
 
     Exit status 1 if a reward fails that enters the trained total.
     """
-    from flowgrpo_ray.calibration import calibration_set
+    from flowgrpo_ray.rewards.calibration import calibration_set
 
     chosen, spec_size = _chosen(target, overrides or [], options or [])
     size = size or spec_size
@@ -118,7 +118,7 @@ def _check_can_score(name: str, reward: RewardSpec, pictures: Sequence[Picture])
 
 
 def _report(name: str, reward: RewardSpec, pictures: Sequence[Picture]) -> Report:
-    from flowgrpo_ray.calibration import check_reward
+    from flowgrpo_ray.rewards.calibration import check_reward
 
     scorer = build(reward.reward or name, reward.options)
     try:

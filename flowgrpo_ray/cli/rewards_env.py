@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flowgrpo_ray import environments
-from flowgrpo_ray.errors import RewardEnvironmentError
+from flowgrpo_ray.common.errors import RewardEnvironmentError
+from flowgrpo_ray.rewards import environment_build, environments
 
 env_app = typer.Typer(
     no_args_is_help=True,
@@ -46,7 +46,7 @@ def build(
     """
     wanted = [*(requirement or []), *(_lines(requirements) if requirements else [])]
     console.print(f"building {name} in {environments.environments_folder()}", soft_wrap=True)
-    manifest = environments.build(name, wanted, standalone=standalone, rebuild=rebuild)
+    manifest = environment_build.build(name, wanted, standalone=standalone, rebuild=rebuild)
     shared = f", {len(manifest.shared)} shared with {manifest.base}" if manifest.shared else ""
     console.print(
         f"{name}: {manifest.kind}, {len(manifest.packages)} packages of its own{shared}",

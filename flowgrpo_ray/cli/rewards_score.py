@@ -15,10 +15,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from flowgrpo_ray.cli.options import parse_option
-from flowgrpo_ray.errors import SpecError
-from flowgrpo_ray.metrics import mean_and_std
-from flowgrpo_ray.prompts import check_prompts, load_prompts
+from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.rewards import build, check_options, weighted_total
+from flowgrpo_ray.run.metrics import mean_and_std
+from flowgrpo_ray.spec.prompts import check_prompts, load_prompts
 
 
 def score(
@@ -57,7 +57,7 @@ def score(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the table")] = False,
 ) -> None:
     """Score image files against their prompts, without training and without Ray."""
-    from flowgrpo_ray import scoring
+    from flowgrpo_ray.run import scoring
 
     weights = _weights(rewards)
     chosen = _options(options or [], weights)

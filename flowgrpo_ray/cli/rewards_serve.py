@@ -11,10 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flowgrpo_ray.console import printable
+from flowgrpo_ray.view.console import printable
 
 if TYPE_CHECKING:
-    from flowgrpo_ray.cluster.reward_admin import RewardStatus
+    from flowgrpo_ray.serving.admin import RewardStatus
 
 AddressOption = Annotated[
     str | None,
@@ -32,14 +32,14 @@ def deploy(
     deadline: DeadlineOption = 600,
 ) -> None:
     """Deploy the rewards of a Serve config file beside those that run, and wait for them."""
-    from flowgrpo_ray.cluster import reward_admin
+    from flowgrpo_ray.serving import admin
 
-    config = reward_admin.read_config(file)
-    with reward_admin.connection(address) as client:
-        names = reward_admin.deploy_file(client, file, config)
+    config = admin.read_config(file)
+    with admin.connection(address) as client:
+        names = admin.deploy_file(client, file, config)
         with console.status(f"starting {', '.join(names)}"):
-            reward_admin.wait_for(client, names, deadline)
-        _show([row for row in reward_admin.status(client) if row.name in names])
+            admin.wait_for(client, names, deadline)
+        _show([row for row in admin.status(client) if row.name in names])
 
 
 def status(
@@ -47,10 +47,10 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Replicas, queue, latency, errors and environment of every reward."""
-    from flowgrpo_ray.cluster import reward_admin
+    from flowgrpo_ray.serving import admin
 
-    with reward_admin.connection(address) as client:
-        rows = reward_admin.status(client)
+    with admin.connection(address) as client:
+        rows = admin.status(client)
     if as_json:
         print(json.dumps([_as_json(row) for row in rows]))
     elif rows:
@@ -66,13 +66,13 @@ def scale(
     deadline: DeadlineOption = 600,
 ) -> None:
     """Change the number of replicas of one reward, while runs use it."""
-    from flowgrpo_ray.cluster import reward_admin
+    from flowgrpo_ray.serving import admin
 
-    with reward_admin.connection(address) as client:
-        reward_admin.scale(client, name, replicas)
+    with admin.connection(address) as client:
+        admin.scale(client, name, replicas)
         with console.status(f"{name}: waiting for {replicas} replicas"):
-            reward_admin.wait_for(client, [name], deadline)
-        _show([row for row in reward_admin.status(client) if row.name == name])
+            admin.wait_for(client, [name], deadline)
+        _show([row for row in admin.status(client) if row.name == name])
 
 
 def remove(
@@ -80,10 +80,10 @@ def remove(
     address: AddressOption = None,
 ) -> None:
     """Take a reward away, after it has answered the calls that it has."""
-    from flowgrpo_ray.cluster import reward_admin
+    from flowgrpo_ray.serving import admin
 
-    with reward_admin.connection(address) as client:
-        reward_admin.remove(client, name)
+    with admin.connection(address) as client:
+        admin.remove(client, name)
     print(f"{name} is removed")
 
 

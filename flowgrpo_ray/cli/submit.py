@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flowgrpo_ray.errors import SpecError
-from flowgrpo_ray.preflight import check_run
-from flowgrpo_ray.spec import TrainingSpec
-from flowgrpo_ray.upload import SPEC, pack
+from flowgrpo_ray.cluster.upload import SPEC, pack
+from flowgrpo_ray.common.errors import SpecError
+from flowgrpo_ray.estimate.preflight import check_run
+from flowgrpo_ray.spec.training import TrainingSpec
 
 
 def submit_run(

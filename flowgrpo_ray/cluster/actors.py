@@ -11,7 +11,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import ray
 from ray.exceptions import (
@@ -23,9 +23,10 @@ from ray.exceptions import (
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from flowgrpo_ray.errors import ClusterError
-from flowgrpo_ray.ledger import Ledger
-from flowgrpo_ray.spec_cluster import ActorsSpec, ClusterSpec
+from flowgrpo_ray.common.errors import ClusterError
+from flowgrpo_ray.run.ledger import Ledger
+from flowgrpo_ray.spec.cluster import ActorsSpec, ClusterSpec
+from flowgrpo_ray.spec.training import TrainingSpec
 
 if TYPE_CHECKING:
     import torch
@@ -169,6 +170,42 @@ class Calls:
             future.cancel()
             self._open -= 1
             self._advanced = time.monotonic()
+
+
+class ActorGroup:
+    """The actors of one kind, each with a name and a record of its calls; base of both groups.
+
+    ``kind`` is the section of ``cluster`` that says how many there are and what each has.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self,
+        spec: TrainingSpec,
+        group: PlacementGroup,
+        ledger: Ledger,
+        losses: Losses,
+        actor_class: type,
+    ) -> None:
+        self.spec, self.actors = spec, getattr(spec.cluster, self.kind)
+        self._group, self._class = group, actor_class
+        self._ledger, self._losses = ledger, losses
+
+    async def _launch(self, rank: int, bundle: int | None) -> tuple[Any, Calls]:
+        """Start an actor; it may take long to be up, and die on the way."""
+        name = f"{self.kind}-{rank}"
+        actor = await launch(self._class, self.actors, self._group, bundle, name, self.spec, rank)
+        return actor, Calls(self.kind, name, self.spec.cluster.hang_timeout_s, self._ledger)
+
+    async def _ready(self, what: str, calls: Iterable[Awaitable[T]]) -> list[T]:
+        """Answers of actors that may still be starting."""
+        return await within(self.spec.cluster.ready_timeout_s, what, calls)
+
+    def _lost(self, name: str, actor: Any, error: Exception) -> None:
+        """End an actor that is dead or hangs, and count it."""
+        ray.kill(actor)
+        self._losses.add(name, error)
 
 
 async def awaited(call: Awaitable[T]) -> T:

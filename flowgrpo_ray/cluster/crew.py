@@ -14,21 +14,21 @@ import numpy as np
 from ray import ObjectRef
 from ray.util.placement_group import PlacementGroup
 
-from flowgrpo_ray.cluster import reward_deploy
 from flowgrpo_ray.cluster.actors import Losses, all_or_none, place
 from flowgrpo_ray.cluster.learner_group import Contribution, LearnerGroup, LearnerRank
 from flowgrpo_ray.cluster.live import Display
-from flowgrpo_ray.cluster.reward_args import args_of
-from flowgrpo_ray.cluster.reward_client import Patience, RewardClient, Traffic
 from flowgrpo_ray.cluster.rollout import RolloutWorker
 from flowgrpo_ray.cluster.rollout_pool import RolloutPool, Sampled
-from flowgrpo_ray.errors import ContractError
-from flowgrpo_ray.ledger import Ledger
-from flowgrpo_ray.metrics import Scores, Signal
-from flowgrpo_ray.prompts import Prompt, plan_iteration
+from flowgrpo_ray.common.errors import ContractError
+from flowgrpo_ray.common.types import WeightsTicket, WorkUnit
 from flowgrpo_ray.rewards import weighted_total
-from flowgrpo_ray.spec import TrainingSpec
-from flowgrpo_ray.types import WeightsTicket, WorkUnit
+from flowgrpo_ray.run.ledger import Ledger
+from flowgrpo_ray.run.metrics import Scores, Signal
+from flowgrpo_ray.serving import deploy
+from flowgrpo_ray.serving.args import args_of
+from flowgrpo_ray.serving.client import Patience, RewardClient, Traffic
+from flowgrpo_ray.spec.prompts import Prompt, plan_iteration
+from flowgrpo_ray.spec.training import TrainingSpec
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,13 @@ class Crew:
     async def _start_rewards(self) -> None:
         args = [args_of(name, reward) for name, reward in self.spec.rewards.items()]
         cluster, names = self.spec.cluster, list(self.spec.rewards)
-        reused = await asyncio.to_thread(
-            reward_deploy.deploy, args, http_port=cluster.reward_http_port
-        )
+        reused = await asyncio.to_thread(deploy.deploy, args, http_port=cluster.reward_http_port)
         self.own_rewards = [name for name in names if name not in reused]
         deadline = cluster.ready_timeout_s
-        await asyncio.to_thread(reward_deploy.wait, names, deadline_s=deadline, present=reused)
+        await asyncio.to_thread(deploy.wait, names, deadline_s=deadline, present=reused)
         for arg in args:
             if arg.name in reused:
-                await reward_deploy.check_same(arg)
+                await deploy.check_same(arg)
                 self.display.note(f"using the deployment reward-{arg.name} that is there")
         patience = {
             name: Patience(deadline_s=reward.deadline_s, retries=reward.retries)

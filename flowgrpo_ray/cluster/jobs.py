@@ -11,8 +11,7 @@ from pathlib import Path
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from flowgrpo_ray.cluster.session import refused
-from flowgrpo_ray.errors import ClusterError
+from flowgrpo_ray.common.errors import ClusterError, token_refused
 
 RUN = "flowgrpo_run"  # in a job's metadata: the run that it trains
 READY_S = 30.0  # within which a head that answers also takes jobs
@@ -27,7 +26,7 @@ def connect(address: str | None) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
-        raise ClusterError(refused(where or "this machine", error)) from error
+        raise token_refused(where or "this machine", error) from error
     except (ConnectionError, RuntimeError) as error:
         raise ClusterError(
             f"no Ray cluster takes jobs at {where or 'this machine'}: give the address of its "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, replace
@@ -16,19 +17,16 @@ from ray.util.placement_group import PlacementGroup
 
 from flowgrpo_ray.cluster.actors import (
     LOST,
+    ActorGroup,
     Calls,
     HangError,
     LearnerLostError,
     Losses,
     awaited,
-    launch,
     seen,
     set_up_process,
-    within,
 )
-from flowgrpo_ray.ledger import Ledger
-from flowgrpo_ray.spec import TrainingSpec
-from flowgrpo_ray.types import (
+from flowgrpo_ray.common.types import (
     Condition,
     Float32,
     LearnerState,
@@ -38,9 +36,12 @@ from flowgrpo_ray.types import (
     WeightsTicket,
     WorkUnit,
 )
+from flowgrpo_ray.run.ledger import Ledger
+from flowgrpo_ray.serving.ray_private import actor_id
+from flowgrpo_ray.spec.training import TrainingSpec
 
 if TYPE_CHECKING:
-    from flowgrpo_ray.learner import Learner
+    from flowgrpo_ray.algorithm.learner import Learner
 
 DEATH_S = 3.0  # that Ray may take to tell of a dead rank, after another one has failed
 
@@ -54,23 +55,24 @@ class LearnerRank:
         self.name = f"learner-{rank}"
         self.device = set_up_process(spec.cluster.learner, self.name, spec.name)
         self.spec, self.rank = spec, rank
+        self._listener: socket.socket | None = None  # of rank 0
 
     def __repr__(self) -> str:
         return self.name  # what Ray calls this actor in its logs and its dashboard
 
-    def address(self) -> str:
-        """Where the ranks meet: this node and a free port of it."""
-        import socket
+    def address(self) -> tuple[str, int]:
+        """Where the ranks meet: a port of this node, at which this rank listens from now on.
 
-        node = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((node, 0))
-            return f"tcp://{node}:{probe.getsockname()[1]}"
+        One that is bound only when they join may be taken by then.
+        """
+        self._listener = socket.create_server((ray.util.get_node_ip_address(), 0))
+        return self._listener.getsockname()
 
-    def join(self, address: str) -> None:
-        from flowgrpo_ray.learner import Learner, join_group
+    def join(self, address: tuple[str, int]) -> None:
+        from flowgrpo_ray.algorithm.learner import Learner, join_group
 
-        join_group(self.rank, self.spec.cluster.learner.count, address, self.device)
+        ranks = self.spec.cluster.learner.count
+        join_group(self.rank, ranks, self._listener or address, self.device)
         self.learner = Learner(self.spec, self.device)
 
     def publish(
@@ -120,12 +122,14 @@ class Contribution:
     keep: np.ndarray  # bool [b]
 
 
-class LearnerGroup:
+class LearnerGroup(ActorGroup):
     """The driver's side. Unit ``i`` of an update always goes to rank ``i % N``, in plan order.
 
     Ranks hold what cannot be made again: when one is lost every method raises ``LearnerLostError``,
     and after ``restart`` the group is as it was before any training.
     """
+
+    kind = "learner"
 
     def __init__(
         self,
@@ -135,8 +139,7 @@ class LearnerGroup:
         losses: Losses,
         rank_class: type = LearnerRank,
     ) -> None:
-        self.spec, self._group, self._class = spec, group, rank_class
-        self._ledger, self._losses = ledger, losses
+        super().__init__(spec, group, ledger, losses, rank_class)
         self.ranks: list[Any] = []
         self._calls: list[Calls] = []
         self._row: list[Contribution] = []
@@ -163,22 +166,16 @@ class LearnerGroup:
             ray.kill(rank)
 
     async def _start(self) -> None:
-        kind, cluster = self.spec.cluster.learner, self.spec.cluster
-        names = [f"learner-{rank}" for rank in range(kind.count)]
-        self.ranks = [
-            await launch(self._class, kind, self._group, rank, name, self.spec, rank)
-            for rank, name in enumerate(names)
-        ]
-        limit = cluster.hang_timeout_s
-        self._calls = [Calls("learner", name, limit, self._ledger) for name in names]
+        launched = [await self._launch(rank, rank) for rank in range(self.actors.count)]
+        self.ranks = [rank for rank, _ in launched]
+        self._calls = [calls for _, calls in launched]
         self._row, self._running = [], []
-        address = (await self._ready([self.ranks[0].address.remote()]))[0]
-        await self._ready([rank.join.remote(address) for rank in self.ranks])
+        address = (await self._answers([self.ranks[0].address.remote()]))[0]
+        await self._answers([rank.join.remote(address) for rank in self.ranks])
 
-    async def _ready(self, calls: Sequence[Awaitable[Any]]) -> list[Any]:
-        """Answers of ranks that may still be starting."""
-        started = within(self.spec.cluster.ready_timeout_s, "learner ranks", calls)
-        return (await self._of_all([started]))[0]
+    async def _answers(self, calls: Sequence[Awaitable[Any]]) -> list[Any]:
+        """Of ranks that may still be starting."""
+        return (await self._of_all([self._ready("learner ranks", calls)]))[0]
 
     async def publish(
         self, version: int, *, averaged: bool = False
@@ -274,7 +271,7 @@ class LearnerGroup:
     def _name(self, error: Exception) -> str:
         """Which rank it was."""
         lost = getattr(getattr(error, "cause", error), "actor_id", None)
-        ids = [rank._actor_id.hex() for rank in self.ranks]  # Ray has no public name for it
+        ids = [actor_id(rank) for rank in self.ranks]
         return f"learner-{ids.index(lost)}" if lost in ids else "learner"
 
 

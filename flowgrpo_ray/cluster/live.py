@@ -17,11 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from flowgrpo_ray.checkpoint import checkpoint_iteration, newest_checkpoint
-from flowgrpo_ray.errors import FlowGrpoError
-from flowgrpo_ray.run_folder import RunFolder
-from flowgrpo_ray.run_state import LIVE
-from flowgrpo_ray.spec import TrainingSpec
+from flowgrpo_ray.common.errors import FlowGrpoError
+from flowgrpo_ray.run.checkpoint import checkpoint_iteration, newest_checkpoint
+from flowgrpo_ray.run.folder import RunFolder
+from flowgrpo_ray.run.state import LIVE
+from flowgrpo_ray.spec.training import TrainingSpec
 
 BEAT_S = 1.0
 

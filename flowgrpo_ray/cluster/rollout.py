@@ -8,12 +8,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from flowgrpo_ray.cluster.actors import set_up_process
-from flowgrpo_ray.errors import ContractError
-from flowgrpo_ray.spec import TrainingSpec
-from flowgrpo_ray.types import Condition, Float32, Images, Trajectory, WeightsTicket, WorkUnit
+from flowgrpo_ray.common.errors import ContractError
+from flowgrpo_ray.common.types import (
+    Condition,
+    Float32,
+    Images,
+    Trajectory,
+    WeightsTicket,
+    WorkUnit,
+)
+from flowgrpo_ray.spec.training import TrainingSpec
 
 if TYPE_CHECKING:
-    from flowgrpo_ray.policies import Policy
+    from flowgrpo_ray.policies.base import Policy
 
 
 class RolloutWorker:
@@ -61,7 +68,7 @@ class RolloutWorker:
 
     def load(self, ticket: WeightsTicket, arrays: dict[str, Float32]) -> tuple[str, float]:
         """Take over published weights; the digest of what the parameters now hold, busy seconds."""
-        from flowgrpo_ray.weights import digest, load_arrays
+        from flowgrpo_ray.algorithm.weights import digest, load_arrays
 
         started = time.perf_counter()
         self.loaded = None
@@ -74,7 +81,7 @@ class RolloutWorker:
         self, unit: WorkUnit, ticket: WeightsTicket, *conditions: Condition
     ) -> tuple[Trajectory, Images, float]:
         """Sample ``unit`` under the weights of ``ticket``; trajectory, images, busy seconds."""
-        from flowgrpo_ray.sampling import rollout
+        from flowgrpo_ray.algorithm.sampling import rollout
 
         if self.loaded != ticket:
             raise ContractError(

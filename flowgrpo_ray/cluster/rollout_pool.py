@@ -15,26 +15,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
 from ray import ObjectRef
 from ray.exceptions import ObjectLostError, RayActorError
 from ray.util.placement_group import PlacementGroup
 
 from flowgrpo_ray.cluster.actors import (
     LOST,
+    ActorGroup,
     Calls,
     HangError,
     LearnerLostError,
     Losses,
-    launch,
     seen,
-    within,
 )
 from flowgrpo_ray.cluster.rollout import RolloutWorker
-from flowgrpo_ray.errors import ClusterError, ContractError
-from flowgrpo_ray.ledger import Ledger
-from flowgrpo_ray.spec import TrainingSpec
-from flowgrpo_ray.types import WeightsTicket, WorkUnit
+from flowgrpo_ray.common.errors import ClusterError, ContractError
+from flowgrpo_ray.common.types import WeightsTicket, WorkUnit
+from flowgrpo_ray.run.ledger import Ledger
+from flowgrpo_ray.serving.ray_private import actor_id
+from flowgrpo_ray.spec.training import TrainingSpec
 
 IN_FLIGHT = 2  # units given to a worker at once, so that it never waits for the driver
 KEPT = 3  # published weights that can still be asked for: of training, its past, the averaged
@@ -76,8 +75,10 @@ class Waiting:
     worker: asyncio.Future[Worker] = field(compare=False)
 
 
-class RolloutPool:
+class RolloutPool(ActorGroup):
     """``cluster.rollout.count`` workers, or up to ``max_count`` while the cluster has room."""
+
+    kind = "rollout"
 
     def __init__(
         self,
@@ -87,8 +88,7 @@ class RolloutPool:
         losses: Losses,
         worker_class: type = RolloutWorker,
     ) -> None:
-        self.spec, self._group, self._class = spec, group, worker_class
-        self._ledger, self._losses = ledger, losses
+        super().__init__(spec, group, ledger, losses, worker_class)
         self.up: dict[int, Worker] = {}  # by rank
         self._weights: dict[WeightsTicket, ObjectRef] = {}
         self._encoder: dict[str, int] = {}  # the rank that encoded a prompt
@@ -103,11 +103,11 @@ class RolloutPool:
 
     async def start(self) -> None:
         """Have ``count`` workers load the model; further ones join when they are up."""
-        kind = self.spec.cluster.rollout
-        needed = [self._begin(rank) for rank in range(kind.count)]
-        for rank in range(kind.count, kind.most):
+        count, most = self.actors.count, self.actors.most
+        needed = [self._begin(rank) for rank in range(count)]
+        for rank in range(count, most):
             self._begin(rank)
-        await within(self.spec.cluster.ready_timeout_s, "rollout workers", needed)
+        await self._ready("rollout workers", needed)
 
     def _begin(self, rank: int) -> asyncio.Task[None]:
         """Bring a worker up in the background."""
@@ -125,17 +125,13 @@ class RolloutPool:
         cluster = self.spec.cluster
         bundle = cluster.learner.count + rank if rank < cluster.rollout.count else None
         while rank not in self.up:
-            name = f"rollout-{rank}"
-            args = (self._class, cluster.rollout, self._group, bundle, name, self.spec, rank)
-            calls = Calls("rollout", name, cluster.hang_timeout_s, self._ledger)
-            worker = Worker(rank, await launch(*args), calls)
+            worker = Worker(rank, *await self._launch(rank, bundle))
             try:
                 await worker.actor.start.remote()
                 mine = [text for text, of in self._encoder.items() if of == rank]
                 await worker.actor.encode.remote(mine)
             except LOST as error:
-                ray.kill(worker.actor)
-                self._losses.add(name, error)
+                self._lost(worker.name, worker.actor, error)
             else:
                 self.up[rank] = worker
         del self._starting[rank]
@@ -149,8 +145,7 @@ class RolloutPool:
         if self.up.get(worker.rank) is not worker:
             return  # known already, from another of its calls
         del self.up[worker.rank]
-        ray.kill(worker.actor)
-        self._losses.add(worker.name, error)
+        self._lost(worker.name, worker.actor, error)
         self._ledger.set_count("rollout", len(self.up))
         self._begin(worker.rank)
         if not self.up:
@@ -183,8 +178,10 @@ class RolloutPool:
         cause = getattr(error, "cause", error)
         if isinstance(cause, RayActorError):
             lost = worker
-            if cause.actor_id not in (None, _id(worker)):
-                lost = next((w for w in self.up.values() if _id(w) == cause.actor_id), None)
+            if cause.actor_id not in (None, actor_id(worker.actor)):
+                lost = next(
+                    (w for w in self.up.values() if actor_id(w.actor) == cause.actor_id), None
+                )
             if lost:  # else it is being replaced already
                 self._lose(lost, cause)
         elif isinstance(error, HangError):
@@ -308,8 +305,3 @@ class RolloutPool:
     def _give_back(self, worker: Worker) -> None:
         worker.in_flight -= 1
         self._dispatch()
-
-
-def _id(worker: Worker) -> str:
-    actor_id: str = worker.actor._actor_id.hex()  # Ray has no public name for it
-    return actor_id

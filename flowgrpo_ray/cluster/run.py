@@ -7,24 +7,25 @@ import contextlib
 import errno
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowgrpo_ray.cluster.live import Display, Live
 from flowgrpo_ray.cluster.session import joined, ray_session
-from flowgrpo_ray.errors import RunFolderError
-from flowgrpo_ray.preflight import check_access, check_environments, check_run
-from flowgrpo_ray.prompts import prompts_digest
-from flowgrpo_ray.report import write_report
-from flowgrpo_ray.run_folder import RunFolder
-from flowgrpo_ray.spec import TrainingSpec
-from flowgrpo_ray.tracking import SUMMARY, RunRecorder, StartClock
+from flowgrpo_ray.common.errors import RunFolderError
+from flowgrpo_ray.estimate.preflight import check_access, check_environments, check_run
+from flowgrpo_ray.run.folder import RunFolder
+from flowgrpo_ray.run.tracking import SUMMARY, RunRecorder, StartClock
+from flowgrpo_ray.spec.prompts import Prompt, prompts_digest
+from flowgrpo_ray.spec.training import TrainingSpec
+from flowgrpo_ray.view.report import write_report
 
 if TYPE_CHECKING:
-    from flowgrpo_ray.checkpoint import Progress
-    from flowgrpo_ray.cluster.driver import Trainer
-    from flowgrpo_ray.watch import Divergence
+    from flowgrpo_ray.cluster.driver import Saved, Trainer
+    from flowgrpo_ray.run.checkpoint import Progress
+    from flowgrpo_ray.run.watch import Divergence
 
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # what a disk says that takes no more
@@ -58,48 +59,64 @@ def train(
     folder = RunFolder.claim(root, spec, resume=resume)
     with contextlib.ExitStack() as ending:
         ending.callback(folder.release)
-        display = live = ending.enter_context(Live(folder, spec, display))
-        saved = folder.latest() if resume else None
-        digest = prompts_digest([*prompts, *held_out])
-        if saved and saved[1].prompts_digest != digest:
-            raise RunFolderError(
-                f"{folder.path} was trained on other prompts: prompts.train or prompts.evaluate "
-                "has changed since. Restore the files, or choose another name (--set name=...)"
-            )
-        recorder = RunRecorder(folder.path, spec.tracking.tensorboard, spec.tracking.wandb)
-        (folder.path / SUMMARY).unlink(missing_ok=True)
-        recorder.rewind(saved[1].iteration if saved else None, spec.evaluation.every)
-        if saved:
-            display.note(f"resuming {folder.path} after iteration {saved[1].iteration}")
-        display.stage("starting Ray")
+        live = ending.enter_context(Live(folder, spec, display))
+        saved = _continued(folder, [*prompts, *held_out]) if resume else None
+        recorder = _recorder(folder, spec, saved, live)
+        live.stage("starting Ray")
         with ray_session(spec, folder.logs), contextlib.closing(recorder):
             clock.lap("ray")
-            from flowgrpo_ray.cluster import reward_deploy
             from flowgrpo_ray.cluster.driver import Trainer
 
-            trainer = Trainer(
-                spec, prompts, held_out, folder, recorder, display, clock, saved=saved
-            )
+            trainer = Trainer(spec, prompts, held_out, folder, recorder, live, clock, saved=saved)
             del saved  # so that the trainer can free it
-            trainer.watch.replay(recorder.metrics())
             live.follow(trainer)
-            try:
-                progress = asyncio.run(_until_stopped(trainer))
-            except OSError as error:
-                if error.errno not in DISK:
-                    raise
-                raise RunFolderError(
-                    f"{folder.path} cannot be written: {error}. The checkpoints in it are whole: "
-                    "free space on that disk and continue with --resume"
-                ) from error
-            finally:
-                if joined():  # a private cluster ends whole, and sooner
-                    reward_deploy.remove(trainer.crew.own_rewards)
-        stopped = progress.iteration < spec.iterations
+            progress = _run(trainer)
         summary = _summary(spec, progress, trainer.ratio_floor)
         recorder.write_summary(summary)
         write_report(folder.path)
-        return Outcome(folder.path, summary, stopped, trainer.diverged)
+        stopped = progress.iteration < spec.iterations
+        return Outcome(folder.path, summary, stopped, trainer.journal.diverged)
+
+
+def _continued(folder: RunFolder, prompts: Sequence[Prompt]) -> Saved | None:
+    """The checkpoint to go on from; ``RunFolderError`` if it is of other prompts."""
+    saved = folder.latest()
+    if saved and saved[1].prompts_digest != prompts_digest(prompts):
+        raise RunFolderError(
+            f"{folder.path} was trained on other prompts: prompts.train or prompts.evaluate "
+            "has changed since. Restore the files, or choose another name (--set name=...)"
+        )
+    return saved
+
+
+def _recorder(
+    folder: RunFolder, spec: TrainingSpec, saved: Saved | None, display: Display
+) -> RunRecorder:
+    """The run's rows, back where the checkpoint was saved."""
+    recorder = RunRecorder(folder.path, spec.tracking.tensorboard, spec.tracking.wandb)
+    (folder.path / SUMMARY).unlink(missing_ok=True)
+    recorder.rewind(saved[1].iteration if saved else None, spec.evaluation.every)
+    if saved:
+        display.note(f"resuming {folder.path} after iteration {saved[1].iteration}")
+    return recorder
+
+
+def _run(trainer: Trainer) -> Progress:
+    """Train; ``RunFolderError`` where the run folder's disk takes no more."""
+    from flowgrpo_ray.serving import deploy
+
+    try:
+        return asyncio.run(_until_stopped(trainer))
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        raise RunFolderError(
+            f"{trainer.folder.path} cannot be written: {error}. The checkpoints in it are whole: "
+            "free space on that disk and continue with --resume"
+        ) from error
+    finally:
+        if joined():  # a private cluster ends whole, and sooner
+            deploy.remove(trainer.crew.own_rewards)
 
 
 async def _until_stopped(trainer: Trainer) -> Progress:

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flowgrpo_ray.cluster.janitor import RAY, janitor, keep_logs
-from flowgrpo_ray.errors import ClusterError
-from flowgrpo_ray.spec import TrainingSpec, required_resources
+from flowgrpo_ray.common.errors import ClusterError, token_refused
+from flowgrpo_ray.spec.training import TrainingSpec, required_resources
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def _joined(spec: TrainingSpec) -> Iterator[None]:
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     except AuthenticationError as error:
-        raise ClusterError(refused(os.environ["RAY_ADDRESS"], error)) from error
+        raise token_refused(os.environ["RAY_ADDRESS"], error) from error
     except ConnectionError as error:
         raise ClusterError(
             f"RAY_ADDRESS = {os.environ['RAY_ADDRESS']!r}: no cluster answers there. Start one "
@@ -60,14 +60,6 @@ def _joined(spec: TrainingSpec) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def refused(address: str, error: Exception) -> str:
-    """What to tell a person whose token a cluster does not take."""
-    return (
-        f"the Ray cluster at {address!r} wants its token: put it in RAY_AUTH_TOKEN, or the path of "
-        f"its file in RAY_AUTH_TOKEN_PATH, with RAY_AUTH_MODE=token. Cause: {error}"
-    )
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from typing import Any
 
 import ray
 
-from flowgrpo_ray.bottleneck import KINDS, Adviser, Planner, Room, Stage, find_bottleneck
-from flowgrpo_ray.cluster.reward_client import RewardStats
 from flowgrpo_ray.cluster.session import joined
-from flowgrpo_ray.ledger import Account
-from flowgrpo_ray.spec import TrainingSpec
+from flowgrpo_ray.run.bottleneck import KINDS, Adviser, Planner, Room, Stage, find_bottleneck
+from flowgrpo_ray.run.ledger import Account
+from flowgrpo_ray.serving.client import RewardStats
+from flowgrpo_ray.spec.training import TrainingSpec
 
 
 class StageReader:

@@ -11,11 +11,11 @@ from ray.exceptions import ObjectLostError
 
 from flowgrpo_ray.cluster.actors import Losses
 from flowgrpo_ray.cluster.rollout_pool import Sampled
-from flowgrpo_ray.ledger import Ledger
-from flowgrpo_ray.metrics import Scores, Signal, UnitResult, count_groups, signals
-from flowgrpo_ray.prompts import Block, IterationPlan, Prompt, plan_refill
-from flowgrpo_ray.spec import TrainingSpec
-from flowgrpo_ray.types import WeightsTicket, WorkUnit
+from flowgrpo_ray.common.types import WeightsTicket, WorkUnit
+from flowgrpo_ray.run.ledger import Ledger
+from flowgrpo_ray.run.metrics import Scores, Signal, UnitResult, count_groups, signals
+from flowgrpo_ray.spec.prompts import Block, IterationPlan, Prompt, plan_refill
+from flowgrpo_ray.spec.training import TrainingSpec
 
 
 class Source(Protocol):
@@ -152,6 +152,12 @@ class Stream:
             UnitResult(unit, self._units[unit.index].result()[1], of_units[unit.index])
             for unit in units
         ]
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
 
     def cancel(self) -> None:
         """Drop what still runs; nothing does after an iteration that went well."""

@@ -13,20 +13,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray._private.worker import get_dashboard_url  # Ray has no public name for it
 from ray.exceptions import RayError
-from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 
-from flowgrpo_ray.cluster import metric_table as table
 from flowgrpo_ray.cluster.crew import Crew
-from flowgrpo_ray.cluster.exporter import Exporter
 from flowgrpo_ray.cluster.live import Display, last_checkpoint
-from flowgrpo_ray.cluster.metric_table import FROM_ROWS, OF_DRIVER, Metric, Tags
-from flowgrpo_ray.cluster.reward_client import Traffic
-from flowgrpo_ray.cluster.reward_types import app_name
-from flowgrpo_ray.run_folder import RunFolder
-from flowgrpo_ray.spec import TrainingSpec
+from flowgrpo_ray.run.folder import RunFolder
+from flowgrpo_ray.serving import metric_table as table
+from flowgrpo_ray.serving.client import Traffic
+from flowgrpo_ray.serving.exporter import Exporter
+from flowgrpo_ray.serving.metric_table import FROM_ROWS, OF_DRIVER, Metric, Tags
+from flowgrpo_ray.serving.ray_private import dashboard_address, serve_applications
+from flowgrpo_ray.serving.types import app_name
+from flowgrpo_ray.spec.training import TrainingSpec
 
 BEAT_S = 1.0  # Ray exports what was set since the last time, so gauges are set again and again
 SERVE_S = 5.0  # between two questions to Serve
@@ -191,8 +190,7 @@ class Telemetry:
 
 def _deployments(names: list[str]) -> dict[str, dict[str, Any]]:
     """State, running replicas and their target of each reward's deployment that Serve knows."""
-    client = _get_global_client()  # serve.status() does not tell the target
-    applications = client.get_serve_details()["applications"] if client else {}
+    applications = serve_applications()
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         application = applications.get(app_name(name), {"status": "UNKNOWN", "deployments": {}})
@@ -208,7 +206,7 @@ def _deployments(names: list[str]) -> dict[str, dict[str, Any]]:
 
 def _where() -> dict[str, Any]:
     """The cluster, and the job that this driver is, if it is one."""
-    dashboard = get_dashboard_url()
+    dashboard = dashboard_address()
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     return {
         "address": ray.get_runtime_context().gcs_address,

@@ -1,17 +1,24 @@
-"""Base models by family: one file each, and one line in ``flowgrpo_ray.families``."""
+"""Base models by family: one file each, and a line in ``spec/families.py``.
+
+``base`` says what a model must offer, ``pipeline`` what those of diffusers share; ``loading`` and
+``hub`` find weights, ``lora`` tunes them, ``encodings`` keeps what prompts became. The only wing,
+beside ``tiny``, that knows diffusers. This file and ``hub`` load without torch.
+"""
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING
 
-import torch
-
-from flowgrpo_ray.families import FAMILIES
-from flowgrpo_ray.policies.base import Policy
+from flowgrpo_ray.spec.families import FAMILIES
 
 if TYPE_CHECKING:
-    from flowgrpo_ray.spec import TrainingSpec
+    import torch
+
+    from flowgrpo_ray.policies.base import Policy
+    from flowgrpo_ray.spec.training import TrainingSpec
+
+__all__ = ["load_policy", "policy_class"]
 
 
 def policy_class(family: str) -> type[Policy]:
@@ -21,8 +28,8 @@ def policy_class(family: str) -> type[Policy]:
 
 
 def load_policy(
-    spec: TrainingSpec, device: torch.device, parts: frozenset[str] = Policy.PARTS
+    spec: TrainingSpec, device: torch.device, parts: frozenset[str] | None = None
 ) -> Policy:
-    """The spec's base model on ``device``, not yet tuned; only the ``parts`` named are loaded."""
+    """The spec's base model on ``device``, not yet tuned; all its parts, or those named."""
     cls = policy_class(spec.model.family)
-    return cls(spec.model, spec.tuning, spec.sampling.guidance, device, parts)
+    return cls(spec.model, spec.tuning, spec.sampling.guidance, device, parts or cls.PARTS)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowgrpo_ray.errors import SpecError
+from flowgrpo_ray.common.errors import SpecError
+from flowgrpo_ray.common.types import Condition, Images
 from flowgrpo_ray.policies.bagel_weights import (
     CHANNELS,
     CONFIG,
@@ -22,7 +23,6 @@ from flowgrpo_ray.policies.bagel_weights import (
     PATCH,
     PROMPT_MARKS,
     load_autoencoder,
-    load_network,
     load_tokenizer,
     make_autoencoder,
     save_model,
@@ -30,7 +30,6 @@ from flowgrpo_ray.policies.bagel_weights import (
 from flowgrpo_ray.policies.base import Configs, Policy, as_array, pad
 from flowgrpo_ray.policies.lora import lora_config, lora_state, merge_lora
 from flowgrpo_ray.policies.pipeline import decode
-from flowgrpo_ray.types import Condition, Images
 
 SHIFT = 3.0  # of the noise levels
 PIXELS = 16  # side of a latent patch
@@ -54,6 +53,8 @@ class BagelPolicy(Policy):
 
     def load_network(self, dtype: torch.dtype) -> nn.Module:
         """In ``dtype`` what full tuning trains; the rest, never trained, in the model's own."""
+        from flowgrpo_ray.policies.bagel_network import load_network
+
         return load_network(self.model, lambda name: dtype if generates(name) else self.dtype)
 
     def load_encoder(self) -> None:

@@ -11,9 +11,11 @@ of ``h`` features. transformers is imported with this module, so import it late.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
+from accelerate import init_empty_weights
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -27,7 +29,20 @@ from transformers.models.qwen2.modeling_qwen2 import (
     repeat_kv,
 )
 
-from flowgrpo_ray.policies.bagel_weights import GRID, PATCH_VALUES
+from flowgrpo_ray.policies.bagel_weights import (
+    CONFIG,
+    GRID,
+    IMAGE_MARKS,
+    NETWORK,
+    PATCH_VALUES,
+    check_network,
+    load_tokenizer,
+    opened,
+)
+from flowgrpo_ray.policies.hub import model_file, unavailable
+
+if TYPE_CHECKING:
+    from flowgrpo_ray.spec.sections import ModelSpec
 
 EXPERTS = ("", "_moe_gen")  # suffixes of the names: understanding, generation
 TIME_FEATURES = 256
@@ -226,3 +241,20 @@ class BagelNetwork(nn.Module):
         decoder = self.language_model["model"]
         assert isinstance(decoder, BagelDecoder)
         return decoder
+
+
+def load_network(model: ModelSpec, dtype_of: Callable[[str], torch.dtype]) -> BagelNetwork:
+    """The network on the CPU, frozen, each parameter in the dtype ``dtype_of(name)``."""
+    tokenizer = load_tokenizer(model)
+    try:
+        config = Qwen2Config.from_json_file(model_file(model, CONFIG))
+    except (OSError, ValueError) as error:
+        raise unavailable(model, f"{CONFIG} of it is no Qwen2 config", error) from error
+    start, end = tokenizer.convert_tokens_to_ids(list(IMAGE_MARKS))
+    with init_empty_weights():
+        network = BagelNetwork(config, (start, end))
+    with opened(model, NETWORK) as file:
+        check_network(model, {n: tuple(p.shape) for n, p in network.named_parameters()}, file)
+        tensors = {n: file.get_tensor(n).to(dtype_of(n)) for n, _ in network.named_parameters()}
+    network.load_state_dict(tensors, assign=True)
+    return network.requires_grad_(False)

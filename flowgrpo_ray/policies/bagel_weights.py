@@ -7,7 +7,7 @@ this package has no use for (understanding images, text as output) is passed on 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from flowgrpo_ray.errors import ModelError
-from flowgrpo_ray.hub import model_file, unavailable
+from flowgrpo_ray.common.errors import ModelError
+from flowgrpo_ray.policies.hub import model_file, unavailable
 
 if TYPE_CHECKING:
-    from flowgrpo_ray.policies.bagel_network import BagelNetwork
-    from flowgrpo_ray.spec_sections import ModelSpec
+    from flowgrpo_ray.spec.sections import ModelSpec
 
 NETWORK, AUTOENCODER, CONFIG = "ema.safetensors", "ae.safetensors", "llm_config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
@@ -38,13 +37,17 @@ LATENT_SCALE, LATENT_SHIFT = 0.3611, 0.1159
 
 
 @contextmanager
-def _opened(model: ModelSpec, name: str) -> Iterator[Any]:
+def opened(model: ModelSpec, name: str) -> Iterator[Any]:
     """A safetensors file, whose tensors are read one by one."""
     try:
         with safe_open(model_file(model, name), framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
         raise unavailable(model, f"{name} of it cannot be read", error) from error
+
+
+def _all_tensors(file: Any) -> dict[str, Tensor]:
+    return {name: file.get_tensor(name) for name in file.offset_keys()}
 
 
 def load_tokenizer(model: ModelSpec) -> Any:
@@ -65,29 +68,7 @@ def load_tokenizer(model: ModelSpec) -> Any:
     return tokenizer
 
 
-def load_network(model: ModelSpec, dtype_of: Callable[[str], torch.dtype]) -> BagelNetwork:
-    """The network on the CPU, frozen, each parameter in the dtype ``dtype_of(name)``."""
-    from accelerate import init_empty_weights
-    from transformers import Qwen2Config
-
-    from flowgrpo_ray.policies.bagel_network import BagelNetwork
-
-    tokenizer = load_tokenizer(model)
-    try:
-        config = Qwen2Config.from_json_file(model_file(model, CONFIG))
-    except (OSError, ValueError) as error:
-        raise unavailable(model, f"{CONFIG} of it is no Qwen2 config", error) from error
-    start, end = tokenizer.convert_tokens_to_ids(list(IMAGE_MARKS))
-    with init_empty_weights():
-        network = BagelNetwork(config, (start, end))
-    with _opened(model, NETWORK) as file:
-        _check(model, {n: tuple(p.shape) for n, p in network.named_parameters()}, file)
-        tensors = {n: file.get_tensor(n).to(dtype_of(n)) for n, _ in network.named_parameters()}
-    network.load_state_dict(tensors, assign=True)
-    return network.requires_grad_(False)
-
-
-def _check(model: ModelSpec, wanted: Mapping[str, tuple[int, ...]], file: Any) -> None:
+def check_network(model: ModelSpec, wanted: Mapping[str, tuple[int, ...]], file: Any) -> None:
     """``ModelError`` unless the file has the tensors that ``llm_config.json`` describes."""
     found = {n: tuple(file.get_slice(n).get_shape()) for n in file.offset_keys()}
     wrong = [
@@ -127,8 +108,8 @@ def load_autoencoder(model: ModelSpec, dtype: torch.dtype) -> Any:
     """The autoencoder with the weights of ``ae.safetensors``, which has FLUX's original names."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    with _opened(model, AUTOENCODER) as file:
-        tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
+    with opened(model, AUTOENCODER) as file:
+        tensors = _all_tensors(file)
     try:
         first = [tensors[f"encoder.down.{level}.block.0.conv1.weight"] for level in range(4)]
         vae = make_autoencoder(dtype, [len(weight) for weight in first])
@@ -145,7 +126,7 @@ def save_model(model: ModelSpec, trained: Mapping[str, Tensor], folder: Path) ->
     folder.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
         shutil.copyfile(model_file(model, name), folder / name)
-    with _opened(model, NETWORK) as file:
-        tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
+    with opened(model, NETWORK) as file:
+        tensors = _all_tensors(file)
         metadata = file.metadata()
     save_file({**tensors, **trained}, folder / NETWORK, metadata=metadata)

@@ -22,13 +22,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flowgrpo_ray.errors import ModelError
+from flowgrpo_ray.common.errors import ModelError
+from flowgrpo_ray.common.types import Condition, Images
 from flowgrpo_ray.policies.lora import add_lora, merge_file, start_lora, switch
 from flowgrpo_ray.policies.lora_file import read_lora
-from flowgrpo_ray.types import Condition, Images
 
 if TYPE_CHECKING:
-    from flowgrpo_ray.spec_sections import ModelSpec, Tuning
+    from flowgrpo_ray.spec.sections import ModelSpec, Tuning
 
 Configs = Mapping[str, Any]  # parsed config files of a model, by their path in its folder
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from flowgrpo_ray.errors import ModelError
-from flowgrpo_ray.hub import identity
-from flowgrpo_ray.types import Condition
+from flowgrpo_ray.common.errors import ModelError
+from flowgrpo_ray.common.types import Condition
+from flowgrpo_ray.policies.hub import identity
 
 if TYPE_CHECKING:
     from flowgrpo_ray.policies.base import Policy

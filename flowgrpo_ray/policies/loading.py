@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from flowgrpo_ray.errors import ModelError
-from flowgrpo_ray.hub import model_file, unavailable
-from flowgrpo_ray.strict_json import parse
+from flowgrpo_ray.common.errors import ModelError
+from flowgrpo_ray.common.strict_json import parse
+from flowgrpo_ray.policies.hub import model_file, unavailable
 
 if TYPE_CHECKING:
-    from flowgrpo_ray.spec_sections import ModelSpec
+    from flowgrpo_ray.spec.sections import ModelSpec
 
 INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flowgrpo_ray.errors import ModelError, SpecError
+from flowgrpo_ray.common.errors import ModelError, SpecError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
     from flowgrpo_ray.policies.lora_file import LoraFile
-    from flowgrpo_ray.spec_sections import LoraTuning
+    from flowgrpo_ray.spec.sections import LoraTuning
 
 ADAPTER = "default"  # the trained ones
 START = "start"  # what they started from, frozen: the KL reference of a run that starts from a LoRA

@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flowgrpo_ray.errors import ModelError
-from flowgrpo_ray.paths import local_path
-from flowgrpo_ray.strict_json import parse
+from flowgrpo_ray.common.errors import ModelError
+from flowgrpo_ray.common.paths import local_path
+from flowgrpo_ray.common.strict_json import parse
 
 if TYPE_CHECKING:
-    from flowgrpo_ray.spec_sections import ModelSpec
+    from flowgrpo_ray.spec.sections import ModelSpec
 
 PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PREFIX = (
     "adapter_config.json",

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowgrpo_ray.errors import SpecError
+from flowgrpo_ray.common.errors import SpecError
+from flowgrpo_ray.common.types import Images
 from flowgrpo_ray.policies.base import Configs, Policy
 from flowgrpo_ray.policies.loading import from_pretrained
 from flowgrpo_ray.policies.lora import lora_config, lora_state, merge_lora
-from flowgrpo_ray.types import Images
 
 TIMESTEPS = 1000  # the networks were trained on timestep = 1000 sigma
 JOINT_ATTENTION = (  # projections of image and text, as diffusers' joint attention blocks name them

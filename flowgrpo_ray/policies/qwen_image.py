@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowgrpo_ray.common.types import Condition, Images
 from flowgrpo_ray.policies.base import Configs, as_array, pad
 from flowgrpo_ray.policies.pipeline import JOINT_ATTENTION, PackedPolicy, as_images
-from flowgrpo_ray.types import Condition, Images
 
 NEGATIVE_TOKENS = 6  # of the negative prompt's encoding, with the end of the template
 NEGATIVE_PROMPT = " "  # what the model's authors guide away from

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgrpo_ray.errors import SpecError
+from flowgrpo_ray.common.errors import SpecError
+from flowgrpo_ray.common.types import Condition
 from flowgrpo_ray.policies.base import Configs, as_array
 from flowgrpo_ray.policies.pipeline import JOINT_ATTENTION, TIMESTEPS, PipelinePolicy
-from flowgrpo_ray.types import Condition
 
 
 class SD3Policy(PipelinePolicy):

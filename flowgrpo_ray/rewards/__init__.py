@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from flowgrpo_ray.errors import SpecError
+from flowgrpo_ray.common.errors import SpecError
 
 BUILTIN: dict[str, str] = {
     "ocr": "flowgrpo_ray.rewards.ocr:OcrReward",

@@ -1,18 +1,21 @@
-"""A CLIP model of transformers as a reward uses it: unit vectors of images and of texts."""
+"""A CLIP model of transformers as rewards use it: how near is an image to its text?"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from flowgrpo_ray.rewards.colours import colour_rankings
+from flowgrpo_ray.rewards.golden import Rankings
 from flowgrpo_ray.rewards.loading import (
     Source,
     check_dtype_and_batch,
     check_tokenizer,
     load,
     load_model,
+    pick_device,
 )
 
 if TYPE_CHECKING:
@@ -99,3 +102,31 @@ class ClipEncoder:
             vectors = torch.cat(parts)
             # Not normalize(): it would make a zero of a vector without direction, this a NaN.
             return vectors / vectors.norm(dim=-1, keepdim=True)
+
+
+class PromptMatch:
+    """A reward that scores each image against its own prompt by the logit of a CLIP.
+
+    A class below it has the options, what they are by default, and the scale.
+    """
+
+    SCALE: ClassVar[float]  # the logit is divided by it
+
+    def __init__(
+        self, model: Source, processor: Source, device: str | None, dtype: str, batch: int
+    ) -> None:
+        place = pick_device(device)
+        self._clip = ClipEncoder(model, processor, device=place, dtype=dtype, batch=batch)
+
+    def __call__(
+        self,
+        images: np.ndarray,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]],
+    ) -> np.ndarray:
+        """Scores, float32 [b], of `images`, uint8 [b, H, W, 3]; NaN: the model gave no numbers."""
+        return self._clip.logits(images, prompts) / np.float32(self.SCALE)
+
+    def golden(self) -> Rankings:
+        """Flat colours, each above another one for its own name."""
+        return colour_rankings()

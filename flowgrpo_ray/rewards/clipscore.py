@@ -8,20 +8,10 @@ The logit of CLIP ViT-L/14, on the scale of Flow-GRPO's public code. (The CLIPSc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
-
-from flowgrpo_ray.rewards.clip import ClipEncoder
-from flowgrpo_ray.rewards.colours import colour_rankings
-from flowgrpo_ray.rewards.golden import Rankings
-from flowgrpo_ray.rewards.loading import pick_device
-
-SCALE = 30.0
+from flowgrpo_ray.rewards.clip import PromptMatch
 
 
-class ClipScoreReward:
+class ClipScoreReward(PromptMatch):
     """Scores each image against its own prompt.
 
     Flow-GRPO's code resizes images as float tensors, this one with Pillow, as CLIP was trained:
@@ -34,6 +24,8 @@ class ClipScoreReward:
     batch: images that go through the model at once.
     """
 
+    SCALE = 30.0
+
     def __init__(
         self,
         path: str = "openai/clip-vit-large-patch14",
@@ -43,19 +35,4 @@ class ClipScoreReward:
         batch: int = 32,
     ) -> None:
         source = ("path", path, revision)
-        self._clip = ClipEncoder(
-            source, source, device=pick_device(device), dtype=dtype, batch=batch
-        )
-
-    def __call__(
-        self,
-        images: np.ndarray,
-        prompts: Sequence[str],
-        metadata: Sequence[Mapping[str, Any]],
-    ) -> np.ndarray:
-        """Scores, float32 [b], of `images`, uint8 [b, H, W, 3]; NaN: the model gave no numbers."""
-        return self._clip.logits(images, prompts) / np.float32(SCALE)
-
-    def golden(self) -> Rankings:
-        """Flat colours, each above another one for its own name."""
-        return colour_rankings()
+        super().__init__(source, source, device, dtype, batch)

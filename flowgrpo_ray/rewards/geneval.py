@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowgrpo_ray.errors import ModelError
+from flowgrpo_ray.common.errors import ModelError
+from flowgrpo_ray.rewards.bounds import check_counts
 from flowgrpo_ray.rewards.clip import ClipEncoder
 from flowgrpo_ray.rewards.geneval_rules import (
     CLASSES,
@@ -103,9 +104,7 @@ class GenevalReward:
     ) -> None:
         if graded and not strict:
             raise ValueError("strict: false is a rule of its own, it needs graded: false")
-        for name, value in (("max_objects", max_objects), ("batch", batch)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_counts(max_objects=max_objects, batch=batch)
         parts = {"threshold": threshold, "counting_threshold": counting_threshold}
         parts |= {"max_overlap": max_overlap, "position_threshold": position_threshold}
         for name, value in parts.items():

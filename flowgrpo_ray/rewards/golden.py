@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from flowgrpo_ray.errors import RewardError
+from flowgrpo_ray.common.errors import RewardError
 
 
 @dataclass(frozen=True, eq=False)

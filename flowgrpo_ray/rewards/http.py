@@ -2,7 +2,7 @@
 
     POST {url}/score, files `images`, JSON `prompts` and `metadata` -> {"scores": [number or null]}
 
-The schema is that of `cluster.reward_http`. `answer` holds the retries; the judge of
+The schema is that of `serving.http`. `answer` holds the retries; the judge of
 `unified_reward` asks through it as well.
 """
 
@@ -20,8 +20,9 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from flowgrpo_ray.errors import RewardError
-from flowgrpo_ray.strict_json import parse
+from flowgrpo_ray.common.errors import RewardError
+from flowgrpo_ray.common.strict_json import parse
+from flowgrpo_ray.rewards.bounds import check_counts, check_seconds
 
 BACKOFF_S = 0.5
 """Wait before the first retry; each further one waits twice as long."""
@@ -183,13 +184,10 @@ def png(image: Image.Image) -> bytes:
 
 def check_bounds(*, timeout_s: float, retries: int, **counts: int) -> None:
     """ValueError for an option that is too small."""
-    if not timeout_s > 0:
-        raise ValueError(f"timeout_s must be above 0, got {timeout_s}")
+    check_seconds(timeout_s=timeout_s)
     if retries < 0:
         raise ValueError(f"retries must be at least 0, got {retries}")
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+    check_counts(**counts)
 
 
 def check_lengths(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowgrpo_ray.errors import ModelError
+from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.rewards.aesthetic import score_head
 from flowgrpo_ray.rewards.colours import colour_rankings
 from flowgrpo_ray.rewards.golden import Rankings

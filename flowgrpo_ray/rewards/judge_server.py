@@ -1,6 +1,6 @@
 """A server process for a vision-language judge: started, watched, and ended with its owner.
 
-It listens on a free port of the loopback interface and answers the OpenAI chat API. The process is
+It listens on a port of the loopback interface and answers the OpenAI chat API. The process is
 another one than the reward's because sglang needs an environment of its own.
 """
 
@@ -10,7 +10,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,9 +22,11 @@ from pathlib import Path
 
 import httpx
 
-from flowgrpo_ray.environments import environments_folder, python_of
-from flowgrpo_ray.errors import RewardError
+from flowgrpo_ray.common.errors import RewardError
+from flowgrpo_ray.common.ports import reserve_port
 from flowgrpo_ray.rewards import with_owner
+from flowgrpo_ray.rewards.bounds import check_seconds
+from flowgrpo_ray.rewards.environments import environments_folder, python_of
 
 LOG_LINES, LOG_BYTES = 5, 8192  # that an error shows
 logger = logging.getLogger(__name__)
@@ -101,9 +102,7 @@ class JudgeServer:
         if server not in COMMANDS:
             raise ValueError(f"unknown server {server!r}; known: {', '.join(COMMANDS)}")
         times = {"start_timeout_s": start_timeout_s, "health_timeout_s": health_timeout_s}
-        for name, seconds in (times | {"window_s": window_s}).items():
-            if not seconds > 0:
-                raise ValueError(f"{name} must be above 0, got {seconds}")
+        check_seconds(**times, window_s=window_s)
         self.model, self.api_key = model, secrets.token_urlsafe(32)
         self._command, self._arguments = COMMANDS[server], list(arguments)
         if any(argument.startswith("--trust") for argument in self._arguments):
@@ -161,8 +160,11 @@ class JudgeServer:
         self._client.close()
 
     def _start(self) -> None:
+        with reserve_port() as reserved:  # until the server listens there itself
+            self._start_at(reserved.getsockname()[1])
+
+    def _start_at(self, port: int) -> None:
         """Starts the process and waits until it is healthy."""
-        port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         launch = Launch(self._python, self.model, port, self.api_key, self._chat_template)
         command = [*self._command(launch), *self._arguments]
@@ -216,12 +218,6 @@ class JudgeServer:
 def _ended(process: subprocess.Popen[bytes]) -> bool:
     """Whether it has ended. It is left unreaped, so that its group can still be killed safely."""
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _python_for(server: str) -> str:

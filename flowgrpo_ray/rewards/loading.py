@@ -8,8 +8,9 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from flowgrpo_ray.errors import ModelError
-from flowgrpo_ray.paths import expand
+from flowgrpo_ray.common.errors import ModelError
+from flowgrpo_ray.common.paths import expand
+from flowgrpo_ray.rewards.bounds import check_counts
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +30,7 @@ def check_dtype_and_batch(dtype: str, batch: int) -> None:
     """ValueError for options that no model could run with."""
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
+    check_counts(batch=batch)
 
 
 def pick_device(device: str | None) -> torch.device:

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from flowgrpo_ray.rewards.bounds import check_counts
 from flowgrpo_ray.rewards.golden import Golden, Rankings
 from flowgrpo_ray.rewards.paddle_reader import paddleocr_reader
+from flowgrpo_ray.rewards.signs import render_plain
 from flowgrpo_ray.rewards.text_readers import ReaderOptions, rapidocr_reader
-from flowgrpo_ray.signs import render_plain
 
 ENGINES = {"rapidocr": rapidocr_reader, "paddleocr": paddleocr_reader}
 QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
@@ -52,9 +53,7 @@ class OcrReward:
     ) -> None:
         if engine not in ENGINES:
             raise ValueError(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}")
-        for name, value in (("rec_width", rec_width), ("threads", threads), ("batch", batch)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_counts(rec_width=rec_width, threads=threads, batch=batch)
         options = ReaderOptions(detect, rec_width, threads, batch, det_model, rec_model)
         self._reader = ENGINES[engine](options)
 

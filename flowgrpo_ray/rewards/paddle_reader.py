@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from flowgrpo_ray.errors import ModelError, RewardEnvironmentError
-from flowgrpo_ray.paths import expand
+from flowgrpo_ray.common.errors import ModelError, RewardEnvironmentError
+from flowgrpo_ray.common.paths import expand
 from flowgrpo_ray.rewards.text_readers import (
     MIN_CONFIDENCE,
     ReaderOptions,

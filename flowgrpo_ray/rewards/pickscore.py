@@ -8,20 +8,10 @@ images; the division by 26 is the scale on which Flow-GRPO trains.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
-
-from flowgrpo_ray.rewards.clip import ClipEncoder
-from flowgrpo_ray.rewards.colours import colour_rankings
-from flowgrpo_ray.rewards.golden import Rankings
-from flowgrpo_ray.rewards.loading import pick_device
-
-SCALE = 26.0
+from flowgrpo_ray.rewards.clip import PromptMatch
 
 
-class PickScoreReward:
+class PickScoreReward(PromptMatch):
     """Scores each image against its own prompt.
 
     path: the PickScore weights, a local folder or a hub id.
@@ -32,6 +22,8 @@ class PickScoreReward:
     batch: images that go through the model at once.
     """
 
+    SCALE = 26.0
+
     def __init__(
         self,
         path: str = "yuvalkirstain/PickScore_v1",
@@ -41,23 +33,6 @@ class PickScoreReward:
         dtype: str = "float32",
         batch: int = 32,
     ) -> None:
-        self._clip = ClipEncoder(
-            ("path", path, revision),
-            ("processor", processor, None),
-            device=pick_device(device),
-            dtype=dtype,
-            batch=batch,
+        super().__init__(
+            ("path", path, revision), ("processor", processor, None), device, dtype, batch
         )
-
-    def __call__(
-        self,
-        images: np.ndarray,
-        prompts: Sequence[str],
-        metadata: Sequence[Mapping[str, Any]],
-    ) -> np.ndarray:
-        """Scores, float32 [b], of `images`, uint8 [b, H, W, 3]; NaN: the model gave no numbers."""
-        return self._clip.logits(images, prompts) / np.float32(SCALE)
-
-    def golden(self) -> Rankings:
-        """Flat colours, each above another one for its own name."""
-        return colour_rankings()

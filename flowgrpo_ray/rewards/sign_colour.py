@@ -14,7 +14,7 @@ import numpy as np
 
 from flowgrpo_ray.rewards.golden import Golden, Rankings
 from flowgrpo_ray.rewards.ocr import QUOTED
-from flowgrpo_ray.signs import COLOURS
+from flowgrpo_ray.rewards.signs import COLOURS
 
 
 class SignColourReward:

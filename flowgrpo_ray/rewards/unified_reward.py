@@ -21,7 +21,8 @@ import httpx
 import numpy as np
 from PIL import Image, ImageDraw
 
-from flowgrpo_ray.errors import RewardError
+from flowgrpo_ray.common.errors import RewardError
+from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.rewards.golden import Golden, Rankings, noise_picture
 from flowgrpo_ray.rewards.http import (
     answer,
@@ -33,7 +34,6 @@ from flowgrpo_ray.rewards.http import (
     post,
 )
 from flowgrpo_ray.rewards.judge_server import JudgeServer
-from flowgrpo_ray.strict_json import parse
 
 BEST = 5
 GOLDEN_PROMPT = "a large red circle in the middle of a white background"

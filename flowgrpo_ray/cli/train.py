@@ -1,0 +1,136 @@
+"""`flowgrpo-ray train`: a run, and the verdict on a validation run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from flowgrpo_ray.cli.options import RunsOption, SetOption, SpecArgument
+from flowgrpo_ray.common.errors import SpecError
+from flowgrpo_ray.common.paths import in_job, runs_root
+from flowgrpo_ray.spec.file import load_spec
+from flowgrpo_ray.spec.training import TrainingSpec
+
+if TYPE_CHECKING:
+    from flowgrpo_ray.cluster.run import Outcome
+
+STARTED = time.perf_counter()
+
+console = Console()
+
+
+def train(
+    spec: SpecArgument,
+    overrides: SetOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="continue the run of this name from its checkpoint")
+    ] = False,
+    runs: RunsOption = None,
+    validate: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="run N iterations without KL in a folder of their own, judge"
+        ),
+    ] = None,
+) -> None:
+    """Train a model: joins the Ray cluster of RAY_ADDRESS, or starts one on this machine.
+
+    Ctrl-C finishes the iteration and saves; Ctrl-C again stops at once. Continue with --resume.
+    """
+    from flowgrpo_ray.cluster.run import train as run_training
+    from flowgrpo_ray.run.tracking import TIMINGS, read_rows
+    from flowgrpo_ray.view.console import RunDisplay, ledger_table, summary_table
+
+    resolved = load_spec(spec, overrides or [])
+    runs = runs_root(runs)
+    if in_job():
+        console.print(f"run folder: {runs / resolved.name}", soft_wrap=True, highlight=False)
+    if validate is not None:
+        resolved = _validation_run(resolved, validate, runs, resume)
+    try:
+        with RunDisplay(resolved, console) as display:
+            outcome = run_training(resolved, runs, resume=resume, display=display, started=STARTED)
+    except KeyboardInterrupt:
+        console.print("interrupted; continue from the last checkpoint with --resume")
+        raise typer.Exit(130) from None
+    if outcome.stopped:
+        _say_how_to_continue(spec, overrides, runs, resolved, outcome)
+        return
+    if validate is not None:
+        raise typer.Exit(_judge(resolved, outcome))
+    console.print()
+    console.print(summary_table(outcome.summary))
+    if (ledger := ledger_table(read_rows(outcome.folder / TIMINGS))) is not None:
+        console.print(ledger)
+    done, images = outcome.summary["iterations"], outcome.summary["images"]
+    seconds = outcome.summary["seconds"]
+    console.print(f"{done} iterations, {images:,} images, {seconds:.0f} s from the command to here")
+    console.print(f"report: {outcome.folder / 'report.html'}", soft_wrap=True)
+    console.print(
+        f"next:   flowgrpo-ray sample {outcome.folder} 'blue sign \"246\"' 'pink sign \"582\"'"
+        if resolved.model.path == "builtin:tiny-sd3"
+        else f"next:   flowgrpo-ray export {outcome.folder} --out {resolved.name}-export",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _say_how_to_continue(
+    spec: str, overrides: list[str] | None, runs: Path, resolved: TrainingSpec, outcome: Outcome
+) -> None:
+    """What is kept of a run that was stopped, and the command that goes on with it."""
+    again = f"flowgrpo-ray train {spec}{_as_options(overrides)} --runs {runs} --resume"
+    if in_job():
+        again = "the same submission (a plain ray job submit wants --resume with train)"
+    if outcome.diverged:
+        again += " --set watch.action=report"
+        console.print(f"stopped by the watch: {outcome.diverged.says}", highlight=False)
+        if outcome.diverged.before is not None:
+            export = f"flowgrpo-ray export {outcome.folder} --out {resolved.name}-export"
+            console.print("the model from before is written with", highlight=False)
+            console.print(
+                f"  {export} --iteration {outcome.diverged.before}",
+                soft_wrap=True,
+                highlight=False,
+            )
+    done = outcome.summary["iterations"]
+    saved = f"stopped after iteration {done}, saved" if done else "stopped before iteration 1"
+    console.print(f"{saved}; continue with\n  {again}", soft_wrap=True, highlight=False)
+
+
+def _validation_run(spec: TrainingSpec, iterations: int, runs: Path, resume: bool) -> TrainingSpec:
+    """The spec of a validation run, under a name that is free."""
+    from flowgrpo_ray.run.validation import validation_spec
+
+    if resume:
+        raise SpecError("--validate begins anew; leave out --resume")
+    wanted = validation_spec(spec, iterations)
+    names = (wanted.name if n == 1 else f"{wanted.name}-{n}" for n in itertools.count(1))
+    free = next(name for name in names if not (runs / name).exists())
+    return wanted.model_copy(update={"name": free})
+
+
+def _judge(spec: TrainingSpec, outcome: Outcome) -> int:
+    """Print and keep the verdict of a validation run; the exit status."""
+    from flowgrpo_ray.run.tracking import METRICS, read_rows
+    from flowgrpo_ray.run.validation import verdict
+    from flowgrpo_ray.view.console import verdict_table
+
+    rows = read_rows(outcome.folder / METRICS)
+    found = verdict(spec, rows, outcome.summary["ratio_floor"])
+    file = outcome.folder / "validation.json"
+    file.write_text(json.dumps(found.as_json(), indent=2) + "\n", encoding="utf-8")
+    console.print(verdict_table(found))
+    console.print(f"kept in {file}; curves: {outcome.folder / 'report.html'}", soft_wrap=True)
+    return 0 if found.ok else 1
+
+
+def _as_options(overrides: list[str] | None) -> str:
+    return "".join(f" --set {shlex.quote(override)}" for override in overrides or [])

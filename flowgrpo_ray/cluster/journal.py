@@ -1,0 +1,224 @@
+"""What is written, counted and shown of a run while it trains.
+
+The loop hands over each finished iteration and evaluation; from them come the rows of
+metrics.jsonl and timings.jsonl, the watch's alarms, the ledger's advice, the progress that a
+checkpoint keeps, and what the person at the console reads. Only ``progress`` and ``complete`` go
+back to the loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from flowgrpo_ray.cluster.crew import Crew
+from flowgrpo_ray.cluster.live import Display
+from flowgrpo_ray.cluster.stages import StageReader
+from flowgrpo_ray.cluster.stream import Stream
+from flowgrpo_ray.common.errors import RewardError
+from flowgrpo_ray.common.types import MicrobatchStats, StepStats, WeightsTicket
+from flowgrpo_ray.run.checkpoint import Progress, checkpoint_iteration, newest_checkpoint
+from flowgrpo_ray.run.folder import RunFolder
+from flowgrpo_ray.run.metrics import Scores, mean_and_std, train_row, unscored
+from flowgrpo_ray.run.tracking import RunRecorder, StartClock, save_samples
+from flowgrpo_ray.run.watch import Divergence, Watch, describe
+from flowgrpo_ray.spec.prompts import Prompt
+from flowgrpo_ray.spec.training import TrainingSpec
+
+
+@dataclass(frozen=True)
+class Iterated:
+    """A finished iteration: the weights it published, its units, and each update's statistics."""
+
+    iteration: int
+    ticket: WeightsTicket
+    stream: Stream
+    updates: Sequence[tuple[list[MicrobatchStats], StepStats]]
+
+
+class Journal:
+    """Of one run; ``digest`` is that of its prompts, ``resumed`` the progress that it continues."""
+
+    def __init__(
+        self,
+        spec: TrainingSpec,
+        digest: str,
+        folder: RunFolder,
+        recorder: RunRecorder,
+        display: Display,
+        clock: StartClock,
+        crew: Crew,
+        resumed: Progress | None,
+    ) -> None:
+        self._spec, self._folder, self._recorder = spec, folder, recorder
+        self._display, self._clock, self._crew = display, clock, crew
+        self._begun = Progress(
+            iteration=0,
+            images=0,
+            seconds=0.0,
+            failed_groups=0,
+            spec_identity=spec.identity(),
+            prompts_digest=digest,
+        )
+        self.progress = resumed or self._begun
+        self._earlier_seconds = self.progress.seconds  # of the attempts that this one continues
+        self.watch = self._watch_again()
+        self.diverged: Divergence | None = None  # why the watch ended the run
+        self._stages = StageReader(spec)
+        self._starting = True
+        self._furthest = 0  # iteration
+        self._began = 0.0  # the iteration or evaluation at hand
+
+    # --- where the run stands
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last iteration is done, or the watch ended the run."""
+        return self.progress.iteration >= self._spec.iterations or self.diverged is not None
+
+    def started(self, phase: str) -> None:
+        """A phase of the start is over."""
+        self._clock.lap(phase)
+
+    def begin(self) -> None:
+        """The first iteration is next; a run that went back was started before."""
+        if self._starting:
+            self._recorder.log_timing(self._clock.row())
+        self._starting = False
+
+    def go_back(self, progress: Progress | None) -> None:
+        """Forget what came after a checkpoint, or after the start."""
+        self.progress = progress or self._begun
+        at = progress.iteration if progress else None
+        self._recorder.rewind(at, self._spec.evaluation.every)
+        self.watch, self.diverged = self._watch_again(), None
+        done = self.progress.iteration
+        self._display.note(f"going on after iteration {done}, the last saved one")
+
+    def now(self) -> Progress:
+        """The progress, with the seconds that it took, all attempts together."""
+        seconds = self._earlier_seconds + self._clock.elapsed()
+        self.progress = replace(self.progress, seconds=seconds)
+        return self.progress
+
+    def _watch_again(self) -> Watch:
+        """A watch that has seen the rows that there are."""
+        watch = Watch(self._spec)
+        watch.replay(self._recorder.metrics())
+        return watch
+
+    # --- iterations
+
+    def begin_iteration(self) -> None:
+        self._display.stage("sampling, scoring, training")
+        self._began = time.perf_counter()
+        self._crew.rewards.take_stats()  # of an evaluation before it
+        self._crew.ledger.begin()
+
+    def iterated(self, done: Iterated) -> None:
+        """An iteration has ended; ``RewardError`` if too many groups could not be scored."""
+        seconds, accounts = time.perf_counter() - self._began, self._crew.ledger.cut()
+        results, stream = done.stream.results, done.stream
+        row = train_row(self._spec, stream.plan, done.ticket, stream.ticket, results, done.updates)
+        self._look_for_divergence(row)
+        self._recorder.log(row)
+        speed = row["images"] / seconds
+        where, advice = self._stages.read(accounts, seconds, self._crew.rewards.take_stats())
+        self._record_time("train", done.iteration, seconds, images_per_second=speed, **where)
+        if advice:
+            self._display.note(advice)
+        scores = [result.scores for result in results]
+        self._advance(done.iteration, row, scores)
+        self._tell_missing(row, scores)
+        self._display.iteration(row, seconds)
+
+    def _look_for_divergence(self, row: dict[str, Any]) -> None:
+        """Add the watch's readings to ``row``; say when one diverges, and stop if the spec does."""
+        known = {name for name, reading in self.watch.readings.items() if reading.diverging}
+        readings = self.watch.see(row)
+        if readings:
+            row["watch"] = {name: reading.as_json() for name, reading in readings.items()}
+        for name, reading in readings.items():
+            if not reading.diverging:
+                continue
+            kept = newest_checkpoint(self._folder.checkpoints, reading.best_iteration)
+            before = checkpoint_iteration(kept) if kept else None
+            message = describe(name, reading, before)
+            if name not in known:
+                self._display.note(message)
+            if self._spec.watch.action == "stop":
+                self.diverged = Divergence(message, before)
+
+    def _advance(self, iteration: int, row: dict[str, Any], scores: Sequence[Scores]) -> None:
+        if iteration > self._furthest:
+            self._furthest = iteration
+            self._crew.losses.advanced()
+        failed = self.progress.failed_groups + row["groups"]["dropped"]
+        self.progress = replace(
+            self.progress,
+            iteration=iteration,
+            images=self.progress.images + row["images"],
+            failed_groups=failed,
+        )
+        allowed = self._spec.cluster.max_failed_groups
+        if failed > allowed:
+            why = [score.failure for score in scores if score.failure]
+            silent = ", ".join(f"{name} {count}" for name, count in row["unscored"].items())
+            raise RewardError(
+                f"{failed} groups could not be scored and were left out, more than "
+                f"cluster.max_failed_groups = {allowed}. "
+                + (why[-1] if why else f"Images without a score in the last iteration: {silent}")
+            )
+
+    def _tell_missing(self, row: Mapping[str, Any], scores: Sequence[Scores]) -> None:
+        """Note every reward whose deployment gave up."""
+        for name, why in {n: why for unit in scores for n, why in unit.failures.items()}.items():
+            self._display.note(f"{name}: {row['unscored'][name]} images without a score: {why}")
+
+    # --- evaluations
+
+    def begin_evaluation(self) -> None:
+        self._display.stage("evaluating")
+        self._began = time.perf_counter()
+
+    def evaluated(
+        self, scores: Sequence[Scores], images: np.ndarray, prompts: Sequence[Prompt]
+    ) -> None:
+        """The held-out ``prompts`` are scored; ``images [n, H, W, 3]`` are of the first of them."""
+        iteration = self.progress.iteration
+        rewards = {
+            name: np.concatenate([score.rewards[name] for score in scores])
+            for name in self._spec.rewards
+        }
+        summary = {name: mean_and_std(values) for name, values in rewards.items()}
+        row = {
+            "kind": "eval",
+            "iteration": iteration,
+            "rewards": summary,
+            "unscored": unscored([score.rewards for score in scores]),
+            "prompts": len(prompts),
+            "weights": "ema" if self._spec.ema else "last",
+        }
+        self._recorder.log(row)
+        self._tell_missing(row, scores)
+        means = {
+            name: None if np.isnan(values["mean"]) else round(values["mean"], 6)
+            for name, values in summary.items()
+        }
+        if iteration == 0:
+            self.progress = replace(self.progress, eval_before=means)
+        self.progress = replace(self.progress, eval_last=means)
+        shown = len(images)
+        texts = [prompt.text for prompt in prompts[:shown]]
+        of_images = {name: values[:shown] for name, values in rewards.items()}
+        save_samples(self._folder.path, iteration, images, texts, of_images)
+        self._record_time("eval", iteration, time.perf_counter() - self._began)
+        self._display.evaluation(iteration, means)
+
+    def _record_time(self, kind: str, iteration: int, seconds: float, **more: Any) -> None:
+        row = {"kind": kind, "iteration": iteration, "seconds": seconds, **more}
+        self._recorder.log_timing(row)

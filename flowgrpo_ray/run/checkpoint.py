@@ -1,0 +1,187 @@
+"""Checkpoints that are whole or not there: written beside, fsynced, renamed, with digests.
+
+A checkpoint is a folder ``checkpoints/iteration-000070`` of safetensors files, ``state.json`` and
+``manifest.json`` with the SHA-256 of each. Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowgrpo_ray.common.errors import CheckpointError
+from flowgrpo_ray.common.strict_json import parse
+
+if TYPE_CHECKING:
+    from flowgrpo_ray.common.types import LearnerState
+
+PREFIX = "iteration-"
+ARRAYS = ("weights", "ema", "exp_avg", "exp_avg_sq")
+BEHAVIOUR = "behaviour"  # an array set that is there with max_lag 1
+NUMBERS = ("updates", "loss_scale", "scale_held", "behaviour_version")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, beside the learner's state."""
+
+    iteration: int
+    images: int
+    seconds: float  # wall clock of all attempts, starts included
+    failed_groups: int
+    spec_identity: str
+    prompts_digest: str
+    eval_before: dict[str, float | None] = field(default_factory=dict)
+    eval_last: dict[str, float | None] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    folder: Path,
+    state: LearnerState,
+    progress: Progress,
+    keep: int,
+    protect: Collection[int] = (),
+) -> Path:
+    """Write the checkpoint of ``progress.iteration`` under ``folder``; keep the newest ``keep``.
+
+    Beside these, of each iteration in ``protect`` the newest checkpoint up to it is kept. One that
+    cannot be written whole (a full disk) leaves nothing behind: ``CheckpointError``.
+    """
+    from safetensors import SafetensorError
+
+    final = folder / f"{PREFIX}{progress.iteration:06d}"
+    partial = folder / f".{final.name}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f".{PREFIX}*.partial"):
+            shutil.rmtree(leftover)
+        partial.mkdir()
+        _write(partial, state, progress)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = list_checkpoints(folder)
+        newest = f"the last one is {kept[-1]}" if kept else "there is none before it"
+        raise CheckpointError(
+            f"{final} could not be written: {error}. Nothing else is harmed, {newest}: free space "
+            "on that disk and continue with --resume"
+        ) from error
+    if final.exists():  # the same iteration, saved before a crash
+        shutil.rmtree(final)
+    partial.rename(final)
+    _fsync(folder)
+    protected = {newest_checkpoint(folder, iteration) for iteration in protect}
+    for old in list_checkpoints(folder)[:-keep]:
+        if old not in protected:
+            shutil.rmtree(old)
+    return final
+
+
+def _write(partial: Path, state: LearnerState, progress: Progress) -> None:
+    """All files of a checkpoint, on disk."""
+    from safetensors.numpy import save_file
+
+    for name in [*ARRAYS, *([BEHAVIOUR] if state.behaviour else [])]:
+        save_file(getattr(state, name), partial / f"{name}.safetensors")
+    numbers = {name: getattr(state, name) for name in NUMBERS}
+    _write_json(partial / "state.json", {**numbers, **asdict(progress)})
+    files = sorted(path for path in partial.iterdir())
+    _write_json(partial / "manifest.json", {path.name: _sha256(path) for path in files})
+    for path in [*files, partial / "manifest.json", partial]:
+        _fsync(path)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints under ``folder``, oldest first."""
+    found = (path for path in folder.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdecimal())
+    return sorted((p for p in found if p.is_dir() and not p.is_symlink()), key=checkpoint_iteration)
+
+
+def checkpoint_iteration(path: Path) -> int:
+    """After how many iterations the checkpoint at ``path`` was saved."""
+    return int(path.name.removeprefix(PREFIX))
+
+
+def newest_checkpoint(folder: Path, iteration: int) -> Path | None:
+    """The newest checkpoint under ``folder`` of at most ``iteration``, if there is one."""
+    known = reversed(list_checkpoints(folder))
+    return next((path for path in known if checkpoint_iteration(path) <= iteration), None)
+
+
+def load_checkpoint(path: Path) -> tuple[LearnerState, Progress]:
+    """A checkpoint whose every byte is what was saved; ``CheckpointError`` otherwise."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    from flowgrpo_ray.common.types import LearnerState
+
+    row = verify(path)
+    kinds = {field.name: field.type for field in (*fields(LearnerState), *fields(Progress))}
+    try:
+        if odd := [name for name, value in row.items() if not _is(value, kinds[name])]:
+            raise TypeError(f"{odd[0]} = {row[odd[0]]!r} in state.json")
+        numbers = {name: row.pop(name) for name in NUMBERS}
+        names = [*ARRAYS, *([BEHAVIOUR] if numbers["behaviour_version"] >= 0 else [])]
+        arrays = {name: load_file(path / f"{name}.safetensors") for name in names}
+        if any(array.dtype != "float32" for of in arrays.values() for array in of.values()):
+            raise TypeError("arrays that are not float32")
+        return LearnerState(**arrays, **numbers), Progress(**row)
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: written by another version of flowgrpo_ray ({error}). Continue it with that "
+            "one, or train anew under another name"
+        ) from error
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check every file against the manifest; the content of ``state.json``."""
+    manifest_file = path / "manifest.json"
+    try:
+        manifest = parse(manifest_file.read_bytes())
+        if not isinstance(manifest, dict) or any(Path(name).name != name for name in manifest):
+            raise ValueError("it is no table of this folder's files")
+        needed = {f"{array}.safetensors" for array in ARRAYS} | {"state.json"}
+        for name in sorted(needed | manifest.keys()):
+            file = path / name
+            if not file.is_file() or _sha256(file) != manifest.get(name):
+                raise CheckpointError(f"{file}: missing or not what was saved. {_REMEDY}")
+        state = parse((path / "state.json").read_bytes())
+        if not isinstance(state, dict):
+            raise ValueError("state.json holds no object")
+        return state
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{manifest_file}: cannot be read ({error}). {_REMEDY}") from error
+
+
+def _is(value: object, kind: Any) -> bool:
+    """Whether a value of state.json is of a field's type, which is written as text."""
+    if kind in ("int", "str"):
+        return type(value).__name__ == kind
+    if kind == "float":
+        return type(value) in (int, float)
+    return isinstance(value, dict) and all(v is None or _is(v, "float") for v in value.values())
+
+
+_REMEDY = "Delete that checkpoint's folder to fall back to the one before."
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,116 @@
+"""One folder per run: its resolved spec, rows, samples, checkpoints and logs."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flowgrpo_ray.common.errors import RunFolderError
+from flowgrpo_ray.common.types import LearnerState
+from flowgrpo_ray.run.checkpoint import Progress, list_checkpoints, load_checkpoint
+from flowgrpo_ray.run.state import leads_out
+from flowgrpo_ray.run.tracking import METRICS, write_atomic
+from flowgrpo_ray.spec.file import dump_spec, load_spec
+from flowgrpo_ray.spec.training import TrainingSpec
+
+
+class RunFolder:
+    """``root/<name>``, held by one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def spec_file(self) -> Path:
+        return self.path / "spec.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def started(self) -> bool:
+        """Whether the run has measured anything, and so may not be begun anew."""
+        metrics = self.path / METRICS
+        return metrics.exists() and metrics.stat().st_size > 0
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @classmethod
+    def claim(cls, root: Path, spec: TrainingSpec, *, resume: bool) -> RunFolder:
+        """The folder of a run that is about to train; refuses what would mix two runs."""
+        folder = cls(root / spec.name)
+        held = folder.read_spec() if folder.spec_file.exists() else None
+        if held and held.identity() != spec.identity():
+            odd = difference(held.essence(), spec.essence())
+            odd = odd or "it was written by another version of this program"
+            raise RunFolderError(
+                f"{folder.path} already holds another run's spec: {odd}. "
+                "Choose another name (--set name=...)"
+            )
+        if held and not resume and folder.started:
+            raise RunFolderError(
+                f"{folder.path} already holds this run: continue it with --resume, or choose "
+                "another name (--set name=...)"
+            )
+        folder.path.mkdir(parents=True, exist_ok=True)
+        for path in folder.path.iterdir():
+            if not path.is_dir() and leads_out(path):
+                raise RunFolderError(
+                    f"{path} is a link to {path.readlink()}, outside of the run folder, and would "
+                    "be written to: remove it"
+                )
+        folder._lock()
+        write_atomic(folder.spec_file, dump_spec(spec).encode())
+        return folder
+
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """A folder that some run has written."""
+        folder = cls(path)
+        if not folder.spec_file.is_file():
+            raise RunFolderError(f"{path} is not a run folder: it has no spec.yaml")
+        return folder
+
+    def read_spec(self) -> TrainingSpec:
+        return load_spec(str(self.spec_file))
+
+    def latest(self) -> tuple[LearnerState, Progress] | None:
+        """The newest checkpoint, verified; ``None`` if there is none."""
+        found = list_checkpoints(self.checkpoints)
+        return load_checkpoint(found[-1]) if found else None
+
+    def _lock(self) -> None:
+        """Kept until this process ends, however it ends."""
+        self._lock_file = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock_file)
+            raise RunFolderError(f"{self.path}: another process is training in it") from None
+
+    def release(self) -> None:
+        os.close(self._lock_file)
+
+
+def difference(held: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
+    """The first key that differs in parts of two specs, for an error."""
+    old, new = _flat(held), _flat(asked)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            return f"{key} is {old.get(key)!r} there and {new.get(key)!r} here"
+    return None
+
+
+def _flat(value: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, object] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,0 +1,132 @@
+"""Trained and untrained models outside a run, in this process: sample, evaluate, export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flowgrpo_ray import __version__
+from flowgrpo_ray.algorithm.sampling import rollout
+from flowgrpo_ray.algorithm.weights import load_arrays
+from flowgrpo_ray.common.errors import RunFolderError, SpecError
+from flowgrpo_ray.common.types import Images, LearnerState, Schedule, WeightsTicket, WorkUnit
+from flowgrpo_ray.policies import load_policy
+from flowgrpo_ray.policies.base import Policy
+from flowgrpo_ray.policies.encodings import EncodingCache
+from flowgrpo_ray.rewards import build
+from flowgrpo_ray.run.checkpoint import Progress, list_checkpoints, load_checkpoint
+from flowgrpo_ray.run.folder import RunFolder
+from flowgrpo_ray.run.model_card import Exported, model_card
+from flowgrpo_ray.spec.file import load_spec
+from flowgrpo_ray.spec.prompts import Prompt
+from flowgrpo_ray.spec.training import TrainingSpec
+
+WEIGHTS = ("ema", "last")
+EXPORTS = ("lora", "pipeline")
+
+
+def open_target(target: str) -> tuple[TrainingSpec, RunFolder | None]:
+    """A run folder, or a spec or recipe, which stands for its untrained base model."""
+    if Path(target).is_dir():
+        folder = RunFolder.existing(Path(target))
+        return folder.read_spec(), folder
+    return load_spec(target), None
+
+
+def load_trained(
+    spec: TrainingSpec, folder: RunFolder | None, weights: str, iteration: int | None = None
+) -> Policy:
+    """The policy with a checkpoint's weights (the newest, or that of ``iteration``), or untrained
+    (with ``model.lora``, if the spec names one).
+
+    ``weights`` is ``ema`` (the same as ``last`` in a run without averaging) or ``last``.
+    """
+    if folder is not None:
+        return _trained(spec, _checkpoint(folder, iteration)[0], weights)
+    policy = _load(spec)
+    if spec.model.lora is not None:
+        policy.tune(spec.seed, with_reference=False)
+    return policy
+
+
+def _load(spec: TrainingSpec) -> Policy:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return load_policy(spec, device, frozenset({"network", "decoder"}))
+
+
+def _checkpoint(folder: RunFolder, iteration: int | None) -> tuple[LearnerState, Progress]:
+    found = list_checkpoints(folder.checkpoints)
+    if iteration is not None:
+        found = [path for path in found if path.name.endswith(f"-{iteration:06d}")]
+    if not found:
+        which = "no checkpoint" if iteration is None else f"no checkpoint of iteration {iteration}"
+        raise RunFolderError(f"{folder.path} holds {which} yet; train it first")
+    return load_checkpoint(found[-1])
+
+
+def _trained(spec: TrainingSpec, state: LearnerState, weights: str) -> Policy:
+    policy = _load(spec)
+    policy.tune(spec.seed, with_reference=False)
+    chosen = state.ema if weights == "ema" and state.ema else state.weights
+    load_arrays(policy.trainable(), chosen)
+    return policy
+
+
+def generate(
+    policy: Policy, spec: TrainingSpec, prompts: Sequence[str], steps: int, seed: int, batch: int
+) -> Images:
+    """One image per prompt, deterministic sampling from noise drawn by ``seed`` and place."""
+    encodings = EncodingCache(policy)
+    encodings.add(prompts)
+    conditions = [encodings.get(prompt) for prompt in prompts]
+    size = spec.sampling.size
+    sigmas = policy.sigmas(steps, size)
+    schedule = Schedule(spec.sampling.kernel, sigmas, (0.0,) * steps)
+    images: list[Images] = []
+    for index, start in enumerate(range(0, len(prompts), batch)):
+        places = tuple(range(start, min(start + batch, len(prompts))))
+        unit = WorkUnit(seed, "eval", 0, index, places, (0,) * len(places), schedule)
+        chosen = {place: conditions[place] for place in places}
+        _, x = rollout(policy, unit, chosen, size, WeightsTicket(0, ""))
+        images.append(policy.decode(x))
+    return np.concatenate(images)
+
+
+def score(
+    spec: TrainingSpec, images: Images, prompts: Sequence[Prompt]
+) -> Mapping[str, np.ndarray]:
+    """Every reward of the spec on images, without Serve."""
+    texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+    return {
+        name: build(reward.reward or name, reward.options)(images, texts, metadata)
+        for name, reward in spec.rewards.items()
+    }
+
+
+def export(
+    spec: TrainingSpec,
+    folder: RunFolder,
+    out: Path,
+    what: str,
+    weights: str,
+    iteration: int | None = None,
+) -> None:
+    """Write a trained model into the new folder ``out``: LoRA weights or all, and a model card."""
+    if what == "lora" and spec.tuning.kind != "lora":
+        raise SpecError(f"{folder.path} trained the full network; export it with --format pipeline")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunFolderError(f"{out} is a file or not empty; export into a new folder")
+    state, progress = _checkpoint(folder, iteration)
+    policy = _trained(spec, state, weights)
+    if what == "lora":
+        policy.save_lora(out)
+    else:
+        policy.save_pipeline(out)
+    versions = {name: version(name) for name in ("torch", "diffusers", "peft")}
+    versions = {"flowgrpo_ray": __version__, **versions}
+    card = model_card(spec, Exported(what, weights, policy.call_arguments, progress, versions))
+    (out / "README.md").write_text(card, encoding="utf-8")

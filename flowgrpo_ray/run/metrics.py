@@ -1,0 +1,188 @@
+"""From scores and learner statistics to advantages and to the rows of ``metrics.jsonl``.
+
+Rows hold only what the spec determines, so that a resumed run writes the same bytes; clock times
+go to their own rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from flowgrpo_ray.common.types import Float32, MicrobatchStats, StepStats, WeightsTicket, WorkUnit
+from flowgrpo_ray.spec.prompts import IterationPlan
+from flowgrpo_ray.spec.sections import AdvantagesSpec
+from flowgrpo_ray.spec.training import TrainingSpec
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one work unit was worth: per reward and in weighted total, ``[b]`` float32.
+
+    NaN means "could not be scored". ``failure`` says why where a deployment whose reward enters
+    the total gave up; ``failures`` tells it by reward, those that are only watched included.
+    """
+
+    rewards: Mapping[str, Float32]
+    total: Float32
+    failure: str | None = None
+    failures: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What the learner makes of one work unit: advantages, and which samples enter the update."""
+
+    advantages: Float32  # [b]
+    keep: np.ndarray  # bool [b]
+
+
+def signals(
+    units: Sequence[WorkUnit],
+    scores: Sequence[Scores],
+    spec: AdvantagesSpec,
+    weights: Mapping[str, float],
+) -> dict[int, Signal]:
+    """Advantages over ``units``, which hold whole groups, by unit index.
+
+    ``weights`` are those of the rewards. A group with a part that failed is dropped whole; a NaN
+    score leaves its sample out; a group without spread has no gradient.
+    """
+    import torch
+
+    from flowgrpo_ray.algorithm.objective import has_gradient, reward_wise_advantages
+
+    group = np.concatenate([unit.prompts for unit in units])
+    total = np.concatenate([score.total for score in scores])
+    for unit, score in zip(units, scores, strict=True):
+        if score.failure:
+            total[np.isin(group, unit.prompts)] = np.nan
+    rewards, weighting = total[None], [1.0]
+    if spec.per_reward:
+        trained = [name for name, weight in weights.items() if weight]
+        weighting = [weights[name] for name in trained]
+        each = [np.concatenate([score.rewards[name] for score in scores]) for name in trained]
+        rewards = np.where(np.isnan(total), np.nan, np.stack(each))
+    r, w, g = torch.from_numpy(rewards), torch.tensor(weighting), torch.from_numpy(group)
+    keep = has_gradient(r, g).numpy()
+    advantages = reward_wise_advantages(r, w, g, spec.std, spec.clamp).numpy()
+    ends = np.cumsum([unit.batch for unit in units])[:-1]
+    parts = zip(units, np.split(advantages * keep, ends), np.split(keep, ends), strict=True)
+    return {unit.index: Signal(advantage, kept) for unit, advantage, kept in parts}
+
+
+def mean_and_std(values: Sequence[float] | Float32) -> dict[str, float]:
+    """Over the valid values, in float64; NaN if there are none."""
+    valid = np.asarray(values, np.float64)
+    valid = valid[~np.isnan(valid)]
+    if not len(valid):
+        return {"mean": float("nan"), "std": float("nan")}
+    return {"mean": float(valid.mean()), "std": float(valid.std())}
+
+
+def unscored(rewards: Sequence[Mapping[str, Float32]]) -> dict[str, int]:
+    """Images that have no score, by reward."""
+    return {name: sum(int(np.isnan(of[name]).sum()) for of in rewards) for name in rewards[0]}
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """One work unit of an iteration, sampled, scored and compared with its group."""
+
+    unit: WorkUnit
+    scores: Scores
+    signal: Signal
+
+
+def train_row(
+    spec: TrainingSpec,
+    plan: IterationPlan,
+    published: WeightsTicket,
+    behaviour: WeightsTicket,
+    results: Sequence[UnitResult],
+    updates: Sequence[tuple[Sequence[MicrobatchStats], StepStats]],
+) -> dict[str, Any]:
+    """The metrics row of one iteration; ``results`` in plan order, ``updates`` in theirs.
+
+    ``published`` are the weights that it began to update, ``behaviour`` those it was sampled with.
+    """
+    window = plan.schedule.stochastic_steps
+    stats = [s for of_update, _ in updates for s in of_update]
+    steps = [step for _, step in updates]
+    first = [s.log_ratio_max for s in updates[0][0]]
+    terms = max(1, sum(s.samples for s in stats) * len(window))
+    policy_loss = sum(s.policy_loss_sum for s in stats) / terms
+    kl = sum(s.kl_sum for s in stats) / terms
+    objective, groups = spec.objective, count_groups(results)
+    row = {
+        "kind": "train",
+        "iteration": plan.iteration,
+        "images": sum(result.unit.batch for result in results),
+        "reward": mean_and_std(np.concatenate([r.scores.total for r in results])),
+        "rewards": {
+            name: mean_and_std(np.concatenate([r.scores.rewards[name] for r in results]))
+            for name in spec.rewards
+        },
+        "unscored": unscored([r.scores.rewards for r in results]),
+        "groups": groups | {"refilled": groups["total"] - spec.sampling.groups},
+        "log_ratio": {
+            "gate": max(first) if first else None,
+            "max_abs": max((s.log_ratio_max for s in stats), default=None),
+            **log_ratio_moments(window, stats),
+        },
+        "clip_fraction": {
+            "low": sum(s.clipped_low for s in stats) / terms,
+            "high": sum(s.clipped_high for s in stats) / terms,
+        },
+        "policy_loss": policy_loss,
+        "kl": kl if objective.kl else None,
+        "loss": policy_loss + (objective.kl.beta * kl if objective.kl else 0.0),
+        "grad_norm": [step.grad_norm for step in steps],
+        "updates": sum(step.grad_norm is not None for step in steps),
+        "learning_rate": steps[-1].learning_rate,
+        "window": [window.start, window.stop],
+        "weights": {"version": behaviour.version, "digest": behaviour.digest},
+        "staleness": published.version - behaviour.version,
+    }
+    if spec.model.dtype == "float16":
+        overflows = sum(step.overflow for step in steps)
+        row["loss_scale"] = {"last": steps[-1].loss_scale, "overflows": overflows}
+    return row
+
+
+def log_ratio_moments(window: range, stats: Sequence[MicrobatchStats]) -> dict[str, Any]:
+    """Mean and spread of the log-ratio over samples: of all steps, and of each."""
+    samples = max(1, sum(s.samples for s in stats))
+    zero = np.zeros(len(window))
+    mean = sum((s.log_ratio_sum for s in stats), zero) / samples
+    square = sum((s.log_ratio_square_sum for s in stats), zero) / samples
+    std = np.sqrt(np.maximum(0, square - mean**2))
+    return {
+        "mean": float(mean.mean()),
+        "std": float(np.sqrt(max(0.0, square.mean() - mean.mean() ** 2))),
+        "per_step": {"step": list(window), "mean": mean.tolist(), "std": std.tolist()},
+    }
+
+
+def count_groups(results: Sequence[UnitResult]) -> dict[str, int]:
+    """Groups in all, those without spread, and those dropped for want of two valid scores."""
+    valid: dict[int, int] = {}
+    kept: set[int] = set()
+    failed: set[int] = set()
+    for result in results:
+        unit = result.unit
+        for prompt, total, keep in zip(
+            unit.prompts, result.scores.total.tolist(), result.signal.keep.tolist(), strict=True
+        ):
+            valid[prompt] = valid.get(prompt, 0) + (not math.isnan(total))
+            if keep:
+                kept.add(prompt)
+        if result.scores.failure:
+            failed.update(unit.prompts)
+    dropped = {group for group, count in valid.items() if group in failed or count < 2}
+    flat = valid.keys() - kept - dropped
+    return {"total": len(valid), "no_spread": len(flat), "dropped": len(dropped)}

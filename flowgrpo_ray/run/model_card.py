@@ -1,0 +1,155 @@
+"""The README.md of an exported model: a model card as the Hugging Face hub reads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import yaml
+
+from flowgrpo_ray.run.checkpoint import Progress
+from flowgrpo_ray.spec.file import dump_spec
+from flowgrpo_ray.spec.training import TrainingSpec
+
+IMAGE = """image = pipe(
+    "your prompt",
+    height={height},
+    width={width},
+    num_inference_steps={steps},
+    max_sequence_length={tokens},
+    {arguments},
+).images[0]
+image.save("image.png")
+"""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: ``what`` is lora or pipeline, ``weights`` ema or last.
+
+    ``arguments`` are those of a call of the model's diffusers pipeline, beside prompt, size and
+    steps (``{guidance}`` stands for its value); empty for a model without a pipeline.
+    """
+
+    what: str
+    weights: str
+    arguments: tuple[str, ...]
+    progress: Progress  # of its checkpoint
+    versions: Mapping[str, str]  # of packages, by name
+
+
+def model_card(spec: TrainingSpec, exported: Exported) -> str:
+    """Front matter, how to load the folder, what it holds, scores and the resolved spec."""
+    parts = [
+        f"---\n{yaml.safe_dump(_front_matter(spec, exported), sort_keys=False)}---\n",
+        f"# {spec.name}\n",
+        _description(spec, exported),
+        f"## Use\n\n{_use(spec, exported)}",
+        f"## Rewards\n\n{_rewards(spec, exported.progress)}",
+        f"## Training spec\n\n{_fenced(dump_spec(spec), 'yaml')}",
+    ]
+    return "\n".join(parts)
+
+
+def _fenced(text: str, language: str) -> str:
+    """A block of code that no text inside it can end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}{fence}\n"
+
+
+def _inline(text: str) -> str:
+    """A name of the spec as code within a line."""
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"
+
+
+def _front_matter(spec: TrainingSpec, exported: Exported) -> dict[str, object]:
+    """The hub takes no local path for ``base_model``; the licence is the base model's to tell."""
+    matter: dict[str, object] = {}
+    if spec.model.folder is None:
+        matter["base_model"] = spec.model.path
+    if exported.arguments:
+        matter["library_name"] = "diffusers"
+    elif exported.what == "lora":
+        matter["library_name"] = "peft"
+    tags = ["text-to-image", "flow-grpo"]
+    return {
+        **matter,
+        "pipeline_tag": "text-to-image",
+        "tags": [*tags, "lora"] if exported.what == "lora" else tags,
+    }
+
+
+def _description(spec: TrainingSpec, exported: Exported) -> str:
+    averaged = exported.weights == "ema" and spec.ema is not None
+    weights = "averaged (EMA) weights" if averaged else "weights of the last update"
+    kind = "LoRA of" if exported.what == "lora" else "Whole model, trained from"
+    start = f" and the LoRA {_inline(spec.model.lora)}" if spec.model.lora else ""
+    versions = ", ".join(f"{name} {version}" for name, version in exported.versions.items())
+    return (
+        f"{kind} {_inline(spec.model.path)}{start}, trained by reinforcement learning "
+        f"({spec.objective.kind}) with flowgrpo_ray: the {weights} after iteration "
+        f"{exported.progress.iteration} ({exported.progress.images:,} images). The license of the "
+        f"base model applies.\n\nWritten with {versions}.\n"
+    )
+
+
+def _use(spec: TrainingSpec, exported: Exported) -> str:
+    if exported.arguments:
+        return _fenced(_code(spec, exported), "python")
+    if exported.what == "lora":
+        return (
+            "peft's layout, with the layer names of the published model. In flowgrpo_ray, set "
+            f"{_inline(f'model.path: {spec.model.path}')} and `model.lora` to this folder.\n"
+        )
+    return (
+        "The files of the published model, with trained weights: give this folder to its own "
+        "code, or to flowgrpo_ray as `model.path`.\n"
+    )
+
+
+def _code(spec: TrainingSpec, exported: Exported) -> str:
+    """Draws one image as ``evaluation`` did, from this folder as the working directory."""
+    model = spec.model
+    lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
+    lines.append('place = "."  # this folder, or its id on the hub')
+    if exported.what == "lora":
+        revision = f", revision={model.revision!r}" if model.revision else ""
+        source = f"{model.source!r}{revision}"
+    else:
+        source = "place"
+    lines.append(f"pipe = DiffusionPipeline.from_pretrained({source}, dtype=torch.{model.dtype})")
+    if exported.what == "lora":
+        lines.append("pipe.load_lora_weights(place)")
+    if model.shift is not None:
+        lines.append("pipe.scheduler = pipe.scheduler.from_config(")
+        lines.append(f"    pipe.scheduler.config, shift={model.shift}, use_dynamic_shifting=False")
+        lines.append(")")
+    arguments = ",\n    ".join(exported.arguments)
+    image = IMAGE.format(
+        height=spec.sampling.size[0],
+        width=spec.sampling.size[1],
+        steps=spec.evaluation.steps,
+        tokens=model.max_sequence_length,
+        arguments=arguments.format(guidance=spec.sampling.guidance),
+    )
+    return "\n".join(lines) + "\n" + image
+
+
+def _rewards(spec: TrainingSpec, progress: Progress) -> str:
+    rows = [
+        f"| {name} | {reward.weight:g} | {_score(progress.eval_before, name)} | "
+        f"{_score(progress.eval_last, name)} |"
+        for name, reward in spec.rewards.items()
+    ]
+    return (
+        "Means over held-out prompts, before training and in the last evaluation up to this "
+        "checkpoint. Rewards of weight 0 were only watched.\n\n"
+        "| reward | weight | before | after |\n| --- | --- | --- | --- |\n"
+    ) + "".join(f"{row}\n" for row in rows)
+
+
+def _score(means: Mapping[str, float | None], name: str) -> str:
+    value = means.get(name)
+    return "not measured" if value is None else f"{value:.4f}"

@@ -1,0 +1,157 @@
+"""Scores of image files without a run: the files and their prompts, the rewards, the table.
+
+This module needs NumPy and Pillow alone; a reward's own libraries are imported when it is built.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flowgrpo_ray.common.errors import RewardError, SpecError
+from flowgrpo_ray.common.images import ImageError, decode_rgb
+from flowgrpo_ray.rewards import Reward, checked
+from flowgrpo_ray.run.tracking import write_atomic
+
+if TYPE_CHECKING:
+    from flowgrpo_ray.spec.prompts import Prompt
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+TOTAL = "total"
+MOST_BYTES = 2**29  # of an image file
+
+
+def find_images(place: Path) -> list[Path]:
+    """The image files of a folder, image2 before image10, or the one file `place`."""
+    if place.is_file():
+        return [place]
+    if not place.is_dir():
+        raise SpecError(f"IMAGES = '{place}': there is no such folder or file")
+    files = [
+        file
+        for file in place.iterdir()
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+    ]
+    if not files:
+        raise SpecError(f"IMAGES = '{place}': the folder holds no {', '.join(SUFFIXES)} files")
+    return sorted(files, key=_natural)
+
+
+def _natural(file: Path) -> tuple[list[Any], str]:
+    """Texts and numbers in turn, so that equal places hold equal types."""
+    parts = re.split(r"(\d+)", file.name.casefold())
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], file.name
+
+
+def pair(files: Sequence[Path], prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompt of each file: prompt i of image i, or the only one of all."""
+    if len(prompts) == 1:
+        return [prompts[0]] * len(files)
+    if len(files) != len(prompts):
+        n = min(len(files), len(prompts))
+        odd = (
+            f"'{files[n].name}' has no prompt"
+            if len(files) > n
+            else f"the prompt {prompts[n].text!r} has no image"
+        )
+        raise SpecError(
+            f"IMAGES holds {len(files)} files, but PROMPTS {len(prompts)} prompts: {odd}. Give one "
+            "prompt per image, in the order of the files' names, or one for all"
+        )
+    return list(prompts)
+
+
+def plan_batches(files: Sequence[Path], batch: int) -> list[list[int]]:
+    """Places in `files` of up to `batch` images of one size.
+
+    Every file is decoded once for this: one that is torn is found now and not after hours.
+    """
+    sizes: dict[tuple[int, ...], list[int]] = {}
+    for place, file in enumerate(files):
+        sizes.setdefault(_read(file).shape, []).append(place)
+    return [
+        places[i : i + batch] for places in sizes.values() for i in range(0, len(places), batch)
+    ]
+
+
+def _read(file: Path) -> np.ndarray:
+    """uint8 [H, W, 3]."""
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            raise ImageError(f"'{file}' is larger than {MOST_BYTES >> 20} MiB", too_large=True)
+        return decode_rgb(file.read_bytes(), f"'{file}'")
+    except (OSError, ImageError) as error:
+        raise SpecError(f"IMAGES: {error}") from error
+
+
+def score_files(
+    name: str,
+    reward: Reward,
+    files: Sequence[Path],
+    prompts: Sequence[Prompt],
+    batches: Iterable[Sequence[int]],
+) -> np.ndarray:
+    """Scores, float32 [n]; NaN: no score. RewardError if `reward` fails or returns no scores."""
+    scores = np.full(len(files), np.nan, np.float32)
+    for places in batches:
+        images = np.stack([_read(files[i]) for i in places])
+        images.flags.writeable = False
+        texts, metadata = [prompts[i].text for i in places], [prompts[i].metadata for i in places]
+        what = (
+            f"reward {name!r} failed on {len(places)} images, "
+            f"'{files[places[0]].name}' to '{files[places[-1]].name}'"
+        )
+        try:
+            scores[places] = checked(reward(images, texts, metadata), len(places))
+        except Exception as error:
+            raise RewardError(f"{what}: {type(error).__name__}: {error}") from error
+    return np.where(np.isfinite(scores), scores, np.float32(np.nan))
+
+
+def as_rows(
+    files: Sequence[Path], prompts: Sequence[Prompt], columns: Mapping[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    """A row per image; a score that is missing is None."""
+    return [
+        {
+            "file": file.name,
+            "prompt": prompt.text,
+            **{name: _number(float(scores[i])) for name, scores in columns.items()},
+        }
+        for i, (file, prompt) in enumerate(zip(files, prompts, strict=True))
+    ]
+
+
+def _number(score: float) -> float | None:
+    return score if math.isfinite(score) else None
+
+
+def check_table_file(out: Path, overwrite: bool) -> None:
+    """SpecError for a file that `write_table` could not, or must not, write."""
+    if out.suffix not in (".csv", ".jsonl"):
+        raise SpecError(f"--out {out}: the name must end in .csv or .jsonl")
+    if not os.access(out.parent, os.W_OK):
+        raise SpecError(f"--out {out}: no folder '{out.parent}' that can be written to; make it")
+    if out.exists() and not (overwrite and out.is_file()):
+        raise SpecError(f"--out {out} exists; give another name, or --overwrite for a file")
+
+
+def write_table(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line per row: JSON (.jsonl), or CSV below a line of names, None as an empty cell."""
+    text = io.StringIO()
+    if out.suffix == ".jsonl":
+        text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    else:
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    write_atomic(out, text.getvalue().encode())

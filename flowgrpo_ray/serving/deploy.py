@@ -1,0 +1,138 @@
+"""Starting reward deployments from a driver, waiting until they run, and taking them away."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+
+from ray import serve
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ReplicaState
+
+from flowgrpo_ray.common.errors import ClusterError, RewardError, SpecError
+from flowgrpo_ray.serving.args import RewardServiceArgs
+from flowgrpo_ray.serving.ray_private import http_address
+from flowgrpo_ray.serving.service import app, quiet
+from flowgrpo_ray.serving.types import app_name
+from flowgrpo_ray.serving.waiting import until_running
+
+
+def deploy(args: Sequence[RewardServiceArgs], *, http_port: int | None) -> list[str]:
+    """Asks Serve for one application per reward and returns while they start.
+
+    Serve is started if it does not run, its HTTP on 127.0.0.1 alone, or without any if
+    `http_port` is None. An application that is there already, from whomever and with whatever
+    options, is used as it is: the names of these rewards are returned.
+    """
+    names = [arg.name for arg in args]
+    if len(set(names)) < len(names):
+        raise SpecError(f"rewards need different names, got {names}")
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(
+        proxy_location="Disabled" if http_port is None else "HeadOnly",
+        http_options=None if http_port is None else {"host": "127.0.0.1", "port": http_port},
+        logging_config=quiet(),
+    )
+    if http_port is not None:
+        _check_http(http_port)
+    usable = (ApplicationStatus.RUNNING, ApplicationStatus.DEPLOYING, ApplicationStatus.UNHEALTHY)
+    applications = serve.status().applications
+    present = [name for name in names if _status(applications, name) in usable]
+    targets = [
+        serve.RunTarget(
+            app(arg),
+            name=app_name(arg.name),
+            route_prefix=f"/{arg.name}",
+            logging_config=quiet(),
+            external_scaler_enabled=arg.autoscaling is None,
+        )
+        for arg in args
+        if arg.name not in present
+    ]
+    if targets:
+        serve.run_many(
+            targets,
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+    return present
+
+
+def remove(names: Sequence[str]) -> None:
+    """Deletes the applications of these rewards."""
+    for name in names:
+        serve.delete(app_name(name))
+
+
+def _check_http(port: int) -> None:
+    """ClusterError if Serve, which ran already, does not listen on this port."""
+    address = http_address()
+    if address is None or address[1] != port:
+        listens = "without HTTP" if address is None else f"with HTTP on {address[0]}:{address[1]}"
+        raise ClusterError(
+            f"cluster.reward_http_port = {port}, but Serve runs on this cluster already, {listens}"
+            ", and keeps that: leave the key out, give it that port, or end Serve first "
+            "(serve shutdown)"
+        )
+
+
+async def check_same(args: RewardServiceArgs) -> None:
+    """RewardError if the application of this name serves another reward or other options."""
+    served = await serve.get_app_handle(app_name(args.name)).describe.remote()
+    if served != args.identity:
+        raise RewardError(
+            f"{app_name(args.name)} is deployed on this cluster with {served}, and the spec asks "
+            f"for {args.identity}. Name the reward otherwise in the spec (its `reward` key says "
+            "what it is), or delete that application"
+        )
+
+
+def _status(
+    applications: Mapping[str, ApplicationStatusOverview], name: str
+) -> ApplicationStatus | None:
+    overview = applications.get(app_name(name))
+    return overview.status if overview else None
+
+
+def wait(names: Sequence[str], *, deadline_s: float, present: Collection[str] = ()) -> None:
+    """Returns when the applications of all these rewards run; RewardError if one cannot.
+
+    Of those `present`, which are not this run's, one replica is enough: others may be missing for
+    want of a machine.
+    """
+
+    def waiting() -> dict[str, str]:
+        applications = serve.status().applications
+        found: dict[str, str] = {}
+        for name in map(app_name, names):
+            overview = applications.get(name)
+            if overview is None:
+                raise RewardError(f"{name}: no such application on this cluster")
+            if overview.status == ApplicationStatus.DEPLOY_FAILED:
+                raise RewardError(f"{name}: {overview.status.value}: {_messages(overview)}")
+            shared = name in map(app_name, present)
+            if overview.status != ApplicationStatus.RUNNING and not (shared and _usable(overview)):
+                found[name] = f"{overview.status.value} {_messages(overview)}".strip()
+        return found
+
+    until_running(waiting, deadline_s=deadline_s, setting="cluster.ready_timeout_s", every_s=0.1)
+
+
+def _usable(overview: ApplicationStatusOverview) -> bool:
+    """Whether each deployment of an application has a replica that runs."""
+    states = [deployment.replica_states for deployment in overview.deployments.values()]
+    return bool(states) and all(of.get(ReplicaState.RUNNING, 0) for of in states)
+
+
+def _messages(overview: ApplicationStatusOverview) -> str:
+    """What Serve says of an application and of its deployments."""
+    parts = [overview.message, *(d.message for d in overview.deployments.values())]
+    return " ".join(dict.fromkeys(part for part in parts if part))
+
+
+def start_rewards(
+    args: Sequence[RewardServiceArgs], *, http_port: int | None, deadline_s: float
+) -> list[str]:
+    """Deploys all rewards at once and waits until they run; names of those found there already."""
+    present = deploy(args, http_port=http_port)
+    wait([arg.name for arg in args], deadline_s=deadline_s, present=present)
+    return present

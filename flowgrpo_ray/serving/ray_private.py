@@ -1,0 +1,64 @@
+"""All that this program takes from Ray beyond its public interface, and why it must.
+
+Nothing else in the package touches a private name of Ray. Whoever moves to another version of Ray
+runs `tests/serving/test_ray_private.py` first: it names what the new version lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray._private.worker import get_dashboard_url
+from ray.serve._private import replica
+from ray.serve.config import ProxyLocation
+from ray.serve.context import _get_global_client
+
+
+def actor_id(actor: Any) -> str:
+    """What Ray calls an actor in its errors; a handle does not tell it publicly."""
+    return actor._actor_id.hex()
+
+
+def dashboard_address() -> str | None:
+    """Host and port of the connected cluster's dashboard, if it has one; only `ray.init` tells."""
+    return get_dashboard_url()
+
+
+def add_to_counter(counter: Any, value: float, tags: Mapping[str, str] | None) -> None:
+    """Let a metric of `ray.util.metrics` grow by `value`, which may be 0: `inc` refuses that."""
+    counter._record(value, tags)
+
+
+def serve_applications() -> Mapping[str, Any]:
+    """Applications of the connected cluster's Serve as its REST interface tells them, none where
+    Serve does not run: `serve.status` does not tell how many replicas a deployment should have."""
+    client = _get_global_client()
+    return client.get_serve_details()["applications"] if client else {}
+
+
+def http_address() -> tuple[str, int] | None:
+    """Host and port of Serve's HTTP proxies, or None where Serve runs without them."""
+    client = _get_global_client()
+    assert client is not None
+    if ray.get(client._controller.get_proxy_location.remote()) == ProxyLocation.Disabled:
+        return None
+    options = client.http_config
+    return options.host or "127.0.0.1", options.port
+
+
+def stay_on_loopback() -> None:
+    """In a replica: its internal port listens on loopback where Ray does.
+
+    Serve opens that port on all interfaces, after it has made the replica, and has no option for
+    it. The port asks for Ray's token wherever it listens.
+    """
+    if ray.util.get_node_ip_address() != "127.0.0.1":
+        return
+    add_port = replica.add_port_to_grpc_server
+
+    def on_loopback(server: Any, address: str) -> int:
+        return add_port(server, address.replace("[::]", "127.0.0.1"))
+
+    replica.add_port_to_grpc_server = on_loopback

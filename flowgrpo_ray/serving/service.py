@@ -1,0 +1,342 @@
+"""A reward as a Ray Serve deployment: its arguments, its replicas, and the builder of its app.
+
+Each reward is an application of its own, `reward-<name>`, so that each scales alone. `app` builds
+it for a Serve config file and for a driver alike.
+"""
+# Serve reads the annotation of `app` at run time, so annotations are not postponed in this module.
+
+import asyncio
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.schema import LoggingConfig
+
+from flowgrpo_ray.common.errors import RewardError
+from flowgrpo_ray.common.images import decode_rgb
+from flowgrpo_ray.common.loopback import is_loopback
+from flowgrpo_ray.rewards import build, checked, describe, prompt_check
+from flowgrpo_ray.rewards.environments import python_of
+from flowgrpo_ray.rewards.golden import Golden, Rankings, check_golden, golden_of, score_golden
+from flowgrpo_ray.serving import metric_table as table
+from flowgrpo_ray.serving.args import RewardServiceArgs
+from flowgrpo_ray.serving.exporter import Exporter
+from flowgrpo_ray.serving.http import Limits, build_api
+from flowgrpo_ray.serving.ray_private import http_address, stay_on_loopback
+from flowgrpo_ray.serving.types import Answer, Metadata, ReplicaStats
+
+T = TypeVar("T")
+ROUTER: Any = "flowgrpo_ray.serving.router:RetryElsewhere"
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call, or a part of a large one, asks to score."""
+
+    images: np.ndarray  # uint8 [b, H, W, 3]
+    prompts: Sequence[str]
+    metadata: Metadata
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A call's scores, float32 [b], and its share of the reward's working time."""
+
+    scores: np.ndarray
+    seconds: float
+
+
+def _image_count(calls: list[_Call]) -> int:
+    return sum(len(call.images) for call in calls)
+
+
+class RewardReplica:
+    """One process that holds a reward.
+
+    The event loop only takes calls in; the reward runs in one thread beside it, so that it is
+    never entered twice at a time and health checks are answered while it works.
+    """
+
+    def __init__(self, args: RewardServiceArgs) -> None:
+        stay_on_loopback()
+        self._args = args
+        self._token = _token(args)
+        self._check_prompt = prompt_check(args.reward)
+        self._reward = build(args.reward, args.options)
+        self._golden = _golden(args, self._reward)
+        self._check_golden()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
+        self._working_since: float | None = None
+        self._doubtful = False  # something failed since the golden images were last right
+        self._golden_job: asyncio.Future[None] | None = None
+        self._started = time.monotonic()
+        self._calls = self._images = self._failures = self._ongoing = 0
+        self._busy_s = 0.0
+        self._latencies: deque[float] = deque(maxlen=1000)
+        self._last_error = ""
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._export = Exporter(table.OF_REPLICAS, reward=args.name, replica=replica)
+        merge: Any = self._merge  # @serve.batch added two setters
+        merge.set_max_batch_size(args.max_batch_images)
+        merge.set_batch_wait_timeout_s(args.batch_wait_ms / 1000)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        args = self._args
+        limits = Limits(args.max_images_per_request, args.max_image_pixels, args.max_body_bytes)
+        return build_api(args.name, limits, self._check, self.score, self._token)
+
+    def describe(self) -> dict[str, Any]:
+        """What is served here: decides whether a run may use this deployment."""
+        return self._args.identity
+
+    def stats(self) -> ReplicaStats:
+        """What this replica has done; asked of all replicas at once for `rewards status`."""
+        return ReplicaStats(
+            replica=serve.get_replica_context().replica_id.unique_id,
+            pid=os.getpid(),
+            environment=self._args.environment,
+            calls=self._calls,
+            images=self._images,
+            failures=self._failures,
+            ongoing=self._ongoing,
+            seconds=time.monotonic() - self._started,
+            busy_s=self._busy_s,
+            latencies=tuple(self._latencies),
+            last_error=self._last_error,
+        )
+
+    async def check_health(self) -> None:
+        """Serve asks this every few seconds, and replaces a replica that raises."""
+        self._export.set(table.REPLICA_QUEUE, self._ongoing)
+        if self._working_since is not None:
+            took = time.monotonic() - self._working_since
+            if took > self._args.hang_s:
+                raise RewardError(f"a batch has run for {took:.0f} s, over hang_s")
+            return
+        if self._golden_job is not None:
+            await self._golden_job  # done, because the reward does not work
+            self._golden_job, self._doubtful = None, False
+        due = time.monotonic() - self._golden_checked > self._args.golden_every_s
+        if due or self._doubtful:
+            # Not waited for: it may take longer than Serve waits for this answer.
+            self._golden_job = asyncio.ensure_future(self._in_thread(self._check_golden))
+
+    def _check_golden(self) -> None:
+        """RewardError if the golden images are not scored as they must be."""
+        try:
+            check_golden(self._golden, score_golden(self._reward, self._golden))
+        except RewardError as error:
+            raise RewardError(
+                f"reward {self._args.reward!r} loads but does not score as it must: {error}. Look "
+                "at its weights and options; `golden` of the deployment names other pictures"
+            ) from error
+        self._golden_checked = time.monotonic()
+
+    async def answer(
+        self,
+        images: np.ndarray,
+        prompts: Sequence[str],
+        metadata: Metadata,
+        call: str,  # for the router, which has sent it here
+    ) -> Answer:
+        """`score` for `RewardClient`, with what it took."""
+        began = time.monotonic()
+        scored = await self._score(images, prompts, metadata)
+        replica = serve.get_replica_context().replica_id.unique_id
+        return Answer(scored.scores, replica, scored.seconds, time.monotonic() - began)
+
+    async def score(
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Metadata
+    ) -> np.ndarray:
+        """Scores, float32 [b], of `images`, uint8 [b, H, W, 3]; ValueError for a bad call."""
+        return (await self._score(images, prompts, metadata)).scores
+
+    async def _score(
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Metadata
+    ) -> _Scored:
+        began = time.monotonic()
+        self._ongoing += 1
+        try:
+            scored = await self._score_parts(images, prompts, metadata)
+        except Exception as error:
+            self._failures += 1
+            self._export.add(table.REPLICA_FAILURES, 1)
+            self._last_error = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self._ongoing -= 1
+        seconds = time.monotonic() - began
+        self._calls += 1
+        self._images += len(images)
+        self._latencies.append(seconds)
+        self._export.add(table.REPLICA_CALLS, 1)
+        self._export.add(table.REPLICA_IMAGES, len(images))
+        self._export.add(table.REPLICA_SECONDS, seconds)
+        self._export.observe(table.REPLICA_LATENCY, seconds)
+        return scored
+
+    async def _score_parts(
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Metadata
+    ) -> _Scored:
+        if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
+            raise ValueError(f"images must be uint8 [b, H, W, 3], got {describe(images)}")
+        if not len(images) == len(prompts) == len(metadata):
+            counts = f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata"
+            raise ValueError(f"one prompt and one metadata per image: got {counts}")
+        self._check(prompts, metadata)
+        size = self._args.max_batch_images
+        parts = [
+            _Call(images[i : i + size], prompts[i : i + size], metadata[i : i + size])
+            for i in range(0, len(images), size)
+        ]
+        scores, seconds = [np.zeros(0, np.float32)], 0.0
+        for outcome in await asyncio.gather(*[self._merge(part) for part in parts]):
+            if isinstance(outcome, BaseException):
+                raise outcome
+            scores.append(outcome.scores)
+            seconds += outcome.seconds
+        return _Scored(np.concatenate(scores), seconds)
+
+    @serve.batch(batch_size_fn=_image_count)
+    async def _merge(self, calls: list[_Call]) -> list[_Scored | BaseException]:
+        """Scores calls together where their images have one size; one outcome per call.
+
+        If that fails, each call is scored alone, so that only the one at fault fails.
+        """
+        outcomes: dict[int, _Scored | BaseException] = {}
+        for indices in _by_size(calls):
+            group = [calls[i] for i in indices]
+            (found,) = await self._run([group])
+            if isinstance(found, _Scored):
+                outcomes.update(zip(indices, _shares(found, group), strict=True))
+                continue
+            self._doubtful = True
+            alone = [found] if len(group) == 1 else await self._run([[call] for call in group])
+            outcomes.update(zip(indices, alone, strict=True))
+        return [outcomes[i] for i in range(len(calls))]
+
+    async def _run(self, groups: list[list[_Call]]) -> list[_Scored | BaseException]:
+        """Scores each group as one batch; failures are returned."""
+        jobs = [self._in_thread(self._score_together, group) for group in groups]
+        return await asyncio.gather(*jobs, return_exceptions=True)
+
+    async def _in_thread(self, work: Callable[..., T], *args: Any) -> T:
+        """`work` in the reward's thread, which notes since when it works."""
+
+        def noted() -> T:
+            self._working_since = time.monotonic()
+            try:
+                return work(*args)
+            finally:
+                self._working_since = None
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, noted)
+
+    def _score_together(self, calls: list[_Call]) -> _Scored:
+        """Scores, float32 [sum of b], of calls whose images have one size."""
+        began = time.monotonic()
+        images = calls[0].images
+        if len(calls) > 1:
+            images = np.concatenate([call.images for call in calls])
+        prompts = [prompt for call in calls for prompt in call.prompts]
+        metadata = [data for call in calls for data in call.metadata]
+        scores = checked(self._reward(images, prompts, metadata), len(images))
+        seconds = time.monotonic() - began
+        self._busy_s += seconds
+        self._export.add(table.REPLICA_BUSY, seconds)
+        return _Scored(scores, seconds)
+
+    def _check(self, prompts: Sequence[str], metadata: Metadata) -> None:
+        """ValueError for a prompt that the reward could never score."""
+        for prompt, data in zip(prompts, metadata, strict=True):
+            self._check_prompt(prompt, data)
+
+
+def _shares(together: _Scored, calls: list[_Call]) -> list[_Scored]:
+    """Each call's part of what was scored together."""
+    ends = np.cumsum([len(call.images) for call in calls])
+    parts = np.split(together.scores, ends[:-1])
+    per_image = together.seconds / len(together.scores)
+    return [_Scored(part, per_image * len(part)) for part in parts]
+
+
+def _by_size(calls: list[_Call]) -> list[list[int]]:
+    """Indices of the calls, together where their images have the same height and width."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, call in enumerate(calls):
+        groups.setdefault(call.images.shape[1:], []).append(i)
+    return list(groups.values())
+
+
+def _golden(args: RewardServiceArgs, reward: object) -> Rankings:
+    """The pictures that a deployment names, else those that the reward brings."""
+    if args.golden is None:
+        return golden_of(reward)
+    pictures = []
+    for file in args.golden:
+        image = decode_rgb(Path(file.image).read_bytes(), file.image)
+        pictures.append([Golden(image, file.prompt, file.metadata, file.low, file.high)])
+    return pictures
+
+
+def _token(args: RewardServiceArgs) -> str | None:
+    """The bearer token of this deployment; RewardError where it needs one and has none."""
+    token = os.environ.get(args.token_env) or None
+    address = http_address()
+    if token is None and address and not is_loopback(address[0]):
+        raise RewardError(
+            f"Serve's HTTP listens on {address[0]!r}, beyond this machine, and there is no token: "
+            f"set {args.token_env} in the environment of the cluster's nodes (or in runtime_env."
+            "env_vars of the application), or keep http_options.host at 127.0.0.1"
+        )
+    return token
+
+
+# FastAPI's application is built in the replica, by __serve_build_asgi_app__.
+HttpRewardReplica = serve.ingress()(RewardReplica)
+
+
+def app(args: RewardServiceArgs) -> serve.Application:
+    """The application of one reward: the `import_path` of a Serve config file."""
+    actor: dict[str, Any] = {
+        "num_cpus": args.cpus,
+        "num_gpus": args.gpus,
+        "resources": args.resources,
+    }
+    if args.environment is not None:
+        # Checked here, because Ray waits for ever for an interpreter that is not there.
+        actor["runtime_env"] = {"py_executable": python_of(args.environment)}
+    scale: dict[str, Any] = {"num_replicas": args.replicas}
+    if args.autoscaling:
+        scale = {"autoscaling_config": args.autoscaling.model_dump()}
+    deployment = serve.deployment(
+        name=args.name,
+        **scale,
+        ray_actor_options=actor,
+        # A call holds at least one image, so this many can fill a batch.
+        max_ongoing_requests=args.max_batch_images,
+        # A replica that was killed is noticed by its next health check; Serve's own period is 10.
+        health_check_period_s=2.0,
+        # One that hangs is replaced after three checks in a row without an answer; 30 is Serve's.
+        health_check_timeout_s=10.0,
+        graceful_shutdown_timeout_s=args.drain_s,
+        graceful_shutdown_wait_loop_s=0.2,
+        # A constructor that fails, mostly fails again: say so soon.
+        max_constructor_retry_count=2,
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
+        logging_config=quiet(),
+    )
+    return deployment(HttpRewardReplica).bind(args)
+
+
+def quiet() -> LoggingConfig:
+    """Serve's logs without a line per request."""
+    return LoggingConfig(enable_access_log=False, log_level="WARNING")

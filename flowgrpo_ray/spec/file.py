@@ -1,0 +1,285 @@
+"""Reading a training spec from YAML, with errors that a person can act on, and writing it back."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from flowgrpo_ray.common.errors import SpecError
+from flowgrpo_ray.common.paths import PACKAGE
+from flowgrpo_ray.spec.training import TrainingSpec
+
+RECIPES = PACKAGE / "recipes"
+
+
+MOST_BYTES = 2**17  # of a spec; the longest recipe has 2,000
+DEEPEST = 32  # levels of keys and lists; a spec has five
+MOST_MISTAKES = 20  # told at once
+LONGEST_VALUE = 200  # characters of a value in a message
+INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]{0,24})")
+FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?)")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with ``1e-4`` as a number (YAML 1.1 wants ``1.0e-4``) and no repeated keys.
+
+    Without tags, which choose a type, and without anchors, by which a few lines stand for
+    gigabytes.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        line = event.start_mark.line + 1
+        if getattr(event, "anchor", None) is not None:
+            raise SpecError(f"line {line}: anchors (&) and aliases (*) are not read; write it out")
+        if getattr(event, "tag", None) is not None:
+            raise SpecError(f"line {line}: the tag {event.tag!r} is not read; leave it out")
+        if self._depth == DEEPEST:
+            raise SpecError(f"line {line}: nested more than {DEEPEST} levels deep")
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that ``_Loader`` would read as numbers, and writes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+    # A date is text to us: a spec has no dates, and a run may be named after one.
+    _yaml.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith("timestamp")]
+        for first, resolvers in _yaml.yaml_implicit_resolvers.items()
+    }
+
+
+def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[str] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
+        if not isinstance(key, str):
+            raise SpecError(f"line {line}: a key is a word, not {key!r}")
+        if key in seen:
+            raise SpecError(f"line {line}: the key {key!r} stands twice")
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    """Decimal ones: to YAML 1.1 ``010`` is 8, and ``1:30`` is 90."""
+    text: str = node.value
+    if INTEGER.fullmatch(text):
+        return int(text.replace("_", ""))
+    if FLOAT.fullmatch(text):
+        return float(text.replace("_", ""))
+    if text.lower().lstrip("+-") in (".inf", ".nan"):
+        return float(text.replace(".", ""))
+    line = node.start_mark.line + 1
+    raise SpecError(f"line {line}: {_short(text)} is no decimal number; a text wants quotes")
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _number)
+
+
+def recipe_names() -> list[str]:
+    """The recipes of this package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_spec(source: str, overrides: Sequence[str] = ()) -> TrainingSpec:
+    """The spec in the YAML file or recipe ``source``, with ``a.b=c`` overrides applied."""
+    path = Path(source)
+    if not path.suffix and source in recipe_names():
+        path = RECIPES / f"{source}.yaml"
+    if not os.path.isfile(path):  # a name that no file can have is no error to it
+        near = difflib.get_close_matches(source, recipe_names(), n=1)
+        hint = f"; did you mean the recipe {near[0]!r}?" if near else ""
+        raise SpecError(
+            f"{source!r} is neither a file nor a recipe{hint} "
+            f"(recipes: {', '.join(recipe_names())})"
+        )
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise SpecError(f"{path}: larger than {MOST_BYTES:,} bytes, which no spec is")
+        data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}") from error
+    if not isinstance(data, dict):
+        raise SpecError(f"{path}: a spec is a mapping of keys, not {type(data).__name__}")
+    for override in overrides:
+        _override(data, override)
+    return validate(data, str(path))
+
+
+def validate(data: Any, source: str) -> TrainingSpec:
+    """The spec in ``data``; every problem in one ``SpecError``, a line each."""
+    try:
+        return TrainingSpec.model_validate_json(json.dumps(data, ensure_ascii=False).encode())
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()[:MOST_MISTAKES]]
+        if error.error_count() > MOST_MISTAKES:
+            lines.append(f"and {error.error_count() - MOST_MISTAKES} more mistakes")
+        raise SpecError(f"{source}:\n  " + "\n  ".join(lines)) from error
+    except UnicodeEncodeError as error:
+        text = error.object[error.start : error.end]
+        raise SpecError(f"{source}: {text!r} in a text is half of a character") from error
+
+
+def dump_spec(spec: TrainingSpec) -> str:
+    """The resolved spec as YAML; ``load_spec`` reads it back equal."""
+    head = f"# flowgrpo-ray training spec, resolved; digest {spec.digest()}\n"
+    data = spec.model_dump(mode="json")
+    return head + yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value in ``text``; ``SpecError``, which names ``source``, for what is not plain YAML."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except SpecError as error:
+        raise SpecError(f"{source}: {error}") from error
+    except yaml.YAMLError as error:
+        raise SpecError(f"{source}: not YAML: {error}") from error
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise SpecError(f"--set {override!r}: write it as key=value, for example --set seed=1")
+    *parents, last = key.split(".")
+    if len(parents) >= DEEPEST:
+        raise SpecError(f"--set {override!r}: nested more than {DEEPEST} levels deep")
+    place = data
+    for i, parent in enumerate(parents):
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise SpecError(
+                f"--set {override!r}: {'.'.join(parents[: i + 1])} has no keys below it"
+            )
+    place[last] = parse_yaml(value, f"--set {override!r}")
+
+
+def _explain(problem: Any) -> str:
+    """One line for one pydantic error: key, what is wrong, the value found."""
+    location = _without_tags(problem["loc"])
+    key = ".".join(_word(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        *parents, last = problem["loc"]
+        of_kind = f" for kind {parents[-1]}" if _ends_in_tag(parents) else ""
+        return f"{key}: unknown key{of_kind}; {_hint(last, _keys_at(parents), 'known keys')}"
+    if problem["type"] == "missing":
+        return f"{key}: this key is required"
+    if problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        kinds = [kind for o in _options(_annotation(problem["loc"])) for kind in _kinds(o)]
+        if problem["type"] == "union_tag_not_found":
+            return f"{key}.kind: this key is required; kinds: {', '.join(kinds)}"
+        kind = problem["input"]["kind"]
+        return f"{key}.kind: unknown kind {_short(kind)}; {_hint(kind, kinds, 'kinds')}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message}, not {_short(problem['input'])}"
+
+
+def _word(part: str | int) -> str:
+    """A key as it may stand on a screen: one that holds control characters is quoted."""
+    text = str(part)
+    return text if text.isprintable() and len(text) <= LONGEST_VALUE else _short(text)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"
+
+
+def _hint(word: Any, known: Sequence[str], all_of_them: str) -> str:
+    """The known word that is near, or else all of them."""
+    near = difflib.get_close_matches(str(word), known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"{all_of_them}: {', '.join(known)}"
+
+
+def _without_tags(location: Sequence[str | int]) -> list[str | int]:
+    """The keys as the user wrote them: pydantic inserts the ``kind`` of a union after its key."""
+    model: Any = TrainingSpec
+    keys: list[str | int] = []
+    for part in location:
+        inner = _descend(model, part)
+        if part != "[key]" and not _is_tag(model, part):
+            keys.append(part)
+        model = inner
+    return keys
+
+
+def _is_tag(annotation: Any, part: str | int) -> bool:
+    return any(part in _kinds(option) for option in _options(annotation))
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or nothing."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return ()
+
+
+def _kinds(option: Any) -> tuple[Any, ...]:
+    fields = getattr(option, "model_fields", {})
+    return typing.get_args(fields["kind"].annotation) if "kind" in fields else ()
+
+
+def _annotation(location: Sequence[str | int]) -> Any:
+    """What the spec's model wants at a pydantic error location."""
+    wanted: Any = TrainingSpec
+    for part in location:
+        wanted = _descend(wanted, part)
+    return wanted
+
+
+def _ends_in_tag(location: Sequence[str | int]) -> bool:
+    return bool(location) and _is_tag(_annotation(location[:-1]), location[-1])
+
+
+def _keys_at(location: Sequence[str | int]) -> list[str]:
+    """The keys of the spec's model at a pydantic error location."""
+    model = _annotation(location)
+    models = [model, *_options(model)]
+    return [key for m in models for key in getattr(m, "model_fields", {})]
+
+
+def _descend(annotation: Any, part: str | int) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        field = annotation.model_fields.get(str(part))
+        return field.annotation if field else None
+    if typing.get_origin(annotation) is dict:
+        return typing.get_args(annotation)[1]
+    for option in _options(annotation):
+        if part in _kinds(option):
+            return option
+        if part in getattr(option, "model_fields", {}):
+            return option.model_fields[str(part)].annotation
+    return None

@@ -1,0 +1,142 @@
+"""The training spec: everything a run depends on, checked before anything starts.
+
+A spec is YAML (a file, or a recipe of this package by name) plus ``--set a.b=c`` overrides. Keys
+are strict: an unknown one is an error with the nearest name. Arithmetic that cannot work is an
+error that names the keys and values. This module imports neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from flowgrpo_ray.common.errors import SpecError
+from flowgrpo_ray.rewards import resolve
+from flowgrpo_ray.spec.cluster import ClusterSpec, Strict
+from flowgrpo_ray.spec.sampling import SamplingSpec
+from flowgrpo_ray.spec.sections import (
+    AdvantagesSpec,
+    CheckpointSpec,
+    EmaSpec,
+    EvaluationSpec,
+    FlowGrpo,
+    ModelSpec,
+    Objective,
+    OptimizerSpec,
+    PromptsSpec,
+    RewardName,
+    RewardSpec,
+    TrackingSpec,
+    Tuning,
+    WatchSpec,
+)
+
+# Of a reward: what changes no score, and so may change when a run is resumed.
+FREE_OF_REWARD = ("replicas", "cpus", "gpus", "resources", "golden", "deadline_s", "retries")
+
+
+class TrainingSpec(Strict):
+    """One training run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run folder")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    iterations: int = Field(ge=1)
+    model: ModelSpec
+    tuning: Tuning
+    prompts: PromptsSpec
+    sampling: SamplingSpec
+    rewards: dict[RewardName, RewardSpec] = Field(min_length=1)
+    advantages: AdvantagesSpec = AdvantagesSpec()
+    objective: Objective = FlowGrpo(kind="flow_grpo")
+    optimizer: OptimizerSpec
+    ema: EmaSpec | None = EmaSpec()
+    watch: WatchSpec = WatchSpec()
+    evaluation: EvaluationSpec
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    cluster: ClusterSpec = ClusterSpec()
+    tracking: TrackingSpec = TrackingSpec()
+
+    @model_validator(mode="after")
+    def _rewards_exist(self) -> TrainingSpec:
+        for name, reward in self.rewards.items():
+            try:
+                resolve(reward.reward or name)
+            except SpecError as error:
+                raise ValueError(f"rewards.{name}: {error}") from error
+        if not any(reward.weight for reward in self.rewards.values()):
+            raise ValueError(f"rewards: every weight is 0 ({', '.join(self.rewards)}); train one")
+        return self
+
+    @model_validator(mode="after")
+    def _guard_fits(self) -> TrainingSpec:
+        if self.objective.kind != "grpo_guard":
+            return self
+        for key, needed in (("kernel", "flow_sde"), ("likelihood", "gaussian")):
+            value = getattr(self.sampling, key)
+            if value != needed:
+                raise ValueError(
+                    f"objective.kind = grpo_guard needs sampling.{key} = {needed}, not {value}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _updates_fit(self) -> TrainingSpec:
+        sampling, updates, ranks = self.sampling, self.objective.updates, self.cluster.learner.count
+        blocks = sampling.units // sampling.units_per_block
+        if blocks % updates:
+            raise ValueError(
+                f"objective.updates = {updates} does not divide the {blocks} blocks of whole "
+                f"groups in an iteration (group_size {sampling.group_size} x groups "
+                f"{sampling.groups} in micro-batches of {sampling.micro_batch})"
+            )
+        per_update = sampling.units // updates
+        if per_update % ranks:
+            raise ValueError(
+                f"cluster.learner.count = {ranks} does not divide the {per_update} micro-batches "
+                f"of an update ({sampling.units} micro-batches in {updates} updates)"
+            )
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {name: reward.weight for name, reward in self.rewards.items()}
+
+    def digest(self) -> str:
+        """Of the whole resolved spec."""
+        return _digest(self.model_dump(mode="json"))
+
+    def identity(self) -> str:
+        """Digest of what determines the numbers: a run folder is resumed only under the same one.
+
+        Left out: how long to train, where it runs, how often it is saved, what is watched and where
+        it is tracked.
+        """
+        return _digest(self.essence())
+
+    def essence(self) -> dict[str, Any]:
+        """The part of the spec that ``identity`` is of."""
+        free = {"name", "iterations", "cluster", "checkpoint", "tracking", "watch"}
+        kept = self.model_dump(mode="json", exclude=free)
+        for reward in kept["rewards"].values():
+            for key in FREE_OF_REWARD:
+                del reward[key]
+        return kept
+
+
+def required_resources(spec: TrainingSpec) -> dict[str, float]:
+    """What the run's actors and reward replicas reserve together: ``CPU``, ``GPU``, custom ones."""
+    rollout, learner = spec.cluster.rollout, spec.cluster.learner
+    kinds = [(rollout.count, rollout), (learner.count, learner)]
+    kinds += [(reward.replicas, reward) for reward in spec.rewards.values()]
+    total = {"CPU": 0.0, "GPU": 0.0}
+    for count, kind in kinds:
+        for name, amount in {"CPU": kind.cpus, "GPU": kind.gpus, **kind.resources}.items():
+            total[name] = total.get(name, 0.0) + count * amount
+    return total
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,310 @@
+"""What a run folder says, as one JSON document, and the report: a page with it inside.
+
+`describe_run` reads all but the rows and pictures; the monitor sends those piece by piece, a report
+holds them whole.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+
+from flowgrpo_ray.common.errors import RunFolderError
+from flowgrpo_ray.run.checkpoint import checkpoint_iteration, newest_checkpoint
+from flowgrpo_ray.run.state import LIVE, leads_out, read_json, state_of
+from flowgrpo_ray.run.tracking import (
+    METRICS,
+    SAMPLES,
+    SUMMARY,
+    TIMINGS,
+    Row,
+    read_rows,
+    write_atomic,
+)
+from flowgrpo_ray.run.watch import Reading, describe, readings_of
+from flowgrpo_ray.view.page import whole_page
+
+REPORT = "report.html"
+SPEC = "spec.yaml"
+LARGEST_TILE = 256  # pixels; larger evaluation samples are shown at this size
+MOST_EVALUATIONS = 16  # evaluations whose pictures a report holds, first and last among them
+
+Shot = tuple[Path, Row]  # the grid of one evaluation, and its sidecar
+
+_SAMPLE_KEYS = ("iteration", "prompts", "scores", "tile", "columns")
+FILES = {
+    METRICS: "rewards, importance ratios, losses, groups; the same bytes after a resume",
+    TIMINGS: "seconds and images per second, by this run's own clock",
+    SUMMARY: "the headline, written when the run ends",
+    LIVE: "what the run does now, its workers, rewards and queues",
+    SPEC: "the training spec with every default filled in",
+    SAMPLES: "the evaluation images, with their prompts and scores",
+}
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write report.html into a run folder, finished or not, and return its path."""
+    with as_written(Path(folder)):
+        page = whole_page(report_data(folder))
+    path = Path(folder) / REPORT
+    write_atomic(path, page.encode())
+    return path
+
+
+@contextmanager
+def as_written(folder: Path) -> Iterator[None]:
+    """Within it, rows that hold something else than a run writes are a ``RunFolderError``: anyone
+    may have written them, and they are not looked at one by one."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
+        raise RunFolderError(
+            f"{folder}: its rows or pictures are not those of a run ({type(error).__name__}: "
+            f"{error}). Restore its files"
+        ) from error
+
+
+def report_data(folder: str | Path) -> Row:
+    """Everything the page shows, as one JSON document. What is missing is said in `notes`."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RunFolderError(f"no run folder at {folder}: give the folder that a run writes to.")
+    metrics, timings = rows_of(folder / METRICS), rows_of(folder / TIMINGS)
+    if not metrics:
+        raise RunFolderError(
+            f"{folder} has no rows in {METRICS}: wait for the run's first iteration, "
+            "or give the folder that a run writes to."
+        )
+    notes: list[str] = []
+    shots = find_shots(folder, notes)
+    samples = _embedded(shots, notes)
+    data = describe_run(folder, metrics, timings, notes)
+    return {**data, "metrics": metrics, "timings": timings, "samples": samples}
+
+
+def rows_of(path: Path) -> list[Row]:
+    """The rows of a file that need not be there yet."""
+    return read_rows(path) if path.exists() and not leads_out(path) else []
+
+
+def describe_run(folder: Path, metrics: list[Row], timings: list[Row], notes: list[str]) -> Row:
+    """All of the document but its rows and samples. What is missing is added to `notes`."""
+    summary, live = (_object(folder / name, notes) for name in (SUMMARY, LIVE))
+    now = time.time()
+    state = state_of(live, summary, now)
+    train = [row for row in metrics if row.get("kind") == "train"]
+    evals = [row for row in metrics if row.get("kind") == "eval"]
+    if live is None and not (folder / SUMMARY).exists():
+        notes.append(f"{SUMMARY} is not there: the run is going on, or stopped before its end.")
+    if metrics and not timings:
+        notes.append(f"{TIMINGS} is missing or empty: the page shows no times.")
+    return {
+        "name": (summary or {}).get("name") or folder.resolve().name,
+        "state": state,
+        "now": now,
+        "live": live,
+        "headline": _headline(summary or {}, train, evals, timings),
+        "rewards": _reward_names(summary or {}, train, evals),
+        "watch": _watch(folder, train),
+        "spec": _text(folder / SPEC, notes),
+        "summary": summary,
+        "files": _files(folder),
+        "notes": notes,
+    }
+
+
+def _headline(summary: Row, train: list[Row], evals: list[Row], timings: list[Row]) -> Row:
+    """The summary where the run has ended; otherwise the same numbers as far as it got."""
+    first = evals[0] if evals else {}
+    last = evals[-1] if len(evals) > 1 else {}
+    before = summary.get("eval_before") or _means(first)
+    after = summary.get("eval_after") or _means(last)
+    gates = [row["log_ratio"]["gate"] for row in train if _has_gate(row)]
+    timed = [row["seconds"] for row in timings if row.get("kind") in ("train", "eval")]
+    return {
+        "rewards": [
+            {"name": name, "before": before.get(name), "after": after.get(name)}
+            for name in (before or after)
+        ],
+        "prompts": first.get("prompts"),
+        "weights": (last or first).get("weights"),
+        "iterations": summary.get("iterations", len(train)),
+        "images": summary.get("images", sum(row.get("images") or 0 for row in train)),
+        "seconds": summary.get("seconds", sum(timed) if timed else None),
+        "updates": sum(row.get("updates") or 0 for row in train),
+        "gate": max((abs(gate) for gate in gates), default=None),
+        "gates": len(gates),
+    }
+
+
+def _watch(folder: Path, train: list[Row]) -> list[Row]:
+    """Each watched reward's last reading, and every stretch of iterations in which it diverged."""
+    readings: dict[str, list[tuple[int, Reading]]] = {}
+    for row in train:
+        for name, reading in readings_of(row).items():
+            readings.setdefault(name, []).append((row["iteration"], reading))
+    return [_watched(folder, name, of_reward) for name, of_reward in readings.items()]
+
+
+def _watched(folder: Path, name: str, readings: list[tuple[int, Reading]]) -> Row:
+    _, last = readings[-1]
+    spans: list[Row] = []
+    for diverging, group in groupby(readings, key=lambda entry: entry[1].diverging):
+        if not diverging:
+            continue
+        stretch = list(group)
+        lowest = min((reading for _, reading in stretch), key=lambda reading: reading.now)
+        spans.append(
+            {
+                "from": stretch[0][0],
+                "to": stretch[-1][0],
+                "best": [lowest.best_from, lowest.best_iteration],
+                "says": describe(name, lowest, None),
+            }
+        )
+    if last.diverging:
+        kept = newest_checkpoint(folder / "checkpoints", last.best_iteration)
+        spans[-1]["says"] = describe(name, last, checkpoint_iteration(kept) if kept else None)
+    return {"name": name, **last.as_json(), "spans": spans}
+
+
+def _has_gate(row: Row) -> bool:
+    return (row.get("log_ratio") or {}).get("gate") is not None
+
+
+def _means(row: Row) -> dict[str, float | None]:
+    return {name: value.get("mean") for name, value in (row.get("rewards") or {}).items()}
+
+
+def _reward_names(summary: Row, train: list[Row], evals: list[Row]) -> list[str]:
+    """In the summary's order, then as first met."""
+    names = dict.fromkeys(summary.get("eval_before") or {})
+    for row in [*evals[:1], *train]:
+        names |= dict.fromkeys(row.get("rewards") or {})
+    return list(names)
+
+
+def _object(path: Path, notes: list[str]) -> Row | None:
+    try:
+        return read_json(path)
+    except ValueError as cause:
+        notes.append(f"{path.name} is not readable ({cause}) and was left out.")
+        return None
+
+
+def _text(path: Path, notes: list[str]) -> str | None:
+    if path.exists() and not leads_out(path):
+        return path.read_text("utf-8", errors="replace")
+    notes.append(f"{path.name} is not there.")
+    return None
+
+
+# --- pictures
+
+
+def find_shots(folder: Path, notes: list[str]) -> list[Shot]:
+    """The evaluations whose picture and sidecar are whole, oldest first."""
+    found: list[Shot] = []
+    for path in sorted((folder / SAMPLES).glob("iteration-*.json")):
+        sidecar = _object(path, notes)
+        if sidecar is None:
+            continue
+        picture = path.with_suffix(".png")
+        missing = [key for key in _SAMPLE_KEYS if key not in sidecar]
+        if missing or not picture.exists() or leads_out(picture):
+            lack = ", ".join(missing) or picture.name
+            notes.append(f"{path.name} was left out: {lack} is missing.")
+        elif not _is_sidecar(sidecar):
+            notes.append(f"{path.name} was left out: it does not say what a run writes.")
+        else:
+            found.append((picture, sidecar))
+    return found
+
+
+def _is_sidecar(row: Row) -> bool:
+    """Whether the values are of the kinds that `save_samples` writes."""
+    tile, prompts, scores = row["tile"], row["prompts"], row["scores"]
+    return (
+        all(type(n) is int for n in (row["iteration"], row["columns"]))
+        and isinstance(tile, list)
+        and len(tile) == 2
+        and all(type(n) is int and n > 0 for n in tile)
+        and isinstance(prompts, list)
+        and all(isinstance(prompt, str) for prompt in prompts)
+        and isinstance(scores, dict)
+        and all(isinstance(of, list) and len(of) == len(prompts) for of in scores.values())
+    )
+
+
+def shown_tile(sidecar: Row) -> list[int]:
+    """Height and width of a sample as the page shows it, at most `LARGEST_TILE` pixels."""
+    height, width = sidecar["tile"]
+    scale = min(1.0, LARGEST_TILE / max(height, width))
+    return [round(height * scale), round(width * scale)]
+
+
+def shown_picture(picture: Path, sidecar: Row) -> tuple[bytes, str]:
+    """The grid as the page shows it, and its media type: the exact pixels of a small model's
+    samples, those of a large one scaled down."""
+    tile = shown_tile(sidecar)
+    if tile == sidecar["tile"]:
+        return picture.read_bytes(), "image/png"
+    from PIL import Image
+
+    from flowgrpo_ray.common.images import opened
+
+    height, width = sidecar["tile"]
+    with opened(picture, picture.name, ("PNG",)) as grid:
+        size = (tile[1] * (grid.width // width), tile[0] * (grid.height // height))
+        small = grid.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=90)
+    return buffer.getvalue(), "image/jpeg"
+
+
+def shown(sidecar: Row, address: str) -> Row:
+    """One evaluation for the page, its picture at `address`."""
+    tile = shown_tile(sidecar)
+    return {**sidecar, "tile": tile, "original_tile": sidecar["tile"], "image": address}
+
+
+def _embedded(shots: list[Shot], notes: list[str]) -> list[Row]:
+    chosen = spread(shots, MOST_EVALUATIONS)
+    if len(chosen) < len(shots):
+        notes.append(f"{len(chosen)} of the {len(shots)} evaluations' images are embedded here.")
+    if any(shown_tile(sidecar) != sidecar["tile"] for _, sidecar in chosen):
+        notes.append(
+            f"Images are scaled down to {LARGEST_TILE} pixels; {SAMPLES}/ holds them as generated."
+        )
+    return [shown(sidecar, _data_address(picture, sidecar)) for picture, sidecar in chosen]
+
+
+def _data_address(picture: Path, sidecar: Row) -> str:
+    content, kind = shown_picture(picture, sidecar)
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def spread(items: list, most: int) -> list:
+    """At most `most` of the items, evenly spaced, the first and the last among them."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _files(folder: Path) -> list[Row]:
+    """Where the numbers come from: each source, its size in bytes, and what it says."""
+    files = []
+    for name, says in FILES.items():
+        path = folder / name
+        size = None
+        if path.is_dir():
+            size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+        elif path.exists():
+            size = path.stat().st_size
+        files.append({"name": name, "bytes": size, "says": says})
+    return files

@@ -1,0 +1,278 @@
+"""The commands as typed: help, counts, lists, and mistakes that end in one message and status 2."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowgrpo_ray import cli
+from flowgrpo_ray.run.folder import RunFolder
+from flowgrpo_ray.spec.file import load_spec, recipe_names
+
+COMMANDS = {
+    "train": "Train a model",
+    "plan": "Check a spec",
+    "sample": "one image per prompt",
+    "evaluate": "held-out prompts",
+    "export": "for diffusers",
+    "report": "report.html",
+    "monitor": "as a live page",
+    "recipes": "List the training specs",
+    "schema": "JSON schema",
+}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, command_line: Any, tmp_path: Path):
+    """``run("plan", "tiny-ocr") -> (status, stdout, stderr)`` through the program's entry point."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", {**os.environ, "COLUMNS": "250", "NO_COLOR": "1"})
+    level = logging.getLogger("diffusers").level
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        answer = command_line(*arguments)
+        logging.getLogger("diffusers").setLevel(level)
+        return answer
+
+    return call
+
+
+def squeezed(text: str) -> str:
+    """Without the line breaks and boxes of the terminal."""
+    return " ".join(re.sub(r"[│╭╮╰╯─┃━┏┓┡┩└┘]", " ", text).split())
+
+
+def test_every_command_is_listed_and_known_here(run):
+    status, out, _ = run("--help")
+    assert status == 0
+    registered = {c.name or c.callback.__name__ for c in cli.app.registered_commands}  # type: ignore[union-attr]
+    assert registered >= COMMANDS.keys()
+    assert all(re.search(rf"\b{name}\b", out) for name in registered)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_a_command_is_for(run, command: str):
+    status, out, _ = run(command, "--help")
+    assert status == 0
+    assert COMMANDS[command] in squeezed(out)
+
+
+def table(out: str) -> dict[str, list[int]]:
+    """``{label: [per iteration, in all]}`` of the plan's table."""
+    rows = re.findall(r"^\W*(\w[\w ,-]*?)\s*[│|]\s*([\d,]+)\s*[│|]\s*([\d,]+)\W*$", out, re.M)
+    return {label: [int(n.replace(",", "")) for n in numbers] for label, *numbers in rows}
+
+
+def test_plan_counts_the_work(run):
+    """8 groups of 12 images, 10 steps of which 2 are trained, no guidance, KL, 2 updates."""
+    status, out, _ = run("plan", "tiny-ocr", "--set", "iterations=10")
+    assert status == 0
+    assert table(out) == {
+        "images": [96, 960],
+        "micro-batches": [4, 40],
+        "forwards of one image, sampling": [960, 9600],
+        "forwards and backwards, training": [192, 1920],
+        "forwards of the KL reference": [192, 1920],
+        "optimizer updates": [2, 20],
+    }
+    assert "256 to train on, 64 held out" in out
+    assert "0 GPU" in out
+    assert "memory (1.70 M parameters, 1.70 M trained)" in out
+    assert re.search(r"learner rank, update\W+\d+\.\d\d", out)
+    assert "GiB; " not in out, "no verdict on a spec without GPUs"
+
+
+def test_plan_counts_guidance_and_all_steps(run):
+    status, out, _ = run(
+        *("plan", "tiny-ocr", "--set", "sampling.guidance=4.5", "--set", "objective.kl=null"),
+        *("--set", "sampling.window={kind: all}", "--set", "iterations=1"),
+    )
+    assert status == 0
+    counts = {label: each for label, (each, _) in table(out).items()}
+    assert counts["forwards of one image, sampling"] == 2 * 960
+    assert counts["forwards and backwards, training"] == 2 * 96 * 9
+    assert counts["forwards of the KL reference"] == 0
+
+
+GPU_ACTORS = ("--set", "cluster={rollout: {gpus: 1}, learner: {gpus: 1}}")
+
+
+def test_plan_as_json_has_the_numbers(run):
+    status, out, _ = run("plan", "tiny-ocr", "--json", *GPU_ACTORS)
+    assert status == 0
+    found = json.loads(out)
+    assert found["work"]["rollout_forwards"] == 960
+    assert found["reserved"]["GPU"] == 2
+    stages = found["footprint"]["learner"]
+    assert stages.keys() == {"loading", "update", "publishing"}
+    largest = max(sum(parts.values()) for parts in stages.values())
+    assert found["needed"]["learner rank"] == largest / 2**30
+
+
+def test_plan_without_the_models_configs_says_so(run):
+    status, out, _ = run("plan", "tiny-ocr", "--set", "model.path=owner/name")
+    assert status == 0
+    assert table(out)["images"] == [96, 5760]
+    assert "memory: unknown, the configs of owner/name are not on this disk" in squeezed(out)
+
+
+@pytest.mark.parametrize("gpu", ["h1000", "-1", "nan", "inf"])
+def test_plan_for_a_gpu_that_is_none(run, gpu: str):
+    status, _, err = run("plan", "tiny-ocr", "--gpu", gpu)
+    assert status == 2
+    assert f"--gpu '{gpu}': write a number of GiB, or one of a10g" in squeezed(err)
+
+
+def footprint_of(worker: int, rank: int, stage: str = "update") -> Any:
+    """A model that needs so many GiB, in a stage of either."""
+    from flowgrpo_ray.estimate.footprint import Footprint
+
+    rollout = {"sampling": {"weights": worker * 2**30}, "encoding": {"weights": 1}}
+    learner = {"loading": {"weights": 1}, stage: {"weights": rank * 2**30 - 1, "more": 1}}
+    return Footprint(1, 1, 1, 1, rollout, learner, 0, encoders_known=True)
+
+
+def verdicts(gpu: tuple[str, float] | None, footprint: Any, *overrides: str) -> list[str]:
+    from flowgrpo_ray.cli import plan
+
+    spec = load_spec("tiny-ocr", [GPU_ACTORS[1], *overrides])
+    return list(plan.verdicts(spec, footprint, gpu))
+
+
+def test_verdicts_compare_with_a_gpu_or_name_one():
+    worker, rank, advice = verdicts(("h100", 79), footprint_of(79, 80))
+    assert worker == "rollout worker: 79.0 GiB; fits h100 (79 GiB)"
+    assert rank == "learner rank: 80.0 GiB; DOES NOT FIT h100 (79 GiB)"
+    for key in ("activation_checkpointing=true", "offload_optimizer=true", "learner.count", "lora"):
+        assert key in advice
+    worker, rank = verdicts(None, footprint_of(22, 40))
+    assert worker.endswith("the smallest GPU that has it: a10g (22 GiB)")
+    assert rank.endswith("the smallest GPU that has it: l40s (44 GiB)")
+    assert "no known GPU has it" in verdicts(None, footprint_of(1, 140))[1]
+
+
+def test_advice_leaves_out_what_is_done_or_would_not_help():
+    done = "cluster.learner={gpus: 1, activation_checkpointing: true, offload_optimizer: true}"
+    lora = "tuning={kind: lora, rank: 4, alpha: 8}"
+    _, _, advice = verdicts(("a10g", 22), footprint_of(1, 30), done, lora)
+    for key in ("activation_checkpointing", "offload_optimizer", "tuning"):
+        assert key not in advice
+    assert "micro_batch" in advice
+    _, _, advice = verdicts(("a10g", 22), footprint_of(1, 30, "publishing"))
+    assert "activation_checkpointing" not in advice
+    _, advice, _ = verdicts(("a10g", 22), footprint_of(30, 1))
+    assert "objective.kl=null" in advice
+    assert "learner" not in advice
+
+
+def test_actors_that_share_a_gpu_need_it_together():
+    from flowgrpo_ray.cli.plan import needed
+
+    def of(rollout: float, learner: float, count: int = 1) -> dict[str, float]:
+        workers = f"{{count: {count}, gpus: {rollout}}}"
+        keys = f"cluster={{rollout: {workers}, learner: {{gpus: {learner}}}}}"
+        return needed(load_spec("tiny-ocr", [keys]), footprint_of(10, 30))
+
+    assert of(0.4, 0.4) == {"rollout worker + learner rank": 40}
+    assert of(0.2, 0.6, 2) == {"2 rollout workers + learner rank": 50}
+    assert of(0.5, 1) == {"rollout worker": 10, "learner rank": 30}
+    assert of(0.5, 1, 3) == {"rollout worker": 20, "learner rank": 30}
+    assert of(0.5, 0.6, 2) == {"rollout worker": 20, "learner rank": 30}
+    assert of(0, 1) == {"learner rank": 30}
+    assert of(0, 0) == {}
+
+
+def test_a_note_is_printed_as_it_is():
+    """A failed reward's note quotes a prompt, which may look like rich's markup."""
+    from rich.console import Console
+
+    from flowgrpo_ray.view.console import RunDisplay
+
+    out = io.StringIO()
+    display = RunDisplay(load_spec("tiny-ocr"), Console(file=out, width=200))
+    display.note("first prompt: 'a sign [/] [red] [/b]'")
+    assert out.getvalue() == "first prompt: 'a sign [/] [red] [/b]'\n"
+
+
+def test_recipes_lists_each_with_its_line(run):
+    status, out, _ = run("recipes")
+    assert status == 0
+    for name in recipe_names():
+        assert re.search(rf"^\W*{name}\s+\w+", out, re.M)
+
+
+def test_schema_is_json_with_descriptions(run):
+    """What an editor needs to complete keys and to show what they mean."""
+    status, out, _ = run("schema")
+    assert status == 0
+    schema = json.loads(out)
+    assert schema["type"] == "object"
+    assert schema["additionalProperties"] is False
+    assert {"model", "sampling", "rewards", "objective"} <= schema["properties"].keys()
+    sampling = schema["$defs"]["SamplingSpec"]["properties"]
+    for key in ("steps", "guidance", "eta", "group_size", "groups", "micro_batch"):
+        assert sampling[key]["description"], key
+
+
+MISTAKES = {
+    "no such recipe": (["plan", "tiny-orc"], "did you mean the recipe 'tiny-ocr'?"),
+    "no such spec to train": (["train", "x.yaml"], "'x.yaml' is neither a file nor a recipe"),
+    "unknown key": (
+        ["plan", "tiny-ocr", "--set", "sed=1"],
+        "sed: unknown key; did you mean 'seed'",
+    ),
+    "unknown key, before training": (["train", "tiny-ocr", "--set", "sed=1"], "'seed'"),
+    "bad --set": (["plan", "tiny-ocr", "--set", "seed"], "write it as key=value"),
+    "brackets in a message": (["plan", "tiny-ocr", "--set", "seed=[b]x"], "[b]x"),
+    "no such prompts": (
+        ["plan", "tiny-ocr", "--set", "prompts.train=no.txt"],
+        "prompts.train = 'no.txt': there is no such file",
+    ),
+    "no such model": (["plan", "tiny-ocr", "--set", "model.path=./no"], "model.path = './no'"),
+    "not a run": (["export", "nowhere", "--out", "new"], "nowhere is not a run folder"),
+    "no run to report on": (["report", "nowhere"], "nowhere"),
+    "neither run nor spec": (["sample", "nowhere", "a sign"], "'nowhere' is neither"),
+    "no prompts to evaluate on": (
+        ["evaluate", "tiny-ocr", "--prompts", "no.txt"],
+        "--prompts = 'no.txt': there is no such file",
+    ),
+    "unknown option": (["plan", "tiny-ocr", "--sett", "a=1"], "--sett"),
+    "unknown command": (["trian", "tiny-ocr"], "trian"),
+    "missing argument": (["train"], "SPEC|RECIPE"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_message_and_status_2(run, tmp_path: Path, case: str):
+    arguments, message = MISTAKES[case]
+    status, out, err = run(*arguments)
+    assert status == 2
+    assert message in squeezed(err)
+    assert "Traceback" not in out + err
+    assert list(tmp_path.iterdir()) == [], "nothing was started or written"
+
+
+def test_more_gpus_than_there_are_ends_before_ray_starts(run, tmp_path: Path):
+    greedy = ["cluster.learner.gpus=1", "cluster.rollout={count: 99, gpus: 1}"]
+    status, _, err = run("train", "tiny-ocr", *(a for key in greedy for a in ("--set", key)))
+    assert status == 2
+    assert "100 GPUs" in squeezed(err)
+    assert "RAY_ADDRESS" in squeezed(err)
+    # Who corrects the spec can train: a run that never began needs no --resume.
+    RunFolder.claim(tmp_path / "runs", load_spec("tiny-ocr"), resume=False).release()
+
+
+def test_training_over_a_run_asks_for_resume(run, tmp_path: Path):
+    folder = RunFolder.claim(tmp_path / "runs", load_spec("tiny-ocr"), resume=False)
+    folder.release()
+    (folder.path / "metrics.jsonl").write_text('{"kind": "eval", "iteration": 0}\n')
+    status, _, err = run("train", "tiny-ocr")
+    assert status == 2
+    assert "--resume" in err

@@ -1,0 +1,168 @@
+"""The program as a user runs it: a real Ray cluster, real Serve, a real FSDP learner.
+
+One run is left alone; the other is stopped in every way a run can be stopped, and goes on with one
+rollout worker instead of two. Both must end with the same weights and the same metrics file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from whole_runs import IN_TURNS, ITERATIONS, Command, final_digests
+
+from flowgrpo_ray.common.paths import builtin_path
+from flowgrpo_ray.run.checkpoint import list_checkpoints
+from flowgrpo_ray.run.tracking import read_rows
+
+pytestmark = IN_TURNS
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    hardly_disturbed: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Command, str]:
+    command = Command(tmp_path_factory.mktemp("undisturbed"))
+    return command, command.finish()
+
+
+def test_a_run_leaves_what_it_promises(undisturbed: tuple[Command, str]) -> None:
+    command, output = undisturbed
+    run = command.run
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["iterations"] == ITERATIONS
+    assert summary["images"] == ITERATIONS * 32
+    assert summary["eval_before"].keys() == summary["eval_after"].keys() == {"ocr", "sign_colour"}
+    rows = read_rows(run / "metrics.jsonl")
+    trained = [row for row in rows if row["kind"] == "train"]
+    assert [row["iteration"] for row in trained] == list(range(1, ITERATIONS + 1))
+    assert [row["iteration"] for row in rows if row["kind"] == "eval"] == [0, 3, 6, ITERATIONS]
+    assert {row["log_ratio"]["gate"] for row in trained} == {0.0}, "the first ratio is exactly 1"
+    assert len({row["weights"]["digest"] for row in trained}) == ITERATIONS, "weights move"
+    for path in ("spec.yaml", "report.html", "samples/iteration-000000.png", "tensorboard"):
+        assert (run / path).exists(), path
+    assert list((run / "logs").rglob("gcs_server*")), "Ray's logs are kept"
+    assert "report.html" in output
+    assert len(output.splitlines()) < 40, f"noisy console:\n{output}"
+
+
+def test_nothing_is_written_to_the_home_folder(undisturbed: tuple[Command, str]) -> None:
+    assert [path for path in undisturbed[0].home.rglob("*") if path.is_file()] == []
+
+
+def test_the_same_weights_whatever_dies(undisturbed: tuple[Command, str], tmp_path: Path) -> None:
+    """One of each kind; test_survival.py has every moment, and what hangs."""
+    killed = Command(tmp_path)
+    moments = ["ray::RolloutWorker.sample", "reward-ocr", "ray::LearnerRank.accumulate"]
+    for iteration, moment in enumerate(moments, start=1):
+        killed.wait_for(iteration)
+        killed.lose(moment, signal.SIGKILL)
+    killed.wait_for(len(moments) + 1)
+    killed.process.send_signal(signal.SIGKILL)  # the driver alone, as the kernel's OOM killer does
+    killed.process.wait()
+    assert not killed.left_behind(), "what is beside the driver clears up after it"
+    last = Command(tmp_path, resume=True, **{"cluster.rollout": "{count: 1, cpus: 0.5}"})
+    last.finish()
+    assert_same(last.run, undisturbed[0].run)
+
+
+def assert_same(run: Path, expected: Path) -> None:
+    assert final_digests(run, ITERATIONS) == final_digests(expected, ITERATIONS)
+    assert (run / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_same_weights_however_a_run_is_interrupted(
+    undisturbed: tuple[Command, str], tmp_path: Path
+) -> None:
+    killed = Command(tmp_path, iterations="5")
+    killed.wait_for(4)
+    killed.process.send_signal(signal.SIGKILL)  # the driver alone, as the kernel's OOM killer does
+    killed.process.wait()
+    assert not killed.left_behind(), "what is beside the driver clears up after it"
+    assert list((killed.run / "logs").rglob("gcs_server*")), "Ray's logs are kept"
+
+    asked_for_more = Command(tmp_path, resume=True, iterations="5")
+    asked_for_more.finish()  # off the rhythm of evaluations and checkpoints, and then longer:
+
+    interrupted = Command(tmp_path, resume=True)
+    interrupted.wait_for(6)
+    interrupted.signal_group(signal.SIGINT)
+    assert "continue with" in interrupted.finish()
+    done = interrupted.trained()
+    assert list_checkpoints(interrupted.run / "checkpoints")[-1].name.endswith(str(done))
+
+    last = Command(tmp_path, resume=True, **{"cluster.rollout": "{count: 1, cpus: 0.5}"})
+    last.finish()
+    assert_same(last.run, undisturbed[0].run)
+
+
+@pytest.mark.slow
+def test_two_learner_ranks_with_lora_and_a_second_ctrl_c(tmp_path: Path) -> None:
+    two = {
+        "tuning": "{kind: lora, rank: 4, alpha: 8}",
+        "cluster.learner": "{count: 2, cpus: 0.5}",
+        "iterations": "500",
+    }
+    command = Command(tmp_path, **two)
+    command.wait_for(2)
+    rows = [row for row in read_rows(command.run / "metrics.jsonl") if row["kind"] == "train"]
+    assert {row["log_ratio"]["gate"] for row in rows} == {0.0}
+    command.signal_group(signal.SIGINT)
+    time.sleep(0.05)
+    command.signal_group(signal.SIGINT)
+    assert "interrupted" in command.finish(status=130)
+
+
+@pytest.mark.slow
+def test_the_watch_ends_a_run_that_over_optimizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watched reward is one minus the trained one: what raises one lowers the other."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # for the replicas
+    opposed = {
+        "watch": "{window: 1, fall: 0.01, action: stop}",
+        "rewards": "{bright: {reward: 'reward_samples:Probe'}, "
+        "dark: {reward: 'reward_samples:Darkness', weight: 0}}",
+        "checkpoint": "{every: 1, keep: 1}",
+    }
+    stopped = Command(tmp_path, **opposed)
+    output = " ".join(stopped.finish().split())
+    assert "stopped by the watch: dark fell from" in output
+    done = stopped.trained()
+    assert 1 < done < ITERATIONS
+    trained = [r for r in read_rows(stopped.run / "metrics.jsonl") if r["kind"] == "train"]
+    assert [row["watch"]["dark"]["diverging"] for row in trained] == [False] * (done - 1) + [True]
+    best = trained[-1]["watch"]["dark"]["best_iteration"]
+    kept = [int(p.name[-6:]) for p in list_checkpoints(stopped.run / "checkpoints")]
+    assert kept == [best, done], "the one from before the divergence, and the newest"
+    assert f"--iteration {best}" in output
+    assert "over-optimization" in (stopped.run / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_validation_run_gives_a_verdict(tmp_path: Path) -> None:
+    command = Command(tmp_path, "--validate", "3")
+    output = command.finish()
+    folder = tmp_path / "runs" / "small-validate"
+    verdict = json.loads((folder / "validation.json").read_text())
+    assert verdict["ok"]
+    assert verdict["iterations"] == 3
+    assert "small-validate, 3 iterations" in " ".join(output.split())
+    trained = [r for r in read_rows(folder / "metrics.jsonl") if r["kind"] == "train"]
+    assert [row["kl"] for row in trained] == [None] * 3, "beta is 0"
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_loaded_is_one_message(tmp_path: Path) -> None:
+    """The error is raised in an actor, maybe on another machine, and reads as if it were local."""
+    model = tmp_path / "model"
+    shutil.copytree(builtin_path("builtin:tiny-sd3") or "", model)
+    (model / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    output = Command(tmp_path, **{"model.path": str(model)}).finish(status=2)
+    assert output.startswith("error: model.path = "), output
+    assert "'transformer'" in output

@@ -1,0 +1,148 @@
+"""What gets killed changes the wall clock only: real signals, in the worst moments, one run each.
+
+A moment is the method that an actor is in, which Ray writes into the name of its process. After
+each loss the run must get further than ever before the next one comes, and in the end its weights
+and its metrics file must be those of a run that nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from whole_runs import SLOW_IN_TURNS, Command, final_digests
+
+from flowgrpo_ray.run.tracking import read_rows
+
+pytestmark = SLOW_IN_TURNS
+KILL, STOP = signal.SIGKILL, signal.SIGSTOP
+LONG = 30  # iterations: enough for all losses of a run to come before its end
+RUN: dict[str, Any] = {
+    "iterations": str(LONG),
+    "evaluation": "{every: 20, steps: 2, prompts: 4, micro_batch: 4, grid: 4}",
+    "checkpoint": "{every: 1, keep: 2}",
+    "cluster.hang_timeout_s": "8",
+    "tracking.tensorboard": "false",
+}
+REWARD = "reward-ocr"
+TWO_REPLICAS = {"rewards.ocr.deadline_s": "8", "rewards.ocr.replicas": "2"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(hardly_disturbed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    command = Command(tmp_path_factory.mktemp("undisturbed"), **RUN)
+    command.finish()
+    return command.run
+
+
+def assert_same(run: Path, undisturbed: Path, iterations: int = LONG) -> None:
+    assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+    assert final_digests(run, iterations) == final_digests(undisturbed, iterations)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        pytest.param(
+            [
+                ("ray::RolloutWorker.sample", KILL),
+                ("ray::RolloutWorker.load", KILL),
+                (REWARD, KILL),
+                ("ray::RolloutWorker", STOP),
+                (REWARD, STOP),
+            ],
+            id="rollout workers and rewards",
+        ),
+        pytest.param(
+            [
+                ("ray::LearnerRank.accumulate", KILL),
+                ("ray::LearnerRank.step", KILL),
+                ("ray::LearnerRank.state", KILL),  # while it is saved
+                ("ray::LearnerRank", STOP),
+            ],
+            id="the learner",
+        ),
+    ],
+)
+def test_the_same_weights_whatever_dies_or_hangs(
+    undisturbed: Path, tmp_path: Path, losses: list[tuple[str, int]]
+) -> None:
+    command = Command(tmp_path, **RUN, **TWO_REPLICAS)
+    furthest = 0
+    for moment, number in losses:
+        command.wait_for(furthest + 2)
+        furthest = command.trained()
+        assert furthest < LONG, f"over before {moment}"
+        command.lose(moment, number)
+    output = command.finish()
+    assert_same(command.run, undisturbed)
+    told = sum(line.count("was lost and is replaced") for line in output.splitlines())
+    assert told >= sum("ray::" in moment for moment, _ in losses)
+
+
+LAG: dict[str, Any] = {**RUN, "iterations": "12", "sampling.max_lag": "1"}
+
+
+def test_a_lag_of_one_is_the_same_run_whatever_dies(tmp_path: Path) -> None:
+    """Samples are one iteration old, all of them but the first, with one worker or two."""
+    folders = [tmp_path / name for name in ("alone", "disturbed")]
+    for folder in folders:
+        folder.mkdir()
+    one = {"cluster.rollout": "{count: 1, cpus: 0.5}"}
+    alone = Command(folders[0], **LAG, **one)
+    alone.finish()
+    rows = [row for row in read_rows(alone.run / "metrics.jsonl") if row["kind"] == "train"]
+    assert [row["staleness"] for row in rows] == [0] + [1] * 11
+    assert [row["weights"]["version"] for row in rows] == [1, *range(1, 12)]
+    gates = [row["log_ratio"]["gate"] for row in rows]
+    assert gates[0] == 0
+    assert min(gates[1:]) > 0, "off-policy by the updates in between"
+
+    killed = Command(folders[1], **LAG)
+    killed.wait_for(3)
+    killed.lose("ray::RolloutWorker.sample", KILL)
+    killed.wait_for(5)
+    killed.process.send_signal(KILL)
+    killed.process.wait()
+    assert not killed.left_behind()
+    stopped = Command(folders[1], resume=True, **LAG)
+    stopped.wait_for(8)
+    stopped.signal_group(signal.SIGINT)
+    stopped.finish()
+    last = Command(folders[1], resume=True, **LAG)
+    last.finish()
+    assert_same(last.run, alone.run, 12)
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A file system in memory, mounted at ``folder``."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("a file system can be mounted by root only")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_during_a_checkpoint(undisturbed: Path, tmp_path: Path) -> None:
+    """There is room for two checkpoints of 27 MB, and for a part of the third."""
+    runs = tmp_path / "runs"
+    with small_disk(runs, "75m"):
+        full = Command(tmp_path, **RUN)
+        output = " ".join(full.finish(status=2).split())
+        assert "could not be written" in output
+        assert "No space left on device" in output
+        kept = [path.name for path in (full.run / "checkpoints").iterdir()]
+        assert sorted(kept) == ["iteration-000001", "iteration-000002"], "no torn one"
+        subprocess.run(["mount", "-o", "remount,size=500m", str(runs)], check=True)
+        resumed = Command(tmp_path, resume=True, **RUN)
+        assert f"resuming {resumed.run} after iteration 2" in " ".join(resumed.finish().split())
+        assert_same(resumed.run, undisturbed)

@@ -1,0 +1,379 @@
+"""The estimate against the real thing: tiny models that are built, run and trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import MODELS, model_folder
+from tiny_runs import (
+    CPU,
+    FULL,
+    LORA,
+    PROMPTS,
+    TUNINGS,
+    alone,
+    conditions,
+    draw_batches,
+    kept,
+    one_thread,
+    small_spec,
+)
+from torch import Tensor, nn
+
+from flowgrpo_ray.algorithm.learner import Learner
+from flowgrpo_ray.algorithm.sampling import batch_condition
+from flowgrpo_ray.common.errors import ModelError
+from flowgrpo_ray.estimate import footprint
+from flowgrpo_ray.estimate.dry_run import Cost, measure
+from flowgrpo_ray.policies import load_policy
+from flowgrpo_ray.policies.base import Policy
+from flowgrpo_ray.spec.file import load_spec, recipe_names
+from flowgrpo_ray.spec.training import TrainingSpec
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def configs_of(spec: TrainingSpec) -> dict[str, Any]:
+    found = footprint.find_configs(spec.model)
+    assert found is not None
+    return found
+
+
+def skeleton(spec: TrainingSpec) -> Policy:
+    return footprint.skeleton(spec, configs_of(spec))
+
+
+def tuned(spec: TrainingSpec) -> Policy:
+    policy = load_policy(spec, CPU, frozenset({"network", "decoder"}))
+    policy.tune(spec.seed, with_reference=False)
+    return policy
+
+
+def shapes(module: nn.Module) -> dict[str, Any]:
+    return {n: (tuple(p.shape), p.dtype, p.requires_grad) for n, p in module.named_parameters()}
+
+
+# --- the model without weights
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize("family", MODELS)
+def test_a_skeleton_has_the_parameters_of_the_model(family: str, tuning: str):
+    targets = {"full": FULL, "lora": "tuning={kind: lora, rank: 2, alpha: 4}"}
+    spec = MODELS[family].spec(model_folder(family), targets[tuning], "model.dtype=bfloat16")
+    made, real = skeleton(spec), tuned(spec)
+    assert shapes(made.network) == shapes(real.network)
+    assert {p.device.type for p in made.network.parameters()} == {"meta"}
+    assert made.latent_shape(spec.sampling.size) == real.latent_shape(spec.sampling.size)
+    if tuning == "lora":  # counted by hand: rank x (in + out) of each adapted layer
+        adapted = [m for m in real.network.modules() if hasattr(m, "lora_A")]
+        by_hand = sum(2 * (m.in_features + m.out_features) for m in adapted)  # type: ignore[operator]
+        assert sum(p.numel() for p in made.trainable().values()) == by_hand
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_an_example_condition_is_shaped_as_encoded_prompts_are(family: str):
+    """Of the longest prompts: real ones may have fewer tokens where the model pads."""
+    model = MODELS[family]
+    spec = model.spec(model_folder(family), f"sampling.guidance={model.guidances[-1]}")
+    encoder = load_policy(spec, CPU, frozenset({"encoder"}))
+    real = encoder.collate(encoder.encode(PROMPTS))
+    made = skeleton(spec).example_condition(len(PROMPTS), configs_of(spec))
+    assert made.keys() >= real.keys()
+    for name, tensor in real.items():
+        found = made[name]
+        assert (found.dtype, found.ndim) == (tensor.dtype, tensor.ndim), name
+        differing = [i for i, n in enumerate(tensor.shape) if found.shape[i] != n]
+        assert not differing or (differing == [1] and found.shape[1] > tensor.shape[1]), name
+
+
+# --- FLOPs and bytes of a run
+
+
+def velocity_cost(spec: TrainingSpec, policy: Policy, *, backward: bool) -> Cost:
+    drawn = batch_condition(policy, conditions(spec.sampling.guidance), (0, 0, 1, 1))
+    condition = {name: tensor.to(policy.encoder_dtype) for name, tensor in drawn.items()}
+    x = torch.zeros(4, *policy.latent_shape(spec.sampling.size))
+    return measure(
+        lambda: policy.velocity(x, 0.6, condition),
+        policy.network,
+        [x, *condition.values()],
+        backward=backward,
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_shapes_alone_cost_what_the_model_costs(tuning: str, dtype: str, checkpointing: bool):
+    """Bit for bit, FLOPs and bytes: sampling, an update and the decoder, run on real tensors."""
+    spec = small_spec(
+        *(TUNINGS[tuning], f"model.dtype={dtype}", "sampling.guidance=3"),
+        f"cluster.learner.activation_checkpointing={str(checkpointing).lower()}",
+    )
+    sampled, trained, decoded = footprint.costs(spec, skeleton(spec), configs_of(spec))
+    real = tuned(spec)
+    assert velocity_cost(spec, real, backward=False) == sampled
+    if checkpointing:
+        real.network.enable_gradient_checkpointing()  # type: ignore[operator]
+    assert velocity_cost(spec, real, backward=True) == trained
+    x = torch.zeros(4, *real.latent_shape(spec.sampling.size))
+    vae: nn.Module = real.vae  # type: ignore[attr-defined]
+    images = measure(lambda: torch.from_numpy(real.decode(x)), vae, [x], backward=False)
+    assert images._replace(kept=0) == decoded._replace(kept=0)
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_bytes_kept_are_those_that_autograd_saves(tuning: str):
+    """Storages that saved_tensors_hooks sees, without parameters and inputs, and the result's."""
+    spec = small_spec(TUNINGS[tuning])
+    policy = tuned(spec)
+    condition = batch_condition(policy, conditions(), (0, 0, 1, 1))
+    x = torch.zeros(4, *policy.latent_shape(spec.sampling.size))
+    saved: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = policy.velocity(x, 0.6, condition)
+    before = [*policy.network.parameters(), *policy.network.buffers(), x, *condition.values()]
+    for tensor in before:
+        saved.pop(tensor.untyped_storage().data_ptr(), None)
+    saved[result.untyped_storage().data_ptr()] = result.untyped_storage().nbytes()
+    assert velocity_cost(spec, policy, backward=True).kept == sum(saved.values())
+
+
+def test_flops_of_a_forward_are_those_of_its_matrix_products():
+    """The embedded model by hand: 3 joint blocks of width 128, the last without text output."""
+    spec = small_spec("sampling.guidance=3")
+    cost, _, _ = footprint.costs(spec, skeleton(spec), configs_of(spec))
+    b, d, image, text = 8, 128, (32 // 8) * (48 // 8), 20  # two passes of four images
+    channels, features, pixels = 4, 256, 2 * 2
+    stream = 12 * d * d  # queries, keys, values, output; and the MLP's 2 x 4 d
+    blocks = 3 * image * stream + 2 * text * stream + text * 3 * d * d
+    modulation = 3 * 6 * d * d + 2 * 6 * d * d + 2 * d * d
+    attention = 3 * 2 * (image + text) ** 2 * d
+    embedding = image * pixels * channels * d + text * d * d
+    moment = features * d + d * d + d * d + d * d  # the time's two layers, the pooled text's two
+    ends = 2 * d * d + image * d * pixels * channels
+    assert cost.forward == 2 * b * (blocks + modulation + attention + embedding + moment + ends)
+
+
+# --- who holds what
+
+
+def local_bytes(tensors: Any) -> int:
+    from torch.distributed.tensor import DTensor
+
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in local)}.values())
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("ema", ["null", "{decay: 0.9, every: 1}"])
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_a_learner_holds_after_an_update_what_the_estimate_says(
+    tuning: str, ema: str, offload: bool
+):
+    spec = small_spec(
+        *(TUNINGS[tuning], f"ema={ema}", "model.dtype=bfloat16"),
+        f"cluster.learner.offload_optimizer={str(offload).lower()}",
+    )
+    batches = draw_batches(spec, 1)
+    with alone():
+        learner = Learner(spec, CPU)
+        batches[0].into(learner)
+        gradients = local_bytes(p.grad for p in learner.parameters.values())
+        learner.step(kept(batches), 2)
+        network, optimizer = learner.policy.network, learner.optimizer
+        weights = local_bytes([*network.parameters(), *network.buffers()])
+        moments = sum(local_bytes(shelf.values()) for shelf in optimizer.moments.values())
+        averages = local_bytes(optimizer.ema.values())
+    estimated = footprint.learner_state(spec, skeleton(spec))
+    host = footprint.moved_bytes(spec, skeleton(spec))
+    assert (estimated["weights"], estimated["gradients"]) == (weights, gradients)
+    if offload:
+        assert (estimated["optimizer"], estimated["averages"]) == (0, 0)
+        assert host == moments + averages
+    else:
+        assert (estimated["optimizer"], estimated["averages"]) == (moments, averages)
+    assert averages == (0 if ema == "null" else moments // 2)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 5)
+
+
+class TwoBlocks:
+    """A policy of two blocks of 35 numbers, 10 numbers outside and a buffer of 3."""
+
+    def __init__(self, kind: str) -> None:
+        self.network = nn.Sequential(Block(), Block(), nn.Linear(4, 2))
+        self.network.register_buffer("table", torch.zeros(3))
+        self.network.requires_grad_(kind == "full")
+        if kind == "lora":
+            for module in self.network.modules():
+                if isinstance(module, Block):
+                    module.inner.lora = nn.Parameter(torch.zeros(7, 1))
+                    module.inner.weight.data = module.inner.weight.data.bfloat16()
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.network.named_parameters() if p.requires_grad}
+
+    def block_classes(self) -> tuple[type[nn.Module], ...]:
+        return (Block,)
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        return (11,)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_parts_of_a_learner_rank_by_hand(ranks: int):
+    """4 images, 4 trained steps of 5; a shard is rounded up: 3 of 5 rows."""
+    spec = small_spec(f"cluster.learner.count={ranks}", "sampling.groups=8")
+    rows = {1: (5, 2), 2: (3, 1)}[ranks]
+    shard = 4 * (2 * rows[0] * (6 + 1) + rows[1] * (4 + 1))
+    cost = Cost(0, 0, 0, 1000)
+    found = footprint.learner_parts(spec, TwoBlocks("full"), cost)  # type: ignore[arg-type]
+    assert found["update"] == {
+        "weights": shard + 12,
+        "gradients": shard,
+        "optimizer": 2 * shard,
+        "averages": shard,
+        "gathered weights": 4 * (10 + 2 * 35),
+        "gathered gradients": 4 * (10 + 2 * 35),
+        "activations": 1000,
+        "latents": 4 * 4 * 5 * 11,
+        "reserved": 0,
+    }
+    assert sum(found["publishing"].values()) == 4 * shard + 12 + 4 * 30
+    assert sum(found["loading"].values()) == 4 * 80 + 12
+    lora = footprint.learner_parts(spec, TwoBlocks("lora"), cost)["update"]  # type: ignore[arg-type]
+    assert lora["weights"] - 12 == 2 * (rows[0] * (6 * 2 + 4)) + rows[1] * 20 + 2 * 28 // ranks + (
+        0 if ranks == 1 else 2 * 2
+    )
+    assert lora["gathered gradients"] == 2 * 28
+
+
+def test_parts_of_a_rollout_worker_by_hand():
+    """Weights in the masters' float32, twice with KL; the encoders as the files have them."""
+    spec = small_spec("objective.kl={beta: 0.1}", "model.dtype=bfloat16")
+    real = load_policy(spec, CPU)
+    found = footprint.estimate(spec)
+    assert found is not None
+    weights = local_bytes([*real.network.parameters(), *real.network.buffers()])
+    vae: nn.Module = real.vae  # type: ignore[attr-defined]
+    pipe: Any = real.encoder  # type: ignore[attr-defined]
+    encoders = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
+    held = {
+        "weights": weights,
+        "frozen copy for the KL": weights,
+        "autoencoder": local_bytes([*vae.parameters(), *vae.buffers()]),
+    }
+    read = 2 * sum(p.numel() for encoder in encoders for p in encoder.parameters())
+    assert found.rollout["encoding"] == held | {"text encoders": read, "reserved": 0}
+    assert {part: found.rollout["sampling"][part] for part in held} == held
+    latents = 4 * (4 + 1 + 4) * math.prod(real.latent_shape((32, 48))) * 4
+    assert found.rollout["sampling"]["latents"] == 2 * latents
+    assert found.encoders_known
+    plain = footprint.estimate(small_spec(LORA, "objective.kl={beta: 0.1}"))
+    assert plain is not None
+    assert plain.rollout["decoding"]["frozen copy for the KL"] == 0
+
+
+def test_flops_of_an_iteration():
+    """16 images in 4 micro-batches, 5 steps, 4 trained, 2 epochs, KL; counted by hand per image."""
+    spec = small_spec(
+        *("objective.kl={beta: 0.1}", "objective.epochs=2", "evaluation.micro_batch=8"),
+    )
+    sampled, trained, decoded = footprint.costs(spec, skeleton(spec), configs_of(spec))
+    found = footprint.estimate(spec)
+    assert found is not None
+    assert found.rollout_flops == 2 * ((5 + 4) * sampled.forward + decoded.forward)
+    assert found.training_flops == 4 * 4 * 2 * (trained.forward + trained.backward)
+    assert sampled.forward == 2 * trained.forward, "micro-batches of 8 and 4"
+
+
+def test_one_pass_of_a_distilled_model_is_counted_once():
+    """FLUX takes the guidance as an input, Stable Diffusion compares two passes."""
+    flux, sd3 = load_spec("flux-pickscore-fast", []), load_spec("sd35-ocr", [])
+    assert footprint.count_work(flux, 10).rollout_forwards == 24 * 48 * 6
+    work = footprint.count_work(sd3, 10)
+    assert work.rollout_forwards == 2 * 24 * 48 * 10
+    assert work.reference_forwards == work.trained_forwards == 2 * 24 * 48 * 9
+    assert work.evaluation_forwards == 2 * 10 * 40
+
+
+# --- configs
+
+
+def test_configs_of_models_that_are_not_here():
+    assert footprint.find_configs(small_spec("model.path=owner/name").model) is None
+    assert footprint.estimate(small_spec("model.path=owner/name")) is None
+    published = {path.split("/")[1] for path in footprint.PUBLISHED}
+    assert {file.stem for file in footprint.ARCHITECTURES.iterdir()} == published
+
+
+def test_a_folder_without_its_config_is_an_error_that_names_it(tmp_path: Path):
+    with pytest.raises(ModelError, match=r"model\.path = .*transformer/config\.json"):
+        footprint.find_configs(small_spec(f"model.path={tmp_path}").model)
+
+
+# --- recipes
+
+# Billions of parameters: of the model cards of Stable Diffusion 3.5 Medium (2.2 without its table
+# of positions), FLUX.1-dev and Qwen-Image; BAGEL's two experts of 7B without lm_head and vision.
+SIZES = {
+    "tiny": (0.001, 0.003),
+    "sd35": (2.2, 2.5),
+    "flux": (11.85, 11.95),
+    "qwen": (20.3, 20.5),
+    "bagel": (13.0, 14.7),
+}
+QUICK = {
+    *("tiny-ocr", "sd35-ocr-4gpu"),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in recipe_names()],
+)
+def test_every_recipe_has_an_estimate(name: str):
+    spec = load_spec(name, [])
+    found = footprint.estimate(spec)
+    assert found is not None
+    low, high = SIZES[name.partition("-")[0]]
+    assert low < found.parameters / 1e9 < high
+    if spec.tuning.kind == "lora":
+        assert 0.001 < found.trained_parameters / found.parameters < 0.03
+    # A multiply-add per parameter and token, and attention on top.
+    tokens = math.prod(spec.sampling.size) // 256
+    images = spec.sampling.images * spec.sampling.steps
+    least = 2 * found.parameters * tokens * images / 4
+    assert least < found.rollout_flops < 40 * least
+    assert found.training_flops > 0
+    for stages in (found.rollout, found.learner):
+        for parts in stages.values():
+            assert min(parts.values()) >= 0
+            assert sum(parts.values()) < 200 * GIB
+    assert found.rollout["sampling"]["weights"] >= 2 * found.parameters
+    assert found.learner["loading"]["weights"] >= 2 * found.parameters

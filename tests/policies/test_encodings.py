@@ -1,0 +1,154 @@
+"""Prompt encodings on disk: made once, shared, told apart by all that they depend on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_runs import CPU, LORA, PROMPTS, small_spec
+
+from flowgrpo_ray.common.errors import ModelError
+from flowgrpo_ray.policies import load_policy
+from flowgrpo_ray.policies.base import Policy
+from flowgrpo_ray.policies.encodings import EncodingCache, fingerprint
+
+MODEL = small_spec().model.folder
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own."""
+    monkeypatch.setenv("FLOWGRPO_ENCODINGS", str(tmp_path / "encodings"))
+    return tmp_path / "encodings"
+
+
+def policy(*overrides: str) -> Policy:
+    """A policy that has loaded nothing."""
+    return load_policy(small_spec(*overrides), CPU, frozenset())
+
+
+class Counting:
+    """A policy whose encodings are counted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, of: Policy) -> None:
+        self.encoded: list[str] = []
+        real = of.encode
+
+        def encode(prompts: Sequence[str]):
+            self.encoded += prompts
+            return real(prompts)
+
+        monkeypatch.setattr(of, "encode", encode)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_an_encoding_is_made_once_and_read_back_bit_for_bit(monkeypatch, dtype):
+    first = policy(f"model.encoder_dtype={dtype}", "sampling.guidance=3")
+    counting, cache = Counting(monkeypatch, first), EncodingCache(first)
+    assert cache.add([PROMPTS[0], PROMPTS[1], PROMPTS[0]]) == 2
+    assert counting.encoded == [PROMPTS[0], PROMPTS[1]]
+    assert cache.add(PROMPTS) == 1
+    assert counting.encoded == list(PROMPTS)
+
+    first.load_encoder()
+    for prompt, fresh in zip(PROMPTS, first.encode(PROMPTS), strict=True):
+        read = cache.get(prompt)
+        assert read.keys() == fresh.keys() == {"embeds", "pooled", *NEGATIVE}
+        for name, array in fresh.items():
+            assert (read[name].dtype, read[name].shape) == (array.dtype, array.shape)
+            assert read[name].tobytes() == array.tobytes()
+
+
+NEGATIVE = ("negative_embeds", "negative_pooled")
+
+
+def test_whoever_comes_later_needs_no_text_encoder(monkeypatch):
+    EncodingCache(policy()).add(PROMPTS)
+    later = policy()
+    monkeypatch.setattr(later, "load_encoder", lambda: pytest.fail("the encoders were loaded"))
+    cache = EncodingCache(later)
+    assert cache.add(PROMPTS) == 0
+    assert np.isfinite(cache.get(PROMPTS[2])["embeds"]).all()
+
+
+def test_text_encoders_are_dropped_after_the_prompts():
+    made = policy()
+    EncodingCache(made).add(PROMPTS[:1])
+    assert not hasattr(made, "encoder")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.max_sequence_length=12",
+        "model.encoder_dtype=bfloat16",
+        "model.dtype=float16",
+        "sampling.guidance=3",
+    ],
+)
+def test_what_changes_an_encoding_changes_the_fingerprint(override):
+    assert fingerprint(policy(override)) != fingerprint(policy())
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=8", LORA, "model.decoder_dtype=float16", "sampling.steps=7", "model.shift=3"]
+)
+def test_what_does_not_change_an_encoding_does_not_change_the_fingerprint(override):
+    assert fingerprint(policy(override)) == fingerprint(policy())
+
+
+def test_the_strength_of_guidance_does_not_matter_only_that_there_is_some():
+    three, four = policy("sampling.guidance=3"), policy("sampling.guidance=4")
+    assert fingerprint(three) == fingerprint(four)
+
+
+def test_other_weights_have_another_fingerprint_and_a_moved_folder_the_same(tmp_path):
+    shutil.copytree(MODEL, tmp_path / "one")  # copies the times of change, too
+    shutil.copytree(MODEL, tmp_path / "two")
+    one, two = (policy(f"model.path={tmp_path / name}") for name in ("one", "two"))
+    assert fingerprint(one) == fingerprint(two)
+    weights = tmp_path / "two" / "text_encoder" / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    assert fingerprint(one) != fingerprint(two)
+
+
+def test_a_torn_or_lost_file_is_an_error_that_names_it():
+    cache = EncodingCache(policy())
+    cache.add(PROMPTS[:1])
+    file = cache.file(PROMPTS[0])
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(ModelError, match=r"Delete the folder") as error:
+        cache.get(PROMPTS[0])
+    assert str(file) in str(error.value)
+    assert PROMPTS[0] in str(error.value)
+    file.unlink()
+    with pytest.raises(ModelError, match="cannot be read"):
+        cache.get(PROMPTS[0])
+
+
+def test_a_lost_negative_prompt_is_an_error():
+    cache = EncodingCache(policy("sampling.guidance=3"))
+    cache.add(PROMPTS[:1])
+    (cache.folder / "negative.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"cannot be read from .*negative\.safetensors"):
+        cache.get(PROMPTS[0])
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_that_says_what_to_do(folder):
+    folder.write_text("a file stands where the folder should be")
+    with pytest.raises(ModelError, match="FLOWGRPO_ENCODINGS"):
+        EncodingCache(policy()).add(PROMPTS[:1])
+
+
+def test_one_file_per_prompt_and_one_for_the_negative_prompt_are_all_that_is_kept():
+    cache = EncodingCache(policy("sampling.guidance=3"))
+    cache.add(PROMPTS)
+    files = {p for p in cache.folder.rglob("*") if p.is_file()}
+    assert files == {cache.file(p) for p in PROMPTS} | {cache.folder / "negative.safetensors"}
+    assert os.environ["FLOWGRPO_ENCODINGS"] in str(cache.folder)

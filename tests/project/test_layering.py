@@ -1,0 +1,200 @@
+"""Imports point down only, wing by wing: maths without a cluster, a light driver.
+
+Read from the source with ``ast``, function-level imports included; imports under ``TYPE_CHECKING``
+do not count, they are never run.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import flowgrpo_ray
+
+ROOT = Path(flowgrpo_ray.__file__).parent
+
+# A wing imports from itself and from the rows above its own, as docs/architecture.md draws them.
+ORDER = [
+    {"common"},
+    {"rewards"},
+    {"spec", "tiny"},
+    {"policies"},
+    {"algorithm"},
+    {"run", "estimate"},
+    {"view", "serving"},
+    {"cluster"},
+    {"cli"},
+    {"__main__"},
+]
+RANK = {wing: rank for rank, wings in enumerate(ORDER) for wing in wings}
+
+# Who may import a heavy library, at module level or in a function: wings, or single files.
+OWNERS = {
+    "ray": {"serving", "cluster"},
+    "torch": {
+        "algorithm",
+        "policies",
+        "tiny",
+        "estimate",
+        "rewards",
+        "run/inference",
+        "run/metrics",
+    }
+    | {"cluster/actors", "cluster/learner_group"},
+    "diffusers": {"policies", "tiny"},
+    "transformers": {"policies", "tiny", "rewards"},
+    "peft": {"policies"},
+    "rapidocr": {"rewards"},
+    "safetensors": {"policies", "rewards", "run/checkpoint", "estimate/footprint"},
+    "pydantic": {"spec", "serving"},
+    "fastapi": {"view/monitor", "view/guard", "serving/http"},
+    "uvicorn": {"view/monitor"},
+    "matplotlib": {"view"},
+    "typer": {"cli"},
+    "rich": {"cli", "view"},
+}
+LONGEST_FILE, LONGEST_FUNCTION = 350, 60  # lines
+
+
+def runtime_imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names that the code imports when it runs."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            yield from runtime_imports(ast.Module(node.orelse, []))
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            assert node.module is not None
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        else:
+            yield from runtime_imports(node)
+
+
+def name_of(path: Path) -> str:
+    """``cluster/driver`` of its file."""
+    return path.relative_to(ROOT).with_suffix("").as_posix()
+
+
+FILES = {name_of(path): path for path in sorted(ROOT.rglob("*.py")) if path.parent != ROOT}
+IMPORTS = {
+    name: set(runtime_imports(ast.parse(path.read_text("utf-8")))) for name, path in FILES.items()
+}
+
+
+def module_of(imported: str) -> str | None:
+    """The file of the package that ``a.b.name`` comes from; a wing's own is its ``__init__``."""
+    parts = imported.split(".")[1:]
+    for end in (len(parts), len(parts) - 1):
+        for name in ("/".join(parts[:end]), "/".join([*parts[:end], "__init__"])):
+            if name in FILES:
+                return name
+    return None
+
+
+def test_the_package_is_its_wings():
+    assert {p.name for p in ROOT.iterdir() if p.name != "__pycache__"} == {
+        *(RANK.keys() - {"__main__"}),
+        *("recipes", "__init__.py", "__main__.py", "py.typed"),
+    }
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_point_down(name: str):
+    wing = name.partition("/")[0]
+    for imported in IMPORTS[name]:
+        top, _, rest = imported.partition(".")
+        if top != "flowgrpo_ray":
+            owners = OWNERS.get(top)
+            assert not owners or {wing, name} & owners, f"{name} imports {top}: only {owners} may"
+        elif (target := rest.partition(".")[0]) in RANK and target != wing:
+            assert RANK[target] < RANK[wing], f"{name} imports {target}, which is not below it"
+
+
+def test_no_file_imports_itself_in_a_circle():
+    below: dict[str, set[str]] = {
+        name: {m for i in imports if (m := module_of(i)) and m != name}
+        for name, imports in IMPORTS.items()
+    }
+    while leaves := [name for name, targets in below.items() if not targets & below.keys()]:
+        for leaf in leaves:
+            del below[leaf]
+    assert not below, f"import circles among {sorted(below)}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_and_functions_are_short(name: str):
+    text = FILES[name].read_text("utf-8")
+    assert text.count("\n") <= LONGEST_FILE
+    long = {
+        node.name: length
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (length := (node.end_lineno or 0) - node.lineno + 1) > LONGEST_FUNCTION
+    }
+    assert not long
+
+
+@pytest.mark.parametrize("wing", sorted(RANK.keys() - {"__main__"}))
+def test_every_wing_says_what_it_is_for(wing: str):
+    assert ast.get_docstring(ast.parse(FILES[f"{wing}/__init__"].read_text("utf-8")))
+
+
+def test_the_walk_finds_imports_inside_functions():
+    """The test of the test: a lazy import counts, one for the type checker does not."""
+    code = (
+        "if TYPE_CHECKING:\n  import a\nelse:\n  import b\ndef f():\n  with x:\n    from c import d"
+    )
+    assert set(runtime_imports(ast.parse(code))) == {"b", "c.d"}
+    assert "flowgrpo_ray.algorithm.objective.has_gradient" in IMPORTS["run/metrics"]
+    assert module_of("flowgrpo_ray.algorithm.objective.has_gradient") == "algorithm/objective"
+    assert module_of("flowgrpo_ray.policies.load_policy") == "policies/__init__"
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("common/types", set()),
+        ("common/errors", set()),
+        ("algorithm/flow", set()),
+        ("algorithm/objective", {"algorithm/flow"}),
+        ("algorithm/sampling", {"algorithm/flow", "common/types"}),
+    ],
+)
+def test_the_maths_knows_nothing_of_the_rest(name: str, allowed: set[str]):
+    assert {module for i in IMPORTS[name] if (module := module_of(i))} == allowed
+
+
+HEAVY = {"torch", "ray", "diffusers", "transformers", "peft", "rapidocr", "matplotlib", "fastapi"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "allowed"),
+    [
+        (
+            "algorithm, algorithm.sampling, algorithm.learner, policies.base, run.checkpoint",
+            {"torch"},
+        ),
+        ("cluster.driver, cluster.run", {"ray", "fastapi"}),
+        ("view.monitor", {"fastapi"}),
+        (
+            "cli, common.images, rewards.ocr, rewards.calibration, rewards.environments, spec, "
+            "policies.hub, run.folder, run.metrics, run.watch, run.validation, run.scoring, "
+            "estimate.preflight, view.console, view.report, tiny",
+            set(),
+        ),
+    ],
+)
+def test_what_an_import_loads(modules: str, allowed: set[str]):
+    """In a fresh interpreter: what third parties pull in counts as well."""
+    names = ", ".join(f"flowgrpo_ray.{name}" for name in modules.split(", "))
+    code = f"import {names}, sys, json; print(json.dumps(sorted(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in json.loads(run.stdout)}
+    assert loaded & HEAVY <= allowed

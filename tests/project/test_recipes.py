@@ -1,0 +1,296 @@
+"""The recipes against the published hyper-parameters, written down here once more."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flowgrpo_ray.estimate.preflight import check_run
+from flowgrpo_ray.policies import policy_class
+from flowgrpo_ray.spec.file import RECIPES, load_spec, recipe_names
+from flowgrpo_ray.spec.prompts import load_prompt_sets, plan_iteration
+from flowgrpo_ray.spec.training import TrainingSpec, required_resources
+
+TINY = [name for name in recipe_names() if name.startswith("tiny-")]
+ATTENTION = {
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+}
+FLUX_LORA = (
+    64,
+    128,
+    frozenset(
+        ATTENTION | {"ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"}
+    ),
+)
+QWEN_LORA = (
+    64,
+    128,
+    frozenset(
+        ATTENTION | {"img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"}
+    ),
+)
+BAGEL_LORA = (
+    64,
+    128,
+    frozenset(
+        {f"self_attn.{x}_proj_moe_gen" for x in "qkvo"}
+        | {f"mlp_moe_gen.{x}_proj" for x in ("gate", "up", "down")}
+    ),
+)
+ALL, FIRST_HALF = "all", ("random", 3, (0, 5))
+EMA = (0.9, 8)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row: Flow-GRPO on Stable Diffusion 3.5 Medium, except where it says otherwise."""
+
+    rewards: dict[str, float]
+    model: tuple[str, str] = ("sd3", "stabilityai/stable-diffusion-3.5-medium")
+    dtype: str = "float16"
+    lora: tuple[int, int, frozenset[str]] | None = (
+        32,
+        64,
+        frozenset(ATTENTION),
+    )  # None: all weights
+    steps: tuple[int, int] = (10, 40)  # in training, in evaluation
+    guidance: float = 4.5
+    micro_batch: int = 9
+    groups: tuple[int, int] = (24, 48)  # images of a group, groups
+    kernel: tuple[str, str, float] = ("flow_sde", "gaussian", 0.7)
+    window: Any = ALL
+    objective: tuple[str, float] = ("flow_grpo", 1e-4)
+    kl: tuple[float, str] | None = None
+    std: str = "global"
+    learning_rate: float = 3e-4
+    ema: tuple[float, int] | None = EMA
+    gpus: int = 32
+
+
+CPS = ("cps", "squared_error", 0.8)
+GRPO_FAST = ("flow_grpo", 1e-5)
+PICK = Published({"pickscore": 1}, kl=(0.01, "time_weighted"))
+OCR = replace(PICK, rewards={"ocr": 1}, kl=(0.04, "time_weighted"))
+GENEVAL = replace(OCR, rewards={"geneval": 1})
+FAST = replace(PICK, kl=None, guidance=1, kernel=CPS, window=FIRST_HALF, objective=GRPO_FAST)
+FLUX = replace(
+    PICK,
+    model=("flux", "black-forest-labs/FLUX.1-dev"),
+    dtype="bfloat16",
+    lora=FLUX_LORA,
+    steps=(6, 28),
+    guidance=3.5,
+    micro_batch=3,
+    kernel=("flow_sde", "gaussian", 0.9),
+    kl=None,
+)
+BAGEL = replace(
+    PICK,
+    model=("bagel", "ByteDance-Seed/BAGEL-7B-MoT"),
+    dtype="bfloat16",
+    lora=None,
+    steps=(15, 50),
+    guidance=4,
+    micro_batch=6,
+    groups=(16, 48),
+    kernel=("flow_sde", "gaussian", 1.3),
+    window=("random", 3, (0, 7)),
+    objective=GRPO_FAST,
+    kl=None,
+    std="group",
+    learning_rate=1e-4,
+    ema=None,
+)
+GUARD = replace(PICK, kl=None, std="group", learning_rate=1e-4)
+PUBLISHED = {
+    "sd35-ocr": OCR,
+    "sd35-geneval": GENEVAL,
+    "sd35-pickscore": PICK,
+    "sd35-geneval-fast-cps": replace(FAST, rewards={"geneval": 1}),
+    "sd35-pickscore-fast-cps": replace(FAST, groups=(18, 64)),
+    "sd35-ocr-4gpu": replace(OCR, micro_batch=8, groups=(16, 16), gpus=4),
+    "sd35-pickscore-1gpu": replace(PICK, micro_batch=8, groups=(8, 8), gpus=1),
+    "flux-pickscore": FLUX,
+    "flux-pickscore-fast": replace(
+        FLUX, kernel=CPS, window=("random", 3, (0, 3)), objective=GRPO_FAST, std="group"
+    ),
+    "qwen-image-pickscore": replace(
+        PICK,
+        model=("qwen_image", "Qwen/Qwen-Image"),
+        dtype="bfloat16",
+        lora=QWEN_LORA,
+        steps=(10, 50),
+        guidance=4,
+        micro_batch=4,
+        groups=(16, 32),
+        kernel=("flow_sde", "gaussian", 1.2),
+        window=("random", 2, (0, 5)),
+        kl=None,
+        ema=None,
+    ),
+    "bagel-pickscore-full": BAGEL,
+    "bagel-pickscore-lora": replace(BAGEL, lora=BAGEL_LORA, window=("random", 2, (0, 7)), gpus=8),
+    "sd35-guard-ocr": replace(
+        GUARD, rewards={"ocr": 1, "pickscore": 0}, objective=("grpo_guard", 2e-6)
+    ),
+    "sd35-guard-geneval": replace(
+        GUARD, rewards={"geneval": 1, "pickscore": 0}, objective=("grpo_guard", 2e-6)
+    ),
+    "sd35-guard-pickscore": replace(GUARD, objective=("grpo_guard", 4e-6)),
+}
+
+
+def read(spec: TrainingSpec) -> Published:
+    """What a row of the table says, of a spec."""
+    sampling, objective, tuning = spec.sampling, spec.objective, spec.tuning
+    window = sampling.window
+    assert objective.kind != "flow_dppo"
+    assert objective.clip_low == objective.clip_high
+    lora = None
+    if tuning.kind == "lora":
+        targets = tuning.targets or policy_class(spec.model.family).lora_targets
+        lora = (tuning.rank, tuning.alpha, frozenset(targets))
+    assert window.kind != "progressive"
+    return Published(
+        rewards=spec.weights,
+        model=(spec.model.family, spec.model.path),
+        dtype=spec.model.dtype,
+        lora=lora,
+        steps=(sampling.steps, spec.evaluation.steps),
+        guidance=sampling.guidance,
+        micro_batch=sampling.micro_batch,
+        groups=(sampling.group_size, sampling.groups),
+        kernel=(sampling.kernel, sampling.likelihood, sampling.eta),
+        window=ALL if window.kind == "all" else ("random", window.length, window.within),
+        objective=(objective.kind, objective.clip_low),
+        kl=None if objective.kl is None else (objective.kl.beta, objective.kl.form),
+        std=spec.advantages.std,
+        learning_rate=spec.optimizer.learning_rate,
+        ema=None if spec.ema is None else (spec.ema.decay, spec.ema.every),
+        gpus=round(required_resources(spec)["GPU"]),
+    )
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_numbers_are_the_published_ones(name: str):
+    spec = load_spec(name)
+    assert read(spec) == PUBLISHED[name]
+    assert spec.sampling.size == (512, 512)
+    assert (spec.objective.updates, spec.objective.epochs) == (2, 1)
+    optimizer = spec.optimizer
+    assert (optimizer.betas, optimizer.weight_decay) == ((0.9, 0.999), 1e-4)
+    assert (optimizer.eps, optimizer.grad_norm) == (1e-8, 1.0)
+    advantages = spec.advantages
+    assert (advantages.clamp, advantages.per_reward, advantages.refill) == (5, False, 0)
+
+
+def test_every_recipe_is_in_a_table():
+    assert {*PUBLISHED, *TINY} == set(recipe_names())
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_says_what_it_is_and_where_its_numbers_come_from(name: str):
+    text = (RECIPES / f"{name}.yaml").read_text("utf-8")
+    lines = text.splitlines()
+    assert len(lines) <= 30
+    assert max(len(line) for line in lines) <= 100
+    first, *rest = (line for line in lines if line.startswith("#"))
+    assert re.fullmatch(r"# \w.{20,100}\.", first)
+    source = " ".join(rest)
+    assert "arXiv" in source or (name in TINY and "measur" in source)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_sets_and_the_counts_fit(name: str):
+    """The plan tiles; every reward of a GPU recipe that needs one has one."""
+    spec = load_spec(name)
+    plan = plan_iteration(spec, 1, 10_000, tuple(range(spec.sampling.steps, -1, -1)))
+    assert len(plan.units) == spec.sampling.units
+    if name not in TINY:
+        task = next(r for r in ("ocr", "geneval", "pickscore") if r in name or r in spec.rewards)
+        ending = "jsonl" if task == "geneval" else "txt"
+        assert spec.prompts.train == f"prompts/{task}-train.{ending}"
+        assert spec.prompts.evaluate == f"prompts/{task}-test.{ending}"
+        for reward, section in spec.rewards.items():
+            assert (section.gpus > 0) == (reward != "ocr")
+        assert spec.cluster.rollout.gpus > 0
+        assert spec.cluster.learner.gpus > 0
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_tiny_recipe_passes_every_check_before_a_run(name: str):
+    train, held_out = check_run(load_spec(name))
+    assert len(train) == 256
+    assert len(held_out) == 64
+
+
+def test_the_tiny_recipes_differ_in_what_their_names_say():
+    def keys(name: str) -> dict[str, Any]:
+        return yaml.safe_load((RECIPES / f"{name}.yaml").read_text("utf-8")) | {"name": ""}
+
+    plain = keys("tiny-ocr")
+    for name, sections in {
+        "tiny-ocr-guard": {"objective"},
+        "tiny-ocr-flow-grpo": {"sampling", "objective"},
+        "tiny-ocr-cps": {"sampling"},
+        "tiny-two-rewards": {"rewards", "advantages", "objective", "watch"},
+    }.items():
+        other = keys(name)
+        differ = {key for key in plain.keys() | other if plain.get(key) != other.get(key)}
+        assert differ == sections, name
+
+
+@pytest.mark.skipif("FLOWGRPO_TEST_DATA" not in os.environ, reason="needs FLOWGRPO_TEST_DATA")
+@pytest.mark.parametrize("name", [n for n in PUBLISHED if "ocr" in n or "geneval" in n])
+def test_a_recipe_takes_the_public_prompts(name: str):
+    file = "geneval_test.jsonl" if "geneval" in name else "ocr_test.txt"
+    path = Path(os.environ["FLOWGRPO_TEST_DATA"], file)
+    spec = load_spec(name, [f"prompts={{train: '{path}', evaluate: '{path}'}}"])
+    train, held_out = load_prompt_sets(spec)
+    assert len(train) >= 1000
+    assert held_out == train[: spec.evaluation.prompts]
+
+
+# --- what is said of them
+
+
+def page(name: str) -> str:
+    return (RECIPES.parent.parent / "docs" / name).read_text("utf-8")
+
+
+def test_every_recipe_is_on_the_page():
+    named = set(re.findall(r"^\| `([a-z0-9-]+)` \|", page("recipes.md"), re.M))
+    assert named >= set(recipe_names())
+
+
+def test_the_gpus_on_the_page_are_those_of_the_recipes():
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \|.*\| ([^|]+) \|$", page("recipes.md"), re.M)
+    shown = {name: cell for name, cell in rows if re.match(r"\d+ \+", cell)}
+    assert set(PUBLISHED) - set(shown) == {"sd35-pickscore-1gpu"}
+    for name, cell in shown.items():
+        spec = load_spec(name)
+        rewards = sum(r.replicas * r.gpus for r in spec.rewards.values())
+        counts = [spec.cluster.rollout.count, spec.cluster.learner.count, round(rewards)]
+        assert [int(n) for n in re.findall(r"\d+", cell.split(",")[0])] == [n for n in counts if n]
+
+
+def test_conformance_names_tests_and_keys_that_exist():
+    text = page("conformance.md")
+    tests = "".join(
+        file.read_text("utf-8") for file in Path(__file__).parents[1].rglob("test_*.py")
+    )
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert len(named) > 30
+    assert not named - set(re.findall(r"def (test_\w+)", tests))
+    reference = page("spec.md")
+    for row in re.findall(r"^\|.*\|$", text, re.M):
+        *_, keys, _ = row.strip("|").split("|")
+        for key in re.findall(r"`([a-z_.]+)[:`]", keys):
+            assert f"`{key.rpartition('.')[2]}`" in reference, key

@@ -1,0 +1,182 @@
+"""Export and back, for every family: what plain diffusers draws, and what a new run starts from.
+
+Each family's real classes, tiny and with random weights, after one real update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import (
+    MODELS,
+    PIPELINES,
+    PROMPTS,
+    conditions_of,
+    draw_batch_of,
+    load_pipe,
+    model_folder,
+    spec_of,
+)
+from tiny_runs import CPU, TUNINGS, alone, one_thread, sampler, schedule, unit, update
+
+from flowgrpo_ray.algorithm.learner import Learner
+from flowgrpo_ray.algorithm.sampling import INITIAL, batch_condition, draw_noise
+from flowgrpo_ray.common.types import Images, WorkUnit
+from flowgrpo_ray.policies import load_policy
+from flowgrpo_ray.run.checkpoint import Progress, save_checkpoint
+from flowgrpo_ray.run.folder import RunFolder
+from flowgrpo_ray.run.inference import export, generate, load_trained
+from flowgrpo_ray.spec.file import dump_spec
+from flowgrpo_ray.spec.training import TrainingSpec
+
+STEPS, SEED = 3, 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _alone_on_one_thread() -> Iterator[None]:
+    with one_thread(), alone():
+        yield
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run folder of one family."""
+
+    family: str
+    spec: TrainingSpec
+    folder: RunFolder
+
+    def images(self, weights: str) -> Images:
+        """What ``generate`` draws, each prompt in a batch of its own."""
+        policy = load_trained(self.spec, self.folder, weights)
+        return generate(policy, self.spec, PROMPTS[:2], STEPS, SEED, batch=1)
+
+    def drawn_by(self, pipe: Any) -> Images:
+        """What plain diffusers draws from the same noise."""
+        model = MODELS[self.family]
+        assert model.pipeline_images is not None
+        shape = load_policy(self.spec, CPU, frozenset({"network", "decoder"})).latent_shape(
+            model.size
+        )
+        images: list[Images] = []
+        for place, prompt in enumerate(PROMPTS[:2]):
+            of = WorkUnit(SEED, "eval", 0, 0, (place,), (0,), schedule(range(0), steps=STEPS))
+            noise, guidance = draw_noise(of, INITIAL, shape), self.spec.sampling.guidance
+            images.append(model.pipeline_images(pipe, [prompt], noise, STEPS, guidance, model.size))
+        return np.concatenate(images)
+
+    def exported(self, out: Path, what: str, weights: str = "ema") -> Path:
+        export(self.spec, self.folder, out, what, weights)
+        return out
+
+
+def train(family: str, tuning: str, folder: Path) -> Trained:
+    """One large update from one micro-batch: enough to see in the images."""
+    guided = f"sampling.guidance={MODELS[family].guidances[-1]}"
+    settings = ("optimizer={learning_rate: 2e-2}", "ema={decay: 0.5, every: 1}")
+    spec = spec_of(family, TUNINGS[tuning], guided, *settings)
+    learner = Learner(spec, CPU)
+    ticket, _ = learner.publish(0)
+    batch = draw_batch_of(sampler(spec), conditions_of(family, guided), ticket=ticket)
+    update(learner, [batch])
+    run = RunFolder(folder)
+    folder.mkdir()
+    run.spec_file.write_text(dump_spec(spec))
+    progress = Progress(1, 4, 1.0, 0, spec.identity(), "")
+    save_checkpoint(run.checkpoints, learner.state(), progress, keep=1)
+    return Trained(family, spec, run)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Mapping[tuple[str, str], Trained]:
+    """By family and tuning."""
+    root: Path = tmp_path_factory.mktemp("models")
+    return {
+        (family, tuning): train(family, tuning, root / f"{family}-{tuning}")
+        for family in MODELS
+        for tuning in TUNINGS
+    }
+
+
+@torch.no_grad()
+def velocity(spec: TrainingSpec, run: RunFolder | None) -> torch.Tensor:
+    """Of a run, or of what a spec starts from, under the run's conditions."""
+    policy = load_trained(spec, run, "ema")
+    conditions = conditions_of(spec.model.family, f"sampling.guidance={spec.sampling.guidance}")
+    x = draw_noise(unit(schedule(range(0))), INITIAL, policy.latent_shape(spec.sampling.size))
+    return policy.velocity(x, 0.6, batch_condition(policy, conditions, (0, 0, 1, 1)))
+
+
+def changed(spec: TrainingSpec, **model: str) -> TrainingSpec:
+    """``spec`` with other keys of its model."""
+    return spec.model_copy(update={"model": spec.model.model_copy(update=model)})
+
+
+def off(a: Images, b: Images) -> np.ndarray:
+    return np.abs(a.astype(int) - b.astype(int))
+
+
+@pytest.mark.parametrize("weights", ["ema", "last"])
+@pytest.mark.parametrize("family", PIPELINES)
+def test_plain_diffusers_draws_an_exported_lora(runs, family, weights, tmp_path):
+    """The same arithmetic: bit for bit. No adapter is lost on the way, and the scale is kept."""
+    run = runs[family, "lora"]
+    pipe = load_pipe(model_folder(family))
+    base = run.drawn_by(pipe)
+    pipe.load_lora_weights(run.exported(tmp_path / "out", "lora", weights))
+    policy = load_trained(run.spec, run.folder, weights)
+    theirs = {n: p for n, p in pipe.transformer.named_parameters() if ".lora_" in n}
+    ours = {n.replace(".default.", ".default_0."): p for n, p in policy.trainable().items()}
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    drawn = run.drawn_by(pipe)
+    assert np.array_equal(drawn, run.images(weights))
+    assert off(drawn, base).mean() > 0.5
+
+
+@pytest.mark.parametrize("weights", ["ema", "last"])
+@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize("family", PIPELINES)
+def test_plain_diffusers_draws_an_exported_pipeline(runs, family, tuning, weights, tmp_path):
+    """Rounding alone differs: where weights lie in memory; with adapters, that they are merged."""
+    run = runs[family, tuning]
+    drawn = run.drawn_by(load_pipe(run.exported(tmp_path / "out", "pipeline", weights)))
+    difference = off(drawn, run.images(weights))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_new_run_goes_on_from_an_exported_lora(runs, family, tmp_path):
+    run = runs[family, "lora"]
+    lora = str(run.exported(tmp_path / "out", "lora"))
+    start = velocity(changed(run.spec, lora=lora), None)
+    assert torch.equal(start, velocity(run.spec, run.folder))
+    assert not torch.equal(start, velocity(run.spec, None))
+    merged = velocity(changed(runs[family, "full"].spec, lora=lora), None)
+    assert (merged - start).abs().max() < 1e-5 * start.abs().max()
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize("family", MODELS)
+def test_a_new_run_goes_on_from_an_exported_model(runs, family, tuning, tmp_path):
+    run = runs[family, tuning]
+    out = run.exported(tmp_path / "out", "pipeline")
+    start, trained = (
+        velocity(changed(run.spec, path=str(out)), None),
+        velocity(run.spec, run.folder),
+    )
+    assert (start - trained).abs().max() <= 1e-5 * trained.abs().max()
+    assert not torch.equal(start, velocity(run.spec, None))
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_every_export_has_a_model_card(runs, family, tmp_path):
+    card = runs[family, "lora"].exported(tmp_path / "out", "lora") / "README.md"
+    assert f"family: {family}" in card.read_text()
