@@ -165,7 +165,7 @@ def _meaning(place: str, section: str | None, value: Schema, used: set[str]) -> 
     if said is None and "const" in value:
         return "says which table holds"
     if said is None:
-        raise SystemExit(f"{place} has no meaning: describe it in flowgrpo_ray/spec/sections.py")
+        raise SystemExit(f"{place} has no meaning: describe it in flowgrpo_ray/spec")
     return said.replace("|", "\\|")
 
 
