@@ -32,4 +32,5 @@ def load_policy(
 ) -> Policy:
     """The spec's base model on ``device``, not yet tuned; all its parts, or those named."""
     cls = policy_class(spec.model.family)
-    return cls(spec.model, spec.tuning, spec.sampling.guidance, device, parts or cls.PARTS)
+    parts = cls.PARTS if parts is None else parts
+    return cls(spec.model, spec.tuning, spec.sampling.guidance, device, parts)

@@ -55,7 +55,7 @@ OWNERS = {
     "pydantic": {"spec", "serving"},
     "fastapi": {"view/monitor", "view/guard", "serving/http"},
     "uvicorn": {"view/monitor"},
-    "matplotlib": {"view"},
+    "matplotlib": {"rewards/signs"},
     "typer": {"cli"},
     "rich": {"cli", "view"},
 }

@@ -60,9 +60,9 @@ IMPORTERS = {
     "policies/__init__.py": 1,  # of families.FAMILIES
     "policies/pipeline.py": 1,  # the module of a class of diffusers
     "rewards/paddle_reader.py": 1,  # 'paddleocr'
-    "tracking.py": 1,  # 'wandb'
+    "run/tracking.py": 1,  # 'wandb'
 }
-JSON_READERS = {"strict_json.py": 1, "cluster/telemetry.py": 1}  # the second reads Ray's own
+JSON_READERS = {"common/strict_json.py": 1, "cluster/telemetry.py": 1}  # the second reads Ray's own
 
 
 def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
@@ -155,7 +155,7 @@ def test_images_of_others_are_opened_by_named_readers():
 
 
 def test_tokens_are_compared_in_constant_time():
-    for name in ("monitor_guard.py", "cluster/reward_http.py"):
+    for name in ("view/guard.py", "serving/http.py"):
         called = [name for name, _ in calls(SOURCES[name])]
         assert called.count("secrets.compare_digest") == 1
         text = (PACKAGE / name).read_text("utf-8")
