@@ -28,7 +28,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from flowgrpo_ray.algorithm.learner import FLOOR_MARGIN, Learner, join_group
+from flowgrpo_ray.algorithm.learner import FLOOR_MARGIN, Learner
+from flowgrpo_ray.algorithm.parallel import join_group
 from flowgrpo_ray.algorithm.sampling import rollout
 from flowgrpo_ray.algorithm.weights import digest
 from flowgrpo_ray.common.types import Condition, Trajectory, WeightsTicket, WorkUnit

@@ -369,7 +369,7 @@ def train_as_rank(rank: int, folder: Path, listener: socket.socket | None = None
     to meet at too."""
     import torch.distributed as dist
 
-    from flowgrpo_ray.algorithm.learner import join_group
+    from flowgrpo_ray.algorithm.parallel import join_group
 
     address, cases = pickle.loads((folder / "cases.pickle").read_bytes())
     join_group(rank, 2, listener or address, CPU)

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flowgrpo_ray.algorithm.sampling import rollout
 from flowgrpo_ray.common.types import (
@@ -130,7 +132,7 @@ def alone() -> Iterator[None]:
     """This process as the only learner rank, over gloo."""
     import torch.distributed as dist
 
-    from flowgrpo_ray.algorithm.learner import join_group
+    from flowgrpo_ray.algorithm.parallel import join_group
 
     join_group(0, 1, meeting(), CPU)
     yield
@@ -208,13 +210,15 @@ def update(learner: Learner, batches: Sequence[Batch], of: Sequence[Batch] = ())
 
 def gradients(learner: Learner) -> dict[str, torch.Tensor]:
     """The accumulated gradient, whole, summed over samples and steps of all ranks."""
+    from flowgrpo_ray.algorithm.parallel import add_up
     from flowgrpo_ray.algorithm.weights import full
 
-    return {
-        name: full(p.grad) * learner.world  # FSDP takes the mean over the ranks
-        for name, p in learner.parameters.items()
-        if p.grad is not None
-    }
+    mine = {n: p.grad for n, p in learner.parameters.items() if p.grad is not None}
+    if learner.sharded:  # FSDP takes the mean over the ranks
+        return {name: full(gradient) * learner.world for name, gradient in mine.items()}
+    whole = {name: gradient.clone() for name, gradient in mine.items()}
+    add_up(list(whole.values()))
+    return whole
 
 
 def largest_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
@@ -235,6 +239,23 @@ class RankResult:
     grad_norms: list[float | None]
     state: LearnerState  # after the last update
     reloaded: LearnerState  # a fresh group's, after loading the one-process state
+    sent: list[tuple[str, int]]  # collectives of the second update, and the bytes given to them
+
+
+class Collectives(TorchDispatchMode):
+    """Notes what this process sends to others, while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            name = func._schema.name.partition("::")[2]
+            given = args[1] if "allgather" in name or "reduce_scatter" in name else args[0]
+            tensors = [t for t in tree_leaves(given) if isinstance(t, torch.Tensor)]
+            self.calls.append((name, sum(t.nbytes for t in tensors)))
+        return func(*args, **(kwargs or {}))
 
 
 def train_and_reload(
@@ -248,10 +269,12 @@ def train_and_reload(
         batch.into(learner)
     gradient = {name: g.numpy().copy() for name, g in gradients(learner).items()}
     steps = len(of[0].unit.schedule.stochastic_steps)
-    norms = [learner.step(kept(of), steps).grad_norm, update(learner, mine, of).grad_norm]
+    norms = [learner.step(kept(of), steps).grad_norm]
+    with Collectives() as seen:
+        norms.append(update(learner, mine, of).grad_norm)
     fresh = Learner(spec, CPU)
     fresh.load_state(load)
-    return RankResult(gradient, norms, learner.state(), fresh.state())
+    return RankResult(gradient, norms, learner.state(), fresh.state(), seen.calls)
 
 
 def rank_results(
@@ -260,7 +283,7 @@ def rank_results(
     """What one learner rank of two makes of ``cases.pickle``; rank 0 is the process of the test."""
     import torch.distributed as dist
 
-    from flowgrpo_ray.algorithm.learner import join_group
+    from flowgrpo_ray.algorithm.parallel import join_group
 
     join_group(rank, 2, at, CPU)
     cases = pickle.loads((folder / "cases.pickle").read_bytes())

@@ -1,4 +1,4 @@
-"""The GRPO update under FSDP2: gradients accumulate over micro-batches, then one optimizer step.
+"""The GRPO update: gradients accumulate over micro-batches, then one optimizer step.
 
 A learner is one rank. It knows no Ray: it takes trajectories and advantages, and gives weights.
 Micro-batches are replayed whole, as they were sampled; before the first update of an iteration the
@@ -7,9 +7,6 @@ ratio gate holds the replayed log-probabilities against the sampled ones.
 
 from __future__ import annotations
 
-import os
-import socket
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +16,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from flowgrpo_ray.algorithm.objective import (
     clipped,
@@ -31,10 +26,10 @@ from flowgrpo_ray.algorithm.objective import (
     masked_loss,
 )
 from flowgrpo_ray.algorithm.optimizer import LossScale, Optimizer
+from flowgrpo_ray.algorithm.parallel import add_up, shard
 from flowgrpo_ray.algorithm.sampling import Replayed, batch_condition, replay
 from flowgrpo_ray.algorithm.weights import digest, full, gather, load_arrays, to_arrays
 from flowgrpo_ray.common.errors import ContractError
-from flowgrpo_ray.common.loopback import is_loopback
 from flowgrpo_ray.common.types import (
     Condition,
     Float32,
@@ -46,41 +41,10 @@ from flowgrpo_ray.common.types import (
     WorkUnit,
 )
 from flowgrpo_ray.policies import load_policy
-from flowgrpo_ray.policies.base import Policy
 from flowgrpo_ray.spec.sections import KlSpec, Objective
 from flowgrpo_ray.spec.training import TrainingSpec
 
 FLOOR_MARGIN = 4.0  # the floor is measured on one micro-batch; later ones may lie this much above
-
-
-def join_group(
-    rank: int, world: int, at: socket.socket | tuple[str, int], device: torch.device
-) -> None:
-    """Join the learner ranks' process group; ``at`` is where rank 0 listens, of rank 0 the socket.
-
-    It asks nobody for a token, so it listens at that host alone; torch's own store would at all.
-    """
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if isinstance(at, socket.socket):
-        (host, port), listener = at.getsockname()[:2], at.detach()  # the store's from now on
-    else:
-        (host, port), listener = at, None
-    assert (listener is not None) == (rank == 0), "the first rank listens, the others do not"
-    if is_loopback(host) and sys.platform == "linux":
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, "lo")
-    store = dist.TCPStore(host, port, world, is_master=rank == 0, master_listen_fd=listener)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-
-
-def shard(policy: Policy, ranks: int) -> None:
-    """Share the network out over the ranks of the default process group: FSDP2, block by block."""
-    mesh = init_device_mesh(policy.device.type, (ranks,))
-    kinds = policy.block_classes()
-    for block in policy.network.modules():
-        if isinstance(block, kinds):
-            fully_shard(block, mesh=mesh)
-    fully_shard(policy.network, mesh=mesh)
 
 
 class Learner:
@@ -95,8 +59,8 @@ class Learner:
         if spec.cluster.learner.activation_checkpointing:
             network: Any = self.policy.network
             network.enable_gradient_checkpointing()
-        # One rank has nothing to share out, and is a sixth faster without FSDP.
-        if self.world > 1 or sharded:
+        self.sharded = sharded or spec.shards_over(self.world)
+        if self.sharded:
             shard(self.policy, self.world)
         self.parameters = self.policy.trainable()
         home = torch.device("cpu") if spec.cluster.learner.offload_optimizer else None
@@ -202,8 +166,10 @@ class Learner:
         scale = self.scale.value
         if samples > 0:
             gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-            mean = self.world / (samples * steps * scale)  # FSDP took the mean over ranks
-            torch._foreach_mul_(gradients, mean)
+            if self.world > 1 and not self.sharded:
+                add_up(gradients)
+            ranks = self.world if self.sharded else 1  # FSDP took the mean over them
+            torch._foreach_mul_(gradients, ranks / (samples * steps * scale))
             limit = self.spec.optimizer.grad_norm
             whole = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
             norm = float(full(whole))

@@ -150,7 +150,11 @@ def advice(spec: TrainingSpec, footprint: Footprint, name: str) -> Iterator[str]
         if stage != "loading" and not learner.offload_optimizer:
             yield "cluster.learner.offload_optimizer=true"
         if stage == "update":
-            yield "a larger cluster.learner.count"
+            if spec.shards_over(learner.count):
+                yield "a larger cluster.learner.count"
+            else:
+                alone = " and a larger cluster.learner.count" if learner.count == 1 else ""
+                yield f"cluster.learner.parallel=shard{alone}"
             yield "a smaller sampling.micro_batch"
         if full:
             yield "tuning.kind=lora"

@@ -1,4 +1,4 @@
-"""The learner: N ranks that hold one model under FSDP2 and update it together."""
+"""The learner: N ranks that hold one model, replicated or in shards, and update it together."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from flowgrpo_ray.cluster.actors import (
     seen,
     set_up_process,
 )
+from flowgrpo_ray.common.errors import ContractError
 from flowgrpo_ray.common.types import (
     Condition,
     Float32,
@@ -69,7 +70,8 @@ class LearnerRank:
         return self._listener.getsockname()
 
     def join(self, address: tuple[str, int]) -> None:
-        from flowgrpo_ray.algorithm.learner import Learner, join_group
+        from flowgrpo_ray.algorithm.learner import Learner
+        from flowgrpo_ray.algorithm.parallel import join_group
 
         ranks = self.spec.cluster.learner.count
         join_group(self.rank, ranks, self._listener or address, self.device)
@@ -186,7 +188,14 @@ class LearnerGroup(ActorGroup):
             of.answer("publish", answer, lambda answered: answered[1])
             for of, (answer, _) in zip(self._calls, calls, strict=True)
         ]
-        return (await self._of_all(answers))[0][0], calls[0][1]
+        tickets = [ticket for ticket, _ in await self._of_all(answers)]
+        if len(set(tickets)) > 1:
+            found = ", ".join(f"learner-{rank} {t.digest}" for rank, t in enumerate(tickets))
+            raise ContractError(
+                f"learner ranks hold different weights at version {version}: {found}. They would "
+                "train different models: ranks on one kind of device do not come apart"
+            )
+        return tickets[0], calls[0][1]
 
     async def measure_floor(self, probe: Sequence[Contribution]) -> float:
         """The largest ``|log rho|`` over one freshly sampled micro-batch per rank."""

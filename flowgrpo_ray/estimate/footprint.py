@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgrpo_ray.algorithm.optimizer import MOMENTS
+from flowgrpo_ray.algorithm.parallel import PIECE
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.estimate.dry_run import Cost, give_shapes, measure, scaled, without_data
@@ -267,10 +268,13 @@ def learner_parts(spec: TrainingSpec, policy: Policy, trained: Cost) -> dict[str
     trainable = list(policy.trainable().values())
     outside = _bytes(parameters) - sum(sizes)
     reserved = {"reserved": RESERVED if spec.cluster.learner.gpus else 0}
+    sharded = shards(spec) > 1
     update = {
-        "gathered weights": outside + GATHERED_BLOCKS * max(sizes),
-        # FSDP packs a block's gradients anew to send them.
-        "gathered gradients": _bytes(trainable) - sum(gradients) + 2 * max(gradients),
+        "gathered weights": outside + GATHERED_BLOCKS * max(sizes) if sharded else 0,
+        # FSDP packs a block's gradients anew to send them; replicas get those of every rank.
+        "gathered gradients": _bytes(trainable) - sum(gradients) + 2 * max(gradients)
+        if sharded
+        else _added_up(trainable, spec.cluster.learner.count),
         "activations": trained.peak,
         "latents": latent_bytes(spec, policy),
     }
@@ -282,9 +286,15 @@ def learner_parts(spec: TrainingSpec, policy: Policy, trained: Cost) -> dict[str
     }
 
 
+def shards(spec: TrainingSpec) -> int:
+    """That the network is cut into."""
+    ranks = spec.cluster.learner.count
+    return ranks if spec.shards_over(ranks) else 1
+
+
 def learner_state(spec: TrainingSpec, policy: Policy) -> dict[str, int]:
     """Bytes that a rank holds from its first update on, on its device."""
-    ranks = spec.cluster.learner.count
+    ranks = shards(spec)
     trainable = list(policy.trainable().values())
     moved = spec.cluster.learner.offload_optimizer
     return {
@@ -298,7 +308,8 @@ def learner_state(spec: TrainingSpec, policy: Policy) -> dict[str, int]:
 def moved_bytes(spec: TrainingSpec, policy: Policy) -> int:
     """Of a rank's moments and averages, which ``offload_optimizer`` moves to the host."""
     copies = len(MOMENTS) + (1 if spec.ema else 0)
-    return copies * _shard(policy.trainable().values(), spec.cluster.learner.count)
+    ranks = shards(spec)
+    return copies * _shard(policy.trainable().values(), ranks)
 
 
 def latent_bytes(spec: TrainingSpec, policy: Policy) -> int:
@@ -309,6 +320,12 @@ def latent_bytes(spec: TrainingSpec, policy: Policy) -> int:
     kept = steps + 1 + steps * means
     size = math.prod(policy.latent_shape(sampling.size))
     return sampling.micro_batch * kept * size * FLOAT32_BYTES
+
+
+def _added_up(tensors: Iterable[Tensor], ranks: int) -> int:
+    """Bytes that ``add_up`` takes: all gradients in one, and a piece of each rank's."""
+    numbers = _numbers(tensors) if ranks > 1 else 0
+    return (numbers + ranks * min(numbers, PIECE)) * FLOAT32_BYTES
 
 
 def _shard(tensors: Iterable[Tensor], ranks: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -62,6 +62,12 @@ class RolloutSpec(ActorsSpec):
 class LearnerSpec(ActorsSpec):
     """Learner ranks, and what they do to fit into their memory; neither changes a result."""
 
+    parallel: Literal["auto", "replicate", "shard"] = Field(
+        default="auto",
+        description="how several ranks hold the network: each all of it, gradients added up once "
+        "per update (`replicate`); or each a share, gathered in every forward (`shard`, FSDP2). "
+        "`auto` replicates what is tuned with LoRA and shards full tuning",
+    )
     activation_checkpointing: bool = Field(
         default=False, description="recompute each block's activations in the backward pass"
     )

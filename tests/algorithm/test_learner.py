@@ -37,7 +37,8 @@ from tiny_runs import (
 )
 
 from flowgrpo_ray.algorithm import optimizer as optimizer_module
-from flowgrpo_ray.algorithm.learner import Learner, join_group
+from flowgrpo_ray.algorithm.learner import Learner
+from flowgrpo_ray.algorithm.parallel import join_group
 from flowgrpo_ray.algorithm.sampling import batch_condition
 from flowgrpo_ray.algorithm.weights import digest, load_arrays
 from flowgrpo_ray.common.errors import ContractError
@@ -691,6 +692,8 @@ CASES = {
     "full-guard-kl": (TUNINGS["full"], guard("1e-3", TRUE_KL)),
     "lora-grpo-kl": (LORA, KL),
     "lora-dppo": (LORA, DPPO),
+    "full-replicated": (TUNINGS["full"], KL, "cluster.learner.parallel=replicate"),
+    "lora-sharded": (LORA, KL, "cluster.learner.parallel=shard"),
 }
 FRUGAL = "cluster.learner={offload_optimizer: true, activation_checkpointing: true}"
 CASES |= {f"{name}-frugal": (*CASES[name], FRUGAL) for name in ("full-guard-kl", "lora-grpo-kl")}
@@ -747,6 +750,24 @@ def test_two_ranks_train_as_one_process(ranks, case):
     assert largest_difference(one.state.weights, two.state.weights) < 1e-6
     assert largest_difference(one.state.ema, two.state.ema) < 1e-6
     assert one.state.updates == two.state.updates == 2
+
+
+@pytest.mark.parametrize("case", ["lora-grpo-kl", "lora-dppo", "full-replicated"])
+def test_replicas_meet_once_an_update(ranks, case):
+    """To send what is trained, and nothing of what is frozen."""
+    one, two = ranks[case]
+    trained = sum(array.nbytes for array in two.state.weights.values())
+    assert (one.sent, two.sent) == ([], [("allgather_", trained)])
+
+
+def test_shards_meet_in_every_forward(ranks):
+    """Sharded, the frozen network is gathered again and again, for LoRA too."""
+    _, two = ranks["lora-sharded"]
+    gathered = [sent for name, sent in two.sent if "allgather" in name or "all_gather" in name]
+    network = sampler(small_spec(LORA)).network
+    frozen = sum(p.nbytes for p in network.parameters() if not p.requires_grad)
+    assert sum(gathered) > frozen  # of which a rank sends its half, in forwards and backwards
+    assert len(gathered) > 10
 
 
 @pytest.mark.parametrize("case", ["full-guard-kl", "lora-grpo-kl"])

@@ -251,6 +251,7 @@ def test_parts_of_a_learner_rank_by_hand(ranks: int):
     spec = small_spec(f"cluster.learner.count={ranks}", "sampling.groups=8")
     rows = {1: (5, 2), 2: (3, 1)}[ranks]
     shard = 4 * (2 * rows[0] * (6 + 1) + rows[1] * (4 + 1))
+    gathered = 0 if ranks == 1 else 4 * (10 + 2 * 35)
     cost = Cost(0, 0, 0, 1000)
     found = footprint.learner_parts(spec, TwoBlocks("full"), cost)  # type: ignore[arg-type]
     assert found["update"] == {
@@ -258,19 +259,32 @@ def test_parts_of_a_learner_rank_by_hand(ranks: int):
         "gradients": shard,
         "optimizer": 2 * shard,
         "averages": shard,
-        "gathered weights": 4 * (10 + 2 * 35),
-        "gathered gradients": 4 * (10 + 2 * 35),
+        "gathered weights": gathered,
+        "gathered gradients": gathered,
         "activations": 1000,
         "latents": 4 * 4 * 5 * 11,
         "reserved": 0,
     }
     assert sum(found["publishing"].values()) == 4 * shard + 12 + 4 * 30
     assert sum(found["loading"].values()) == 4 * 80 + 12
-    lora = footprint.learner_parts(spec, TwoBlocks("lora"), cost)["update"]  # type: ignore[arg-type]
-    assert lora["weights"] - 12 == 2 * (rows[0] * (6 * 2 + 4)) + rows[1] * 20 + 2 * 28 // ranks + (
-        0 if ranks == 1 else 2 * 2
-    )
-    assert lora["gathered gradients"] == 2 * 28
+
+
+@pytest.mark.parametrize("parallel", ["auto", "shard"])
+def test_parts_of_a_rank_with_lora_by_hand(parallel: str):
+    """Two ranks; 14 trained numbers. A replica adds up all gradients in one: its own copy, and one
+    of each rank."""
+    overrides = ["cluster.learner.count=2", f"cluster.learner.parallel={parallel}"]
+    spec = small_spec(LORA, "sampling.groups=8", *overrides)
+    cost = Cost(0, 0, 0, 1000)
+    update = footprint.learner_parts(spec, TwoBlocks("lora"), cost)["update"]  # type: ignore[arg-type]
+    if parallel == "auto":
+        assert update["weights"] - 12 == 2 * 5 * (6 * 2 + 4) + 2 * 20 + 4 * 14
+        assert update["gathered weights"] == 0
+        assert update["gathered gradients"] == 4 * (14 + 2 * 14)
+    else:
+        assert update["weights"] - 12 == 2 * 3 * (6 * 2 + 4) + 20 + 4 * (14 // 2 + 1)
+        assert update["gathered weights"] > 0
+        assert update["gathered gradients"] == 4 * 14
 
 
 def test_parts_of_a_rollout_worker_by_hand():

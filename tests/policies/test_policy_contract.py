@@ -43,7 +43,8 @@ from tiny_runs import (
     unit,
 )
 
-from flowgrpo_ray.algorithm.learner import Learner, join_group
+from flowgrpo_ray.algorithm.learner import Learner
+from flowgrpo_ray.algorithm.parallel import join_group
 from flowgrpo_ray.algorithm.sampling import INITIAL, batch_condition, draw_noise, replay, rollout
 from flowgrpo_ray.algorithm.weights import digest, load_arrays
 from flowgrpo_ray.common.errors import SpecError
