@@ -186,6 +186,7 @@ def test_guard_with_refills_over_learner_ranks_whose_rows_are_not_full(
         assert alone[sums] == pytest.approx(rows[0][sums], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_flow_dppo_in_epochs_over_micro_batches_that_straddle_groups(
     cluster: None, loop: asyncio.AbstractEventLoop, tmp_path: Path
 ) -> None:

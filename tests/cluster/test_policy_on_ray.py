@@ -17,11 +17,8 @@ from flowgrpo_ray.spec.prompts import load_prompt_sets
 from flowgrpo_ray.spec.training import TrainingSpec
 
 
-# Of the default suite one is of another family than sd3, whose runs are elsewhere.
-@pytest.mark.parametrize(
-    "family",
-    [f if f == "flux" else pytest.param(f, marks=pytest.mark.slow) for f in MODELS if f != "sd3"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [f for f in MODELS if f != "sd3"])  # whose runs are elsewhere
 def test_a_run_on_ray_trains(ray_cluster, family, tmp_path):
     """Two iterations of the real trainer: rollout worker, learner and served reward."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))

@@ -37,6 +37,7 @@ def options(tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 def test_served_models_score_as_their_classes_do(options, ray_cluster):
     args = [
         RewardServiceArgs(name=name, options=of_reward | {"device": "cpu"}, golden=[])

@@ -46,6 +46,7 @@ def cluster():
         yield running
 
 
+@pytest.mark.slow
 def test_rewards_are_deployed_scaled_and_removed_while_they_are_used(cluster, tmp_path):
     colours = _write(tmp_path / "a.yaml", cluster.http_port, ({"name": "sign_colour"}, 1))
     probe = {"name": "probe", "reward": "reward_samples:Probe", "max_batch_images": 1}

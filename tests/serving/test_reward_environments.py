@@ -59,6 +59,7 @@ def scores(folder, ray_cluster):
     deploy.remove(names)
 
 
+@pytest.mark.slow
 def test_two_versions_of_a_library_serve_at_once(scores):
     major, minor, *_ = importlib.metadata.version("six").split(".")
     assert scores["six-base"].tolist() == [np.float32(f"{major}.{minor}")] * 2
@@ -66,11 +67,13 @@ def test_two_versions_of_a_library_serve_at_once(scores):
     assert scores["six-base"][0] != scores["six-older"][0]
 
 
+@pytest.mark.slow
 def test_paddleocr_serves_beside_rapidocr(scores):
     assert scores["ocr_paddle"].tolist() == [1, 0]
     assert scores["ocr-base"].tolist() == [1, 0]
 
 
+@pytest.mark.slow
 def test_what_is_served_says_its_environment(scores):
     same = RewardServiceArgs(
         name="six-older", reward=VERSION, options={"library": "six"}, environment="older"

@@ -134,6 +134,7 @@ def test_a_replica_killed_under_load_loses_no_call(twins, tmp_path):
     assert len(set(before) & set(twins())) == 1, "the other one was left alone"
 
 
+@pytest.mark.slow
 def test_autoscaling_begins_at_its_least(ray_cluster):
     scale = {"min_replicas": 2, "max_replicas": 3}
     args = {"name": "elastic", "reward": PROBE, "autoscaling": scale}
@@ -188,6 +189,7 @@ def test_a_reward_that_scores_nonsense_is_refused_at_start(ray_cluster):
     serve.delete(app_name("lying"))
 
 
+@pytest.mark.slow
 def test_golden_images_of_a_deployment_replace_the_rewards_own(ray_cluster, tmp_path):
     Image.new("RGB", (4, 4), (51, 51, 51)).save(tmp_path / "grey.png")
     golden = {"image": str(tmp_path / "grey.png"), "prompt": "grey", "low": -0.3, "high": -0.1}
@@ -202,6 +204,7 @@ def test_golden_images_of_a_deployment_replace_the_rewards_own(ray_cluster, tmp_
         )
 
 
+@pytest.mark.slow
 def test_a_reward_that_turns_to_nonsense_is_replaced(ray_cluster):
     _deploy(RewardServiceArgs(name="drifting", reward=RANKED, golden_every_s=0.5))
     (before,) = _stats("drifting")
@@ -217,6 +220,7 @@ def test_a_reward_that_turns_to_nonsense_is_replaced(ray_cluster):
     serve.delete(app_name("drifting"))
 
 
+@pytest.mark.slow
 def test_a_hung_replica_is_replaced(ray_cluster):
     _deploy(RewardServiceArgs(name="hanging", reward=PROBE, hang_s=1.0, drain_s=0.5))
     (before,) = _stats("hanging")
