@@ -217,7 +217,8 @@ def gradients(learner: Learner) -> dict[str, torch.Tensor]:
     if learner.sharded:  # FSDP takes the mean over the ranks
         return {name: full(gradient) * learner.world for name, gradient in mine.items()}
     whole = {name: gradient.clone() for name, gradient in mine.items()}
-    add_up(list(whole.values()))
+    if learner.world > 1:
+        add_up(list(whole.values()))
     return whole
 
 
