@@ -138,9 +138,12 @@ def _held_out(evaluations: Sequence[Row]) -> str:
 
 
 def _ratio(train: Sequence[Row], floor: float | None) -> Finding:
-    gates = [r["log_ratio"]["gate"] for r in train if _known(r["log_ratio"]["gate"])]
+    fresh = [
+        r for r in train if not r.get("staleness")
+    ]  # older samples differ by the updates since
+    gates = [r["log_ratio"]["gate"] for r in fresh if _known(r["log_ratio"]["gate"])]
     if not gates:
-        return Finding("ratio", None, "no iteration recorded a gate")
+        return Finding("ratio", None, "no iteration recorded a gate of its own samples")
     gate = max(abs(value) for value in gates)
     largest = _largest(train)
     moved = f"updates move |log rho| up to {_small(largest)}{_spread_per_step(train)}"

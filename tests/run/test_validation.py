@@ -223,6 +223,16 @@ def test_a_gate_against_the_floor(gate, floor, ok, warning):
     assert (finding.ok, finding.warning) == (ok, warning)
 
 
+def test_with_a_lag_the_gate_of_older_samples_is_no_disagreement():
+    """They differ by the updates since; only the first iteration has samples of its own weights."""
+    rows = run_of()
+    for row in rows[2:-1]:
+        row |= {"staleness": 1, **ratio_of(3e-3)}
+    finding = find("ratio", rows)
+    assert finding.ok
+    assert finding.says.startswith("the gate is exactly 0 in 1 of 4 iterations")
+
+
 def test_the_margin_is_the_learners():
     assert FLOOR_MARGIN == learner.FLOOR_MARGIN
 
