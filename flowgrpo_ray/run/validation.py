@@ -138,9 +138,7 @@ def _held_out(evaluations: Sequence[Row]) -> str:
 
 
 def _ratio(train: Sequence[Row], floor: float | None) -> Finding:
-    fresh = [
-        r for r in train if not r.get("staleness")
-    ]  # older samples differ by the updates since
+    fresh = [r for r in train if not r.get("staleness")]  # others differ by updates
     gates = [r["log_ratio"]["gate"] for r in fresh if _known(r["log_ratio"]["gate"])]
     if not gates:
         return Finding("ratio", None, "no iteration recorded a gate of its own samples")
