@@ -71,7 +71,7 @@ async def turn(trainer: Any) -> float:
     """Wall seconds of an iteration: the mean of the next ``TURN``."""
     began = time.perf_counter()
     for _ in range(TURN):
-        await trainer.iterate(trainer.progress.iteration + 1)
+        await trainer.iterate(trainer.journal.progress.iteration + 1)
     return (time.perf_counter() - began) / TURN
 
 

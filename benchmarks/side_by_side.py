@@ -61,7 +61,7 @@ async def cluster_to(arguments: argparse.Namespace, seed: int) -> dict[str, Any]
                 await trainer.iterate(iteration)
             if iteration % arguments.every == 0:
                 await trainer.evaluate()
-                if curve.add(iteration, trainer.progress.eval_last["ocr"]):
+                if curve.add(iteration, trainer.journal.progress.eval_last["ocr"]):
                     break
     return {"start_up": start_up, **curve.data}
 
