@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -37,6 +38,9 @@ class ActorsSpec(Strict):
     threads: int = Field(default=1, ge=1, description="torch threads of each, on the CPU")
 
 
+Ranks = TypeVar("Ranks", bound=ActorsSpec)
+
+
 class RolloutSpec(ActorsSpec):
     """Rollout workers; more or fewer of them change no result."""
 
@@ -59,6 +63,16 @@ class RolloutSpec(ActorsSpec):
         return self.max_count or self.count
 
 
+def one_rank_per_gpu(actors: Ranks) -> Ranks:
+    """Of those that meet in collective calls."""
+    if actors.count > 1 and 0 < actors.gpus <= 0.5:
+        raise ValueError(
+            f"count = {actors.count} with gpus = {actors.gpus}: Ray would put two ranks on one "
+            "GPU, which NCCL refuses; give each more than 0.5"
+        )
+    return actors
+
+
 class LearnerSpec(ActorsSpec):
     """Learner ranks, and what they do to fit into their memory; neither changes a result."""
 
@@ -75,22 +89,32 @@ class LearnerSpec(ActorsSpec):
         default=False, description="keep AdamW's moments and the averages in the host's memory"
     )
 
-    @model_validator(mode="after")
-    def _one_rank_per_gpu(self) -> LearnerSpec:
-        if self.count > 1 and 0 < self.gpus <= 0.5:
-            raise ValueError(
-                f"count = {self.count} with gpus = {self.gpus}: Ray would put two ranks on one "
-                "GPU, which NCCL refuses; give each more than 0.5"
-            )
-        return self
+    _one_rank_per_gpu = model_validator(mode="after")(one_rank_per_gpu)
+
+
+class WorkersSpec(ActorsSpec):
+    """Workers that sample and train; how many changes the last bits of a result."""
+
+    _one_rank_per_gpu = model_validator(mode="after")(one_rank_per_gpu)
 
 
 class ClusterSpec(Strict):
     """What runs where. The number of rollout workers never changes a result; that of learner ranks,
     and the kind of device, only its last bits."""
 
+    layout: Literal["separate", "colocated"] = Field(
+        default="separate",
+        description="who samples and who trains: processes of their own (`rollout`, `learner`), or "
+        "every worker both, with one network for the two parts",
+    )
     rollout: RolloutSpec = RolloutSpec()
     learner: LearnerSpec = LearnerSpec()
+    workers: WorkersSpec | None = Field(
+        default=None,
+        description="those of the colocated layout; default: what `rollout` and `learner` would "
+        "take, shared out to as many workers as they have GPUs (on a CPU: processes) and as the "
+        "micro-batches of an update can be shared out to",
+    )
     dashboard: bool = Field(default=False, description="of a local cluster; costs seconds at start")
     reward_http_port: int | None = Field(
         default=None, ge=1, le=65535, description="serve rewards over HTTP"
@@ -112,9 +136,48 @@ class ClusterSpec(Strict):
     )
     max_failed_groups: int = Field(default=0, ge=0, description="dropped groups that a run bears")
 
-    @field_validator("rollout", "learner")
+    @field_validator("rollout", "learner", "workers")
     @classmethod
-    def _whole_gpus(cls, actors: ActorsSpec) -> ActorsSpec:
-        if actors.gpus > 1:
+    def _whole_gpus(cls, actors: ActorsSpec | None) -> ActorsSpec | None:
+        if actors and actors.gpus > 1:
             raise ValueError(f"gpus = {actors.gpus}: an actor drives one GPU at most; raise count")
         return actors
+
+    @model_validator(mode="after")
+    def _fits_the_layout(self) -> ClusterSpec:
+        if self.layout == "separate":
+            if self.workers:
+                raise ValueError(
+                    "workers are those of layout = colocated, and layout = separate: set "
+                    "cluster.layout, or leave out cluster.workers"
+                )
+            return self
+        if self.rollout.max_count:
+            raise ValueError(
+                f"rollout.max_count = {self.rollout.max_count} does not go with layout = "
+                "colocated, whose workers train together and so are as many from start to end: "
+                "leave out cluster.rollout.max_count, or set cluster.layout: separate"
+            )
+        mine = [kind.resources for kind in (self.rollout, self.learner)]
+        if not self.workers and mine[0] != mine[1]:
+            raise ValueError(
+                f"rollout.resources = {mine[0]} and learner.resources = {mine[1]} differ, and with "
+                "layout = colocated one worker plays both parts: give cluster.workers"
+            )
+        return self
+
+    def colocated(self, micro_batches: int) -> ActorsSpec:
+        """The workers of the colocated layout, where an update has so many micro-batches."""
+        if self.workers:
+            return self.workers
+        kinds = (self.rollout, self.learner)
+        gpus, cpus = (sum(k.count * getattr(k, what) for k in kinds) for what in ("gpus", "cpus"))
+        most = math.ceil(gpus - 1e-6) or sum(kind.count for kind in kinds)
+        count = max(n for n in range(1, most + 1) if micro_batches % n == 0)
+        return WorkersSpec(
+            count=count,
+            cpus=round(cpus / count, 4),
+            gpus=min(1, round(gpus / count, 4)),
+            resources=self.learner.resources,
+            threads=max(kind.threads for kind in kinds),
+        )

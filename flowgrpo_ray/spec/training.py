@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.rewards import resolve
-from flowgrpo_ray.spec.cluster import ClusterSpec, Strict
+from flowgrpo_ray.spec.cluster import ActorsSpec, ClusterSpec, Strict
 from flowgrpo_ray.spec.sampling import SamplingSpec
 from flowgrpo_ray.spec.sections import (
     AdvantagesSpec,
@@ -83,8 +83,18 @@ class TrainingSpec(Strict):
         return self
 
     @model_validator(mode="after")
+    def _layout_fits(self) -> TrainingSpec:
+        if self.cluster.layout == "colocated" and self.sampling.max_lag:
+            raise ValueError(
+                f"sampling.max_lag = {self.sampling.max_lag} does not go with cluster.layout = "
+                "colocated: workers that train do not sample meanwhile. Set sampling.max_lag: 0, "
+                "or cluster.layout: separate"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _updates_fit(self) -> TrainingSpec:
-        sampling, updates, ranks = self.sampling, self.objective.updates, self.cluster.learner.count
+        sampling, updates = self.sampling, self.objective.updates
         blocks = sampling.units // sampling.units_per_block
         if blocks % updates:
             raise ValueError(
@@ -92,13 +102,37 @@ class TrainingSpec(Strict):
                 f"groups in an iteration (group_size {sampling.group_size} x groups "
                 f"{sampling.groups} in micro-batches of {sampling.micro_batch})"
             )
-        per_update = sampling.units // updates
-        if per_update % ranks:
+        if self.per_update % self.ranks.count:
+            section = list(self.actors)[-1]
             raise ValueError(
-                f"cluster.learner.count = {ranks} does not divide the {per_update} micro-batches "
-                f"of an update ({sampling.units} micro-batches in {updates} updates)"
+                f"cluster.{section}.count = {self.ranks.count} does not divide the "
+                f"{self.per_update} micro-batches of an update ({sampling.units} micro-batches in "
+                f"{updates} updates)"
             )
         return self
+
+    @property
+    def per_update(self) -> int:
+        """Micro-batches of an update."""
+        return self.sampling.units // self.objective.updates
+
+    @property
+    def actors(self) -> dict[str, ActorsSpec]:
+        """By section of ``cluster``: those that sample and those that train, or that do both."""
+        cluster = self.cluster
+        if cluster.layout == "colocated":
+            return {"workers": cluster.colocated(self.per_update)}
+        return {"rollout": cluster.rollout, "learner": cluster.learner}
+
+    @property
+    def samplers(self) -> ActorsSpec:
+        """The actors that sample."""
+        return next(iter(self.actors.values()))
+
+    @property
+    def ranks(self) -> ActorsSpec:
+        """The actors that train."""
+        return list(self.actors.values())[-1]
 
     @property
     def weights(self) -> dict[str, float]:
@@ -135,8 +169,7 @@ class TrainingSpec(Strict):
 
 def required_resources(spec: TrainingSpec) -> dict[str, float]:
     """What the run's actors and reward replicas reserve together: ``CPU``, ``GPU``, custom ones."""
-    rollout, learner = spec.cluster.rollout, spec.cluster.learner
-    kinds = [(rollout.count, rollout), (learner.count, learner)]
+    kinds = [(kind.count, kind) for kind in spec.actors.values()]
     kinds += [(reward.replicas, reward) for reward in spec.rewards.values()]
     total = {"CPU": 0.0, "GPU": 0.0}
     for count, kind in kinds:

@@ -165,6 +165,30 @@ BAD = {
         ["cluster.learner.count=4"],
         ["cluster.learner.count = 4", "4 micro-batches in 2 updates"],
     ),
+    "workers do not divide": (
+        ["cluster.layout=colocated", "cluster.workers={count: 3}"],
+        ["cluster.workers.count = 3", "2 micro-batches of an update"],
+    ),
+    "lag of workers that train": (
+        ["cluster.layout=colocated", "sampling.max_lag=1"],
+        ["sampling.max_lag = 1 does not go with cluster.layout = colocated"],
+    ),
+    "elastic workers that train": (
+        ["cluster.layout=colocated", "cluster.rollout.max_count=3"],
+        ["rollout.max_count = 3 does not go with layout = colocated"],
+    ),
+    "workers of the separate layout": (
+        ["cluster.workers={count: 2}"],
+        ["workers are those of layout = colocated, and layout = separate"],
+    ),
+    "one worker on two kinds of machine": (
+        ["cluster.layout=colocated", "cluster.rollout.resources={sampler: 0.1}"],
+        ["rollout.resources = {'sampler': 0.1}", "learner.resources = {}", "cluster.workers"],
+    ),
+    "two workers on a GPU": (
+        ["cluster.layout=colocated", "cluster.workers={count: 2, gpus: 0.5}"],
+        ["workers: count = 2 with gpus = 0.5"],
+    ),
     "two GPUs for an actor": (
         ["cluster.rollout.gpus=2"],
         ["cluster.rollout", "gpus = 2", "count"],
@@ -220,6 +244,25 @@ def test_a_block_is_the_fewest_images_that_are_whole_either_way(
 def test_a_progressive_window_may_touch_the_last_stochastic_step():
     found = spec("sampling.window={kind: progressive, start: 6, length: 3, iterations: 5}")
     assert found.sampling.trained_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "expected"),
+    [
+        ("sd35-ocr-4gpu", [], (4, 1.0, 1.0)),
+        ("sd35-pickscore-1gpu", [], (1, 2.0, 0.8)),  # beside a reward that takes the rest
+        ("sd35-pickscore", [], (16, 1.875, 1.0)),  # 30 GPUs, and 64 micro-batches an update
+        ("tiny-ocr", [], (2, 0.75, 0.0)),
+        ("tiny-ocr", ["cluster.workers={count: 1, cpus: 2, threads: 2}"], (1, 2.0, 0.0)),
+    ],
+)
+def test_workers_follow_from_the_two_kinds_that_they_replace(
+    recipe: str, overrides: list[str], expected: tuple[int, float, float]
+):
+    spec = load_spec(recipe, ["cluster.layout=colocated", *overrides])
+    assert list(spec.actors) == ["workers"]
+    assert spec.samplers == spec.ranks == spec.actors["workers"]
+    assert (spec.ranks.count, spec.ranks.cpus, spec.ranks.gpus) == expected
 
 
 def test_objectives_have_their_own_defaults():
