@@ -41,6 +41,7 @@ from flowgrpo_ray.common.types import (
     WorkUnit,
 )
 from flowgrpo_ray.policies import load_policy
+from flowgrpo_ray.policies.base import Policy
 from flowgrpo_ray.spec.sections import KlSpec, Objective
 from flowgrpo_ray.spec.training import TrainingSpec
 
@@ -50,12 +51,22 @@ FLOOR_MARGIN = 4.0  # the floor is measured on one micro-batch; later ones may l
 class Learner:
     """One rank of the learner; the default process group must exist (see ``join_group``)."""
 
-    def __init__(self, spec: TrainingSpec, device: torch.device, *, sharded: bool = False) -> None:
-        """``sharded`` puts a rank that is alone under FSDP as well."""
+    def __init__(
+        self,
+        spec: TrainingSpec,
+        device: torch.device,
+        policy: Policy | None = None,
+        *,
+        sharded: bool = False,
+    ) -> None:
+        """``policy``: a tuned one to train, else the spec's is loaded. ``sharded`` puts a rank that
+        is alone under FSDP as well."""
         self.spec, self.device = spec, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.policy = load_policy(spec, device, frozenset({"network"}))
-        self.policy.tune(spec.seed, with_reference=False)
+        if policy is None:
+            policy = load_policy(spec, device, frozenset({"network"}))
+            policy.tune(spec.seed, with_reference=False)
+        self.policy = policy
         if spec.cluster.learner.activation_checkpointing:
             network: Any = self.policy.network
             network.enable_gradient_checkpointing()
@@ -87,11 +98,32 @@ class Learner:
         ticket = WeightsTicket(version, found)
         if averaged:
             return ticket, arrays
-        self.published, self._gate_armed = ticket, True
-        self._remember(ticket)
+        self._expect(ticket)
         if self.spec.sampling.max_lag:
             self._arrays = arrays
         return ticket, arrays
+
+    def announce(self, version: int, *, trained: bool) -> WeightsTicket:
+        """A ticket for the parameters as they are, which this process itself samples with;
+        collective. ``trained``: the samples will be trained on."""
+        ticket = WeightsTicket(version, digest(self.parameters))
+        if trained:
+            self._expect(ticket)
+        return ticket
+
+    @torch.no_grad()
+    def swap_averages(self) -> None:
+        """Exchange parameters and averages (EMA), if there are any; once more undoes it exactly."""
+        for name in self.optimizer.ema:
+            parameter, average = self.parameters[name].detach(), self.optimizer.ema[name]
+            last = parameter.clone()
+            parameter.copy_(average)
+            self.optimizer.ema[name] = last
+
+    def _expect(self, ticket: WeightsTicket) -> None:
+        """What is trained next was sampled under it."""
+        self.published, self._gate_armed = ticket, True
+        self._remember(ticket)
 
     def _remember(self, ticket: WeightsTicket) -> None:
         self._digests[ticket.version] = ticket.digest

@@ -20,12 +20,12 @@ from ray.exceptions import (
     ObjectLostError,
     RayActorError,
 )
-from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from flowgrpo_ray.cluster.placement import Placement
 from flowgrpo_ray.common.errors import ClusterError
 from flowgrpo_ray.run.ledger import Ledger
-from flowgrpo_ray.spec.cluster import ActorsSpec, ClusterSpec
+from flowgrpo_ray.spec.cluster import ActorsSpec
 from flowgrpo_ray.spec.training import TrainingSpec
 
 if TYPE_CHECKING:
@@ -36,20 +36,8 @@ NAME_S = 60.0  # that Ray may take to notice a death
 LOST = (RayActorError, NodeDiedError, ObjectLostError)  # of an actor, its node, or what it gave
 
 
-def place(cluster: ClusterSpec) -> PlacementGroup:
-    """One placement group: a bundle per learner rank, then one per rollout worker."""
-    kinds = [cluster.learner] * cluster.learner.count + [cluster.rollout] * cluster.rollout.count
-    return placement_group([_bundle(kind) for kind in kinds], strategy="PACK")
-
-
-def _bundle(kind: ActorsSpec) -> dict[str, float]:
-    bundle = {"CPU": kind.cpus, "GPU": kind.gpus, **kind.resources}
-    some = {resource: amount for resource, amount in bundle.items() if amount}
-    return some or {"CPU": 0.001}  # Ray takes no empty one
-
-
 async def launch(
-    cls: type, kind: ActorsSpec, group: PlacementGroup, bundle: int | None, name: str, *args: Any
+    cls: type, kind: ActorsSpec, placement: Placement, bundle: int | None, name: str, *args: Any
 ) -> Any:
     """Start an actor of ``cls`` in a bundle, or wherever there is room (``None``); returns its
     handle while it still starts.
@@ -64,7 +52,7 @@ async def launch(
         resources=kind.resources,
         scheduling_strategy="DEFAULT"
         if bundle is None
-        else PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+        else PlacementGroupSchedulingStrategy(placement.group, placement_group_bundle_index=bundle),
     )
     deadline = time.monotonic() + NAME_S
     while True:
@@ -103,11 +91,11 @@ async def within(seconds: float, what: str, calls: Iterable[Awaitable[T]]) -> li
         ) from None
 
 
-async def all_or_none(*parts: Coroutine[Any, Any, None]) -> None:
+async def all_or_none(*parts: Coroutine[Any, Any, T]) -> list[T]:
     """Run the parts together; if one fails the others are cancelled and its error is raised."""
     tasks = [asyncio.ensure_future(part) for part in parts]
     try:
-        await asyncio.gather(*tasks)
+        return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
@@ -173,7 +161,7 @@ class Calls:
 
 
 class ActorGroup:
-    """The actors of one kind, each with a name and a record of its calls; base of both groups.
+    """The actors of one kind, each with a name and a record of its calls.
 
     ``kind`` is the section of ``cluster`` that says how many there are and what each has.
     """
@@ -183,19 +171,26 @@ class ActorGroup:
     def __init__(
         self,
         spec: TrainingSpec,
-        group: PlacementGroup,
+        placement: Placement,
         ledger: Ledger,
         losses: Losses,
         actor_class: type,
     ) -> None:
-        self.spec, self.actors = spec, getattr(spec.cluster, self.kind)
-        self._group, self._class = group, actor_class
+        self.spec, self.actors = spec, spec.actors[self.kind]
+        self._placement, self._class = placement, actor_class
         self._ledger, self._losses = ledger, losses
 
-    async def _launch(self, rank: int, bundle: int | None) -> tuple[Any, Calls]:
+    def name_of(self, rank: int) -> str:
+        """What its actor is called."""
+        return f"{self.kind.removesuffix('s')}-{rank}"
+
+    async def _launch(self, rank: int) -> tuple[Any, Calls]:
         """Start an actor; it may take long to be up, and die on the way."""
-        name = f"{self.kind}-{rank}"
-        actor = await launch(self._class, self.actors, self._group, bundle, name, self.spec, rank)
+        name, bundles = self.name_of(rank), self._placement.bundles[self.kind]
+        bundle = bundles[rank] if rank < len(bundles) else None  # one of those that join
+        actor = await launch(
+            self._class, self.actors, self._placement, bundle, name, self.spec, rank
+        )
         return actor, Calls(self.kind, name, self.spec.cluster.hang_timeout_s, self._ledger)
 
     async def _ready(self, what: str, calls: Iterable[Awaitable[T]]) -> list[T]:

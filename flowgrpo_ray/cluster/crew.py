@@ -12,13 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 from ray import ObjectRef
-from ray.util.placement_group import PlacementGroup
 
-from flowgrpo_ray.cluster.actors import Losses, all_or_none, place
+from flowgrpo_ray.cluster.actors import Losses, all_or_none
+from flowgrpo_ray.cluster.colocated import ColocatedWorker, WorkerGroup, WorkerPool
 from flowgrpo_ray.cluster.learner_group import Contribution, LearnerGroup, LearnerRank
 from flowgrpo_ray.cluster.live import Display
+from flowgrpo_ray.cluster.placement import place
 from flowgrpo_ray.cluster.rollout import RolloutWorker
-from flowgrpo_ray.cluster.rollout_pool import RolloutPool, Sampled
+from flowgrpo_ray.cluster.rollout_pool import RolloutPool
+from flowgrpo_ray.cluster.samplers import Sampled
 from flowgrpo_ray.common.errors import ContractError
 from flowgrpo_ray.common.types import WeightsTicket, WorkUnit
 from flowgrpo_ray.rewards import weighted_total
@@ -37,6 +39,7 @@ class Kinds:
 
     rollout: type = RolloutWorker
     learner: type = LearnerRank
+    workers: type = ColocatedWorker
 
 
 REAL = Kinds()
@@ -45,9 +48,8 @@ REAL = Kinds()
 class Crew:
     """Learner ranks, rollout workers and the clients of the reward deployments."""
 
-    group: PlacementGroup
     learners: LearnerGroup
-    rollouts: RolloutPool
+    rollouts: RolloutPool | WorkerPool
     rewards: RewardClient
     sigmas: tuple[float, ...]  # the model's noise levels in training
     eval_sigmas: tuple[float, ...]
@@ -63,17 +65,22 @@ class Crew:
         self.spec, self.prompts, self.display = spec, prompts, display
         self._traffic, self._kinds = traffic, kinds
         self.own_rewards: list[str] = []  # those that this run deployed
-        counts = {"rollout": 0, "learner": spec.cluster.learner.count}
+        counts = {section: kind.count for section, kind in spec.actors.items()}
+        counts |= {"rollout": 0} if "rollout" in counts else {}  # they come and go
         counts |= {f"reward-{name}": r.replicas for name, r in spec.rewards.items()}
         self.ledger = Ledger(counts)
         self.losses = Losses(spec.cluster.max_restarts, display.note)
 
     async def start(self) -> None:
         """Bring up learner, rollout workers and rewards, all at once; encode every new prompt."""
-        self.group = place(self.spec.cluster)
-        shared = (self.spec, self.group, self.ledger, self.losses)
-        self.learners = LearnerGroup(*shared, self._kinds.learner)
-        self.rollouts = RolloutPool(*shared, self._kinds.rollout)
+        self.placement = await place(self.spec)
+        shared = (self.spec, self.placement, self.ledger, self.losses)
+        if self.spec.cluster.layout == "colocated":
+            self.rollouts = WorkerPool(*shared, self._kinds.workers)
+            self.learners = WorkerGroup(*shared, self.rollouts, self._kinds.workers)
+        else:
+            self.rollouts = RolloutPool(*shared, self._kinds.rollout)
+            self.learners = LearnerGroup(*shared, self._kinds.learner)
         await all_or_none(self._start_rewards(), self.learners.start(), self._start_rollouts())
 
     async def _start_rewards(self) -> None:
@@ -112,7 +119,7 @@ class Crew:
         units = plan_iteration(self.spec, 0, len(self.prompts["train"]), self.sigmas).units
         probe = [
             self.contribution(unit, await self.sample(unit, ticket))
-            for unit in units[: self.spec.cluster.learner.count]
+            for unit in units[: self.spec.ranks.count]
         ]
         floor = await self.learners.measure_floor(probe)
         objective = self.spec.objective
@@ -163,5 +170,10 @@ class Crew:
         if signal is None:
             signal = Signal(np.zeros(unit.batch, np.float32), np.zeros(unit.batch, bool))
         return Contribution(
-            unit, sampled.trajectory, sampled.conditions, signal.advantages, signal.keep
+            unit,
+            sampled.trajectory,
+            sampled.conditions,
+            signal.advantages,
+            signal.keep,
+            sampled.worker,
         )

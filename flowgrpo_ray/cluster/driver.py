@@ -18,7 +18,7 @@ import numpy as np
 import ray
 from ray.exceptions import ObjectLostError
 
-from flowgrpo_ray.cluster.actors import LearnerLostError
+from flowgrpo_ray.cluster.actors import LearnerLostError, all_or_none
 from flowgrpo_ray.cluster.crew import REAL, Crew, Kinds
 from flowgrpo_ray.cluster.journal import Iterated, Journal
 from flowgrpo_ray.cluster.live import Display
@@ -221,7 +221,7 @@ class Trainer:
         while True:
             self.crew.hold(units)
             calls = [sample_and_score(self.crew, unit, ticket) for unit in units]
-            results = await asyncio.gather(*calls)
+            results = await all_or_none(*calls)
             try:
                 first = await asyncio.gather(*(sampled.images for sampled, _ in results[:needed]))
                 return [scores for _, scores in results], np.concatenate(first)[:size]

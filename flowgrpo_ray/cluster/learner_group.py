@@ -13,7 +13,6 @@ import numpy as np
 import ray
 from ray import ObjectRef
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup
 
 from flowgrpo_ray.cluster.actors import (
     LOST,
@@ -26,6 +25,7 @@ from flowgrpo_ray.cluster.actors import (
     seen,
     set_up_process,
 )
+from flowgrpo_ray.cluster.placement import Placement
 from flowgrpo_ray.common.errors import ContractError
 from flowgrpo_ray.common.types import (
     Condition,
@@ -43,6 +43,7 @@ from flowgrpo_ray.spec.training import TrainingSpec
 
 if TYPE_CHECKING:
     from flowgrpo_ray.algorithm.learner import Learner
+    from flowgrpo_ray.policies.base import Policy
 
 DEATH_S = 3.0  # that Ray may take to tell of a dead rank, after another one has failed
 
@@ -52,9 +53,9 @@ class LearnerRank:
 
     learner: Learner
 
-    def __init__(self, spec: TrainingSpec, rank: int) -> None:
-        self.name = f"learner-{rank}"
-        self.device = set_up_process(spec.cluster.learner, self.name, spec.name)
+    def __init__(self, spec: TrainingSpec, rank: int, name: str = "learner") -> None:
+        self.name = f"{name}-{rank}"
+        self.device = set_up_process(spec.ranks, self.name, spec.name)
         self.spec, self.rank = spec, rank
         self._listener: socket.socket | None = None  # of rank 0
 
@@ -70,12 +71,20 @@ class LearnerRank:
         return self._listener.getsockname()
 
     def join(self, address: tuple[str, int]) -> None:
-        from flowgrpo_ray.algorithm.learner import Learner
+        """Meet the other ranks and load the model."""
+        self.join_group(address)
+        self.make_learner()
+
+    def join_group(self, address: tuple[str, int]) -> None:
         from flowgrpo_ray.algorithm.parallel import join_group
 
-        ranks = self.spec.cluster.learner.count
+        ranks = self.spec.ranks.count
         join_group(self.rank, ranks, self._listener or address, self.device)
-        self.learner = Learner(self.spec, self.device)
+
+    def make_learner(self, policy: Policy | None = None) -> None:
+        from flowgrpo_ray.algorithm.learner import Learner
+
+        self.learner = Learner(self.spec, self.device, policy)
 
     def publish(
         self, version: int, averaged: bool
@@ -122,6 +131,7 @@ class Contribution:
     conditions: Sequence[ObjectRef]
     advantages: Float32  # [b]
     keep: np.ndarray  # bool [b]
+    sampled_by: int  # rank of the worker
 
 
 class LearnerGroup(ActorGroup):
@@ -136,14 +146,14 @@ class LearnerGroup(ActorGroup):
     def __init__(
         self,
         spec: TrainingSpec,
-        group: PlacementGroup,
+        placement: Placement,
         ledger: Ledger,
         losses: Losses,
         rank_class: type = LearnerRank,
     ) -> None:
-        super().__init__(spec, group, ledger, losses, rank_class)
+        super().__init__(spec, placement, ledger, losses, rank_class)
         self.ranks: list[Any] = []
-        self._calls: list[Calls] = []
+        self.calls: list[Calls] = []
         self._row: list[Contribution] = []
         self._running: list[asyncio.Future[MicrobatchStats]] = []
 
@@ -168,9 +178,9 @@ class LearnerGroup(ActorGroup):
             ray.kill(rank)
 
     async def _start(self) -> None:
-        launched = [await self._launch(rank, rank) for rank in range(self.actors.count)]
+        launched = [await self._launch(rank) for rank in range(self.actors.count)]
         self.ranks = [rank for rank, _ in launched]
-        self._calls = [calls for _, calls in launched]
+        self.calls = [calls for _, calls in launched]
         self._row, self._running = [], []
         address = (await self._answers([self.ranks[0].address.remote()]))[0]
         await self._answers([rank.join.remote(address) for rank in self.ranks])
@@ -186,11 +196,11 @@ class LearnerGroup(ActorGroup):
         calls = [r.publish.options(num_returns=2).remote(version, averaged) for r in self.ranks]
         answers = [
             of.answer("publish", answer, lambda answered: answered[1])
-            for of, (answer, _) in zip(self._calls, calls, strict=True)
+            for of, (answer, _) in zip(self.calls, calls, strict=True)
         ]
         tickets = [ticket for ticket, _ in await self._of_all(answers)]
         if len(set(tickets)) > 1:
-            found = ", ".join(f"learner-{rank} {t.digest}" for rank, t in enumerate(tickets))
+            found = ", ".join(f"{self.name_of(n)} {t.digest}" for n, t in enumerate(tickets))
             raise ContractError(
                 f"learner ranks hold different weights at version {version}: {found}. They would "
                 "train different models: ranks on one kind of device do not come apart"
@@ -199,11 +209,16 @@ class LearnerGroup(ActorGroup):
 
     async def measure_floor(self, probe: Sequence[Contribution]) -> float:
         """The largest ``|log rho|`` over one freshly sampled micro-batch per rank."""
+        here = [self._for_rank(*one) for one in enumerate(probe)]
         answers = [
             of.answer("accumulate", rank.measure_floor.remote(p.unit, p.trajectory, *p.conditions))
-            for of, rank, p in zip(self._calls, self.ranks, probe, strict=True)
+            for of, rank, p in zip(self.calls, self.ranks, here, strict=True)
         ]
         return max(await self._of_all(answers))
+
+    def _for_rank(self, rank: int, contribution: Contribution) -> Contribution:
+        """As that rank can take it."""
+        return contribution
 
     def accumulate(self, contribution: Contribution) -> None:
         """Queue a micro-batch; a row of one per rank runs together.
@@ -217,7 +232,8 @@ class LearnerGroup(ActorGroup):
         row, self._row = self._row, []
         if not any(c.keep.any() for c in row):
             return
-        for of, rank, c in zip(self._calls, self.ranks, row, strict=True):
+        row = [self._for_rank(*one) for one in enumerate(row)]
+        for of, rank, c in zip(self.calls, self.ranks, row, strict=True):
             call = rank.accumulate.remote(c.unit, c.trajectory, c.advantages, c.keep, *c.conditions)
             answer = asyncio.ensure_future(of.answer("accumulate", call, _seconds))
             answer.add_done_callback(seen)
@@ -235,21 +251,21 @@ class LearnerGroup(ActorGroup):
         running, self._running = self._running, []
         updates = [
             of.answer("step", rank.step.remote(samples, steps), _seconds)
-            for of, rank in zip(self._calls, self.ranks, strict=True)
+            for of, rank in zip(self.calls, self.ranks, strict=True)
         ]
         answers = await self._of_all([*running, *updates])
         return answers[: len(running)], answers[len(running)]
 
     async def state(self) -> LearnerState:
         """What a checkpoint holds."""
-        calls = zip(self._calls, self.ranks, strict=True)
+        calls = zip(self.calls, self.ranks, strict=True)
         return (await self._of_all([of.answer("save", r.state.remote()) for of, r in calls]))[0]
 
     async def load_state(self, state: LearnerState) -> WeightsTicket | None:
         """Go on from a checkpoint; the ticket of the weights that it holds of the iteration before,
         if it holds any."""
         reference = ray.put(state)
-        calls = zip(self._calls, self.ranks, strict=True)
+        calls = zip(self.calls, self.ranks, strict=True)
         loads = [of.answer("load", r.load_state.remote(reference)) for of, r in calls]
         return (await self._of_all(loads))[0]
 
@@ -281,7 +297,7 @@ class LearnerGroup(ActorGroup):
         """Which rank it was."""
         lost = getattr(getattr(error, "cause", error), "actor_id", None)
         ids = [actor_id(rank) for rank in self.ranks]
-        return f"learner-{ids.index(lost)}" if lost in ids else "learner"
+        return self.name_of(ids.index(lost)) if lost in ids else "learner"
 
 
 def _seconds(stats: MicrobatchStats | StepStats) -> float:

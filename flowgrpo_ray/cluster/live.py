@@ -68,7 +68,7 @@ class Live:
             "ray": None,
             "checkpoint": checkpoint,
             "workers": [],
-            "learners": spec.cluster.learner.count,
+            "learners": spec.ranks.count,
             "restarts": 0,
             "rewards": {},
         }

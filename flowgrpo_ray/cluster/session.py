@@ -139,7 +139,6 @@ def check_local_gpus(spec: TrainingSpec) -> None:
 
 
 def _too_few(spec: TrainingSpec, resource: str, needed: float, have: float) -> str:
-    cluster = spec.cluster
     if resource not in ("CPU", "GPU"):
         return (
             f"the spec's `resources` ask for {needed:g} {resource} and the cluster has {have:g}: "
@@ -148,9 +147,11 @@ def _too_few(spec: TrainingSpec, resource: str, needed: float, have: float) -> s
         )
     key = f"{resource.lower()}s"
     rewards = ", ".join(f"rewards.{name}.{key}" for name in spec.rewards)
+    actors = ", ".join(
+        f"cluster.{section}.{key} = {getattr(kind, key):g} (x {kind.count})"
+        for section, kind in spec.actors.items()
+    )
     return (
-        f"the spec asks for {needed:g} {resource}s and the cluster has {have:g}: lower "
-        f"cluster.rollout.{key} = {getattr(cluster.rollout, key):g} (x {cluster.rollout.count}), "
-        f"cluster.learner.{key} = {getattr(cluster.learner, key):g} (x {cluster.learner.count}) "
+        f"the spec asks for {needed:g} {resource}s and the cluster has {have:g}: lower {actors} "
         f"or {rewards}, or join a larger cluster with RAY_ADDRESS"
     )

@@ -27,7 +27,7 @@ class StageReader:
         self, rows: Mapping[str, Account], seconds: float, rewards: Mapping[str, RewardStats]
     ) -> tuple[dict[str, Any], str | None]:
         """For timings.jsonl, and maybe an advice. ``rows``: of every kind of actor."""
-        stages = {name: _stage(rows[kind]) for name, (kind, _) in KINDS.items()}
+        stages = {name: _stage(rows[kind]) for name, (kind, _) in KINDS.items() if kind in rows}
         stages |= {n: Stage(s.busy_s, len(s.replicas), s.calls) for n, s in rewards.items()}
         slowest = find_bottleneck(stages)
         advice = Planner(self._spec, self._room()).advise(slowest, stages, seconds)
@@ -51,9 +51,8 @@ class StageReader:
 
     def _some_lost(self, rows: Mapping[str, Account]) -> bool:
         """Whether actors were missing for a while; what held such an iteration up is no advice."""
-        cluster = self._spec.cluster
-        counts = {"rollout": cluster.rollout.count, "learner": cluster.learner.count}
-        return any(rows[kind].processes < 0.99 * count for kind, count in counts.items())
+        actors = self._spec.actors.items()
+        return any(rows[section].processes < 0.99 * kind.count for section, kind in actors)
 
 
 def _stage(account: Account) -> Stage:

@@ -10,7 +10,7 @@ from ray import ObjectRef
 from ray.exceptions import ObjectLostError
 
 from flowgrpo_ray.cluster.actors import Losses
-from flowgrpo_ray.cluster.rollout_pool import Sampled
+from flowgrpo_ray.cluster.samplers import Sampled
 from flowgrpo_ray.common.types import WeightsTicket, WorkUnit
 from flowgrpo_ray.run.ledger import Ledger
 from flowgrpo_ray.run.metrics import Scores, Signal, UnitResult, count_groups, signals
@@ -34,12 +34,15 @@ class Source(Protocol):
 
 
 async def sample_and_score(
-    source: Source, unit: WorkUnit, ticket: WeightsTicket
+    source: Source, unit: WorkUnit, ticket: WeightsTicket, drawn: asyncio.Event | None = None
 ) -> tuple[Sampled, Scores]:
-    """A unit's way to its scores; again from the start if its images went away with a machine."""
+    """A unit's way to its scores; again from the start if its images went away with a machine.
+    ``drawn`` is set when it is sampled."""
     while True:
         sampled = await source.sample(unit, ticket)
         source.ledger.sampled(unit.key)
+        if drawn:
+            drawn.set()
         try:
             return sampled, await source.score(unit, sampled.images)
         except ObjectLostError as error:
@@ -52,6 +55,8 @@ class Stream:
     A scope is the set of units that advantages are taken over: whole groups, or with
     ``std: global`` the whole iteration, which is the one barrier that the maths needs. Groups
     without spread are replaced at the end of their update where the spec asks for it (``refill``).
+    With workers that sample and train no update ends before all units are sampled: it would change
+    the weights that they are sampled with.
     """
 
     def __init__(self, source: Source, plan: IterationPlan, ticket: WeightsTicket) -> None:
@@ -59,6 +64,8 @@ class Stream:
         self._advantages = source.spec.advantages
         self._planned: list[WorkUnit] = []
         self._units: dict[int, asyncio.Future[tuple[Sampled, Scores]]] = {}
+        self._drawn: dict[int, asyncio.Event] = {}
+        self._colocated = source.spec.cluster.layout == "colocated"
         self._signals: dict[int, asyncio.Future[dict[int, Signal]]] = {}
         self._scope: dict[int, Sequence[Hashable]] = {}  # keys of the units that it is compared to
         self._complete: list[list[Block]] = []  # of each update that is, refills included
@@ -66,10 +73,21 @@ class Stream:
 
     async def update(self, number: int) -> AsyncIterator[tuple[WorkUnit, Sampled, Signal]]:
         """The units of update ``number`` as they become ready, in order of accumulation."""
-        if self._advantages.std == "global" and not self._complete:
+        async for ready in self._update(number):
+            yield ready
+        for unit in self._planned if self._colocated else ():
+            await self._drawn[unit.index].wait()
+            if self._units[unit.index].done():
+                self._units[unit.index].result()  # or why it never will be drawn
+
+    async def _update(self, number: int) -> AsyncIterator[tuple[WorkUnit, Sampled, Signal]]:
+        together = self._advantages.std == "global"
+        early = together or (self._colocated and self._advantages.refill > 0)
+        if early and not self._complete:
             updates = range(len(self.plan.updates))
             self._complete = [[block async for block in self._grow(n)] for n in updates]
-            self._compare(self._planned)
+            if together:
+                self._compare(self._planned)
         if number < len(self._complete):
             for block in self._complete[number]:
                 for unit in block:
@@ -108,12 +126,17 @@ class Stream:
         for block in blocks:
             self._planned += block
             for unit in block:
+                self._drawn[unit.index] = asyncio.Event()
                 self._units[unit.index] = asyncio.ensure_future(self._unit(unit))
             if self._advantages.std == "group":
                 self._compare(block)
 
     async def _unit(self, unit: WorkUnit) -> tuple[Sampled, Scores]:
-        return await sample_and_score(self._source, unit, self.ticket)
+        drawn = self._drawn[unit.index]
+        try:
+            return await sample_and_score(self._source, unit, self.ticket, drawn)
+        finally:
+            drawn.set()
 
     async def _scores(self, scope: Sequence[WorkUnit]) -> list[Scores]:
         return [(await self._units[unit.index])[1] for unit in scope]

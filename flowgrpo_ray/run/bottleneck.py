@@ -19,7 +19,12 @@ from flowgrpo_ray.spec.training import TrainingSpec
 STEADY = 3  # iterations in a row before it is worth telling
 EVEN = 1.1  # below this many times the next load, the split is even
 FULL = 0.9  # of the cores' seconds: more processes would only share them
-KINDS = {"sampling": ("rollout", "rollout workers"), "training": ("learner", "learner ranks")}
+BOTH = "sampling and training"
+KINDS = {
+    "sampling": ("rollout", "rollout workers"),
+    "training": ("learner", "learner ranks"),
+    BOTH: ("workers", "workers"),
+}
 
 
 @dataclass(frozen=True)
@@ -118,9 +123,7 @@ class Planner:
         return Advice(says, {self._key(name): count for name, count in to.items()}, then)
 
     def _kind(self, stage: str) -> ActorsSpec | RewardSpec:
-        cluster = self._spec.cluster
-        kinds = {"sampling": cluster.rollout, "training": cluster.learner}
-        return kinds[stage] if stage in KINDS else self._spec.rewards[stage]
+        return self._spec.actors[KINDS[stage][0]] if stage in KINDS else self._spec.rewards[stage]
 
     def _key(self, stage: str) -> str:
         if stage not in KINDS:
@@ -146,13 +149,10 @@ class Planner:
 
     def _allowed(self, name: str, stage: Stage) -> Sequence[int]:
         """Numbers of actors that the work of a stage can be shared out to."""
-        if name == "training":
-            return [n for n in range(1, self._per_update + 1) if self._per_update % n == 0]
+        if name in ("training", BOTH):
+            micro_batches = self._spec.per_update
+            return [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
         return range(1, (self._spec.sampling.units if name == "sampling" else stage.calls) + 1)
-
-    @property
-    def _per_update(self) -> int:
-        return self._spec.sampling.units // self._spec.objective.updates
 
     def _more(self, found: Bottleneck, stage: Stage) -> Sequence[int]:
         """Larger counts, up to the first that brings the stage to the next one."""
@@ -173,9 +173,10 @@ class Planner:
     def _move(self, found: Bottleneck, stages: Mapping[str, Stage]) -> dict[str, int] | None:
         """Counts with GPUs of the learner given to the rollout workers, or the other way round."""
         gpus = self._spec.cluster.learner.gpus
-        if found.stage not in KINDS or not gpus or gpus != self._spec.cluster.rollout.gpus:
+        split = {"sampling", "training"}
+        if found.stage not in split or not gpus or gpus != self._spec.cluster.rollout.gpus:
             return None
-        (giver,) = KINDS.keys() - {found.stage}
+        (giver,) = split - {found.stage}
         best, most = None, found.load / EVEN
         for moved in range(1, stages[giver].actors):
             change = ((giver, -moved), (found.stage, moved))
@@ -210,8 +211,8 @@ class Planner:
             )
         if stage == "sampling":
             why = f"an iteration has {self._spec.sampling.units} micro-batches"
-        elif stage == "training":
-            why = f"an update has {self._per_update} micro-batches"
+        elif stage in ("training", BOTH):
+            why = f"an update has {self._spec.per_update} micro-batches"
         else:
             why = "every call has a replica"
         return f"More of them would have nothing to do: {why} (sampling.micro_batch)."

@@ -147,7 +147,8 @@ class Wait:
 
 
 class Ledger:
-    """Told by the driver what it gives to whom. Kinds are rollout, learner and reward-NAME."""
+    """Told by the driver what it gives to whom. Kinds are rollout and learner, or the workers that
+    are both, and reward-NAME."""
 
     def __init__(
         self, counts: Mapping[str, int], clock: Callable[[], float] = time.perf_counter
@@ -241,11 +242,14 @@ class Ledger:
 
     def _usual(self, kind: str) -> Iterator[tuple[str, str]]:
         """Entries that a kind always has, if only as 0: so rows are alike, and so are curves."""
-        works = {"rollout": ("load", "sample"), "learner": ("publish", "accumulate", "step")}
+        trains = ("publish", "accumulate", "step")
+        works = {"rollout": ("load", "sample"), "learner": trains, "workers": ("sample", *trains)}
         yield from ((_state(what), what) for what in works.get(kind, ("score",)))
+        for_others = ("samples", *(f"scores of {name}" for name in self._rewards), "driver")
         waits = {
             "rollout": ("weights", "learner and rewards"),
-            "learner": ("samples", *(f"scores of {name}" for name in self._rewards), "driver"),
+            "learner": for_others,
+            "workers": for_others,
         }
         yield from (("waiting", what) for what in waits.get(kind, ("images",)))
         yield from (("overhead", what) for what in ("transport", "lost"))
@@ -276,7 +280,7 @@ class Ledger:
             given = min(max(first_call, start), end)
             yield "weights", (given - start) * processes
             yield "learner and rewards", (end - given) * processes
-        elif kind == "learner":
+        elif kind in ("learner", "workers"):
             first = bisect_right(self._reasons, start, key=lambda piece: piece[1])
             for piece in self._reasons[first:]:
                 begin, until = max(piece[0], start), min(piece[1], end)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray._private.worker import get_dashboard_url
 from ray.serve._private import replica
 from ray.serve.config import ProxyLocation
@@ -24,6 +25,11 @@ def actor_id(actor: Any) -> str:
 def dashboard_address() -> str | None:
     """Host and port of the connected cluster's dashboard, if it has one; only `ray.init` tells."""
     return get_dashboard_url()
+
+
+def free_by_node() -> Mapping[str, Mapping[str, float]]:
+    """What nobody holds of each node's resources; publicly Ray tells their sum over all nodes."""
+    return available_resources_per_node()
 
 
 def add_to_counter(counter: Any, value: float, tags: Mapping[str, str] | None) -> None:

@@ -18,6 +18,7 @@ from unittest.mock import ANY
 
 import numpy as np
 import pytest
+import torch
 from waiting import PATIENCE_S
 
 from flowgrpo_ray.common.errors import ClusterError, ContractError, RewardError
@@ -31,6 +32,7 @@ from flowgrpo_ray.spec.prompts import Prompt, load_prompt_sets, plan_iteration, 
 from flowgrpo_ray.spec.training import TrainingSpec
 
 T = TypeVar("T")
+COLOCATED = "cluster.layout=colocated"
 SMALL = (
     "iterations=2",
     "sampling.steps=4",
@@ -90,11 +92,11 @@ def started(loop: asyncio.AbstractEventLoop, spec: TrainingSpec, root: Path) -> 
     trainer = make_trainer(spec, root)
     run(loop, trainer.start())
     crew = trainer.crew
-    actors = [*(worker.actor for worker in crew.rollouts.up.values()), *crew.learners.ranks]
+    actors = {worker.actor for worker in crew.rollouts.up.values()} | {*crew.learners.ranks}
     yield trainer
     for actor in actors:
         ray.kill(actor)
-    remove_placement_group(crew.group)
+    remove_placement_group(crew.placement.group)
     while ray.util.list_named_actors():
         time.sleep(0.02)
 
@@ -131,7 +133,9 @@ class Brightness:
         return Scored(dict.fromkeys(("ocr", "sign_colour"), scores.astype(np.float32)), {})
 
     def take_stats(self) -> dict[str, Any]:
-        return {}
+        from flowgrpo_ray.serving.client import RewardStats
+
+        return {"ocr": RewardStats()}
 
 
 def train_small(
@@ -159,6 +163,85 @@ def train_small(
     for row in rows:
         row.pop("watch", None)  # looks back over the iterations before
     return rows[:iterations], rows[iterations:]
+
+
+def layout_of(
+    loop: asyncio.AbstractEventLoop, root: Path, *overrides: str
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The metrics rows of two iterations between evaluations, and digests of all that a checkpoint
+    then holds."""
+    from flowgrpo_ray.algorithm.weights import digest
+
+    root.mkdir()
+    with started(loop, load_spec("tiny-ocr", [*SMALL, *TWO_RANKS, *overrides]), root) as trainer:
+
+        async def train() -> Any:
+            crew = trainer.crew
+            crew.rewards = Brightness(trainer)
+            assert await crew.measure_floor() == 0
+            for iteration in (1, 2):
+                await trainer.evaluate()
+                await trainer.iterate(iteration)
+            await trainer.evaluate()
+            state = await crew.learners.state()
+            if trainer.spec.cluster.layout == "colocated":
+                await refuses_what_was_not_announced(trainer)
+            return state
+
+        state = run(loop, train())
+        rows = read_rows(trainer.folder.path / "metrics.jsonl")
+    arrays = {"weights": state.weights, "ema": state.ema, "exp_avg_sq": state.exp_avg_sq}
+    tensors = {
+        name: {key: torch.tensor(array) for key, array in held.items()}
+        for name, held in arrays.items()
+    }
+    return rows, {name: digest(held) for name, held in tensors.items()}
+
+
+async def refuses_what_was_not_announced(trainer: Any) -> None:
+    """After an update a worker samples nothing before the next weights are announced."""
+    crew = trainer.crew
+    unit = plan_iteration(trainer.spec, 3, 256, crew.sigmas).units[0]
+    ticket = await crew.publish(3)
+    assert (await crew.sample(unit, ticket)).worker == 0
+    with pytest.raises(ContractError, match="was to be sampled with weights"):
+        await crew.sample(unit, WeightsTicket(3, "0" * 32))
+    await crew.learners.step(0, 2)
+    with pytest.raises(ContractError, match="this worker holds None"):
+        await crew.sample(unit, ticket)
+
+
+TWO_RANKS = (
+    "cluster.learner={count: 2, cpus: 0.5, parallel: replicate}",
+    "objective={kind: flow_grpo, updates: 2, kl: {beta: 0.1}}",
+    "advantages={refill: 1}",
+    "ema={decay: 0.5, every: 1}",
+)
+
+
+def test_both_layouts_are_the_same_run(
+    cluster: None, loop: asyncio.AbstractEventLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where units are trained by another worker than the one that sampled them."""
+    from flowgrpo_ray.cluster.colocated import WorkerPool
+
+    separate, state = layout_of(loop, tmp_path / "separate")
+    assert [row["kind"] for row in separate] == ["eval", "train", "eval", "train", "eval"]
+    assert len({row["rewards"]["ocr"]["mean"] for row in separate}) == 5, "weights move"
+    assert [r["groups"]["refilled"] for r in separate if r["kind"] == "train"] == [1, 1]
+    home, taken = WorkerPool._match, []
+
+    def takes_over(pool: Any) -> Any:
+        found = home(pool)
+        idle = min(pool.up.values(), key=lambda worker: worker.in_flight)
+        if found and found[1].index == 1:
+            taken.append(idle.rank)
+            return idle, found[1]
+        return found
+
+    monkeypatch.setattr(WorkerPool, "_match", takes_over)
+    assert layout_of(loop, tmp_path / "colocated", COLOCATED) == (separate, state)
+    assert 0 in taken, "no unit was taken over"
 
 
 @pytest.mark.slow
@@ -300,11 +383,11 @@ def test_the_learner_never_fetches_a_row_without_gradient(
         spec = stream_spec(groups=6)
         group = LearnerGroup(spec, ANY, Ledger({"learner": ranks}), ANY)
         group.ranks = [Rank() for _ in range(ranks)]
-        group._calls = [Calls("learner", f"learner-{n}", 9, group._ledger) for n in range(ranks)]
+        group.calls = [Calls("learner", f"learner-{n}", 9, group._ledger) for n in range(ranks)]
         for unit in plan_iteration(spec, 1, 256, (1.0, 0.8, 0.6, 0.3, 0.0)).units:
             keep = np.full(unit.batch, unit.index in (0, 3))
             signal = np.zeros(unit.batch, np.float32)
-            group.accumulate(Contribution(unit, ANY, [], signal, keep))
+            group.accumulate(Contribution(unit, ANY, [], signal, keep, 0))
         await asyncio.gather(*group._running)
         return group.ranks
 
@@ -484,11 +567,14 @@ def test_a_deployed_reward_is_used_only_if_it_is_the_one_the_spec_means(
 STREAM = "sampling={size: [32, 48], steps: 4, eta: 0.8, window: {kind: all}, group_size: 2, "
 
 
-def stream_spec(groups: int = 4, micro_batch: int = 2, **advantages: int | str) -> TrainingSpec:
+def stream_spec(
+    *overrides: str, groups: int = 4, micro_batch: int = 2, **advantages: int | str
+) -> TrainingSpec:
     """Groups of 2, two updates; a micro-batch of 2 is a block."""
     return load_spec(
         "tiny-ocr",
         [
+            *overrides,
             STREAM + f"groups: {groups}, micro_batch: {micro_batch}}}",
             f"advantages={json.dumps(advantages)}",
             "rewards={sign_colour: {}}",
@@ -520,11 +606,11 @@ class StandIn:
         self.scored: list[int] = []
 
     async def sample(self, unit: WorkUnit, ticket: WeightsTicket) -> Any:
-        from flowgrpo_ray.cluster.rollout_pool import Sampled
+        from flowgrpo_ray.cluster.samplers import Sampled
 
         await self.delay(unit.index)
         self.sampled.append(unit.index)
-        return Sampled(trajectory=unit, images=unit.index, conditions=[], seconds=1.0)  # type: ignore[arg-type]
+        return Sampled(unit, unit.index, conditions=[], seconds=1.0, worker=0)  # type: ignore[arg-type]
 
     async def score(self, unit: WorkUnit, images: Any) -> Scores:
         await self.delay(unit.index)
@@ -614,6 +700,67 @@ def test_an_update_does_not_wait_for_the_next_ones_units() -> None:
         return indices
 
     assert asyncio.run(asyncio.wait_for(first_update(), 20)) == [0, 1]
+
+
+def test_workers_that_train_sample_everything_before_an_update() -> None:
+    """The last unit of the second update takes longest; nothing waits for its score."""
+    gate = asyncio.Event()
+
+    async def one_waits(index: int) -> None:
+        if index == 3:
+            await gate.wait()
+
+    async def consume() -> list[int]:
+        source: Any = StandIn(stream_spec(COLOCATED), delay=one_waits)
+        with source.stream() as stream:
+            update = stream.update(0)
+            given = [(await anext(update))[0].index for _ in range(2)]
+            end = asyncio.ensure_future(anext(update, None))
+            await asyncio.wait({end}, timeout=0.2)
+            assert not end.done(), "the weights would change under a unit that is being sampled"
+            source.score = lambda *_: asyncio.sleep(60)
+            gate.set()
+            await asyncio.wait_for(end, 20)
+            assert sorted(source.sampled) == [0, 1, 2, 3]
+            assert sorted(source.scored) == [0, 1, 2]
+            return given
+
+    assert asyncio.run(consume()) == [0, 1]
+
+
+def test_workers_that_train_draw_all_refills_before_an_update() -> None:
+    """The same ones as workers of the separate layout do, one after the other."""
+
+    def stand_in(*overrides: str) -> StandIn:
+        spec = stream_spec(*overrides, std="group", refill=1)
+        return StandIn(spec, flat=lambda prompt: prompt % 2 == 0)
+
+    async def consume(source: StandIn) -> None:
+        with source.stream() as stream:
+            async for _ in stream.update(0):
+                pass
+            sampled = list(source.sampled)
+            assert [u.index async for u, _, _ in stream.update(1)]
+            assert source.sampled == sampled
+            assert len(sampled) > 4, "none was refilled"
+
+    asyncio.run(asyncio.wait_for(consume(stand_in(COLOCATED)), 20))
+    (_, here), (_, there) = stand_in(COLOCATED).run(), stand_in().run()
+    assert [[u for u, _, _ in update] for update in here] == [[u for u, _, _ in up] for up in there]
+
+
+def test_a_unit_that_fails_ends_the_update_of_workers_that_train() -> None:
+    async def one_fails(index: int) -> None:
+        if index == 3:
+            raise RuntimeError("no such luck")
+
+    async def first_update() -> None:
+        with StandIn(stream_spec(COLOCATED), delay=one_fails).stream() as stream:
+            async for _ in stream.update(0):
+                pass
+
+    with pytest.raises(RuntimeError, match="no such luck"):
+        asyncio.run(asyncio.wait_for(first_update(), 20))
 
 
 @STDS

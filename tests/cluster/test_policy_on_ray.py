@@ -61,7 +61,7 @@ def train_on_ray(spec: TrainingSpec, root: Path) -> Path:
     workers = [worker.actor for worker in crew.rollouts.up.values()]
     for actor in (*workers, *crew.learners.ranks):
         ray.kill(actor)
-    remove_placement_group(crew.group)
+    remove_placement_group(crew.placement.group)
     serve.shutdown()
     while ray.util.list_named_actors():
         time.sleep(0.02)

@@ -15,6 +15,7 @@ PACKAGE = Path(flowgrpo_ray.__file__).parent
 NEEDED = [
     ("ray.actor", "ActorHandle._actor_id", None),
     ("ray._private.worker", "get_dashboard_url", None),
+    ("ray._private.state", "available_resources_per_node", None),
     ("ray.util.metrics", "Metric._record", "def _record("),
     ("ray.serve.context", "_get_global_client", None),
     ("ray.serve._private.client", "ServeControllerClient.get_serve_details", None),

@@ -1,0 +1,192 @@
+"""Workers that sample and train: both roles in one process, on one network.
+
+Sampling reads the very parameters that training changes, so nothing is sent when weights are
+published: the workers' digests are compared, and the ticket says what they sample under. All units
+of an iteration are therefore sampled before its first update. A unit is sampled where it will be
+trained, and its trajectory stays there, unless an idle worker takes it over. A lost worker is a
+lost learner rank.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from ray import ObjectRef
+
+from flowgrpo_ray.cluster.actors import Calls, LearnerLostError, Losses
+from flowgrpo_ray.cluster.learner_group import Contribution, LearnerGroup, LearnerRank
+from flowgrpo_ray.cluster.placement import Placement
+from flowgrpo_ray.cluster.rollout import RolloutWorker
+from flowgrpo_ray.cluster.samplers import IN_FLIGHT, Pool, Waiting, Worker
+from flowgrpo_ray.common.types import (
+    Condition,
+    Float32,
+    Images,
+    LearnerState,
+    MicrobatchStats,
+    StepStats,
+    Trajectory,
+    WeightsTicket,
+    WorkUnit,
+)
+from flowgrpo_ray.run.ledger import Ledger
+from flowgrpo_ray.spec.training import TrainingSpec
+
+
+@dataclass(frozen=True)
+class Kept:
+    """In place of a trajectory: the worker that sampled it has it."""
+
+    unit: Hashable
+
+
+class ColocatedWorker(RolloutWorker, LearnerRank):
+    """One process of the group."""
+
+    def __init__(self, spec: TrainingSpec, rank: int) -> None:
+        LearnerRank.__init__(self, spec, rank, "worker")
+        if self.device.type == "cpu":
+            os.nice(10)  # rewards, which nobody can do without, go first
+        self.loaded: WeightsTicket | None = None
+        self._kept: dict[Hashable, Trajectory] = {}  # of this iteration
+        self._averaged = False  # the parameters hold the averages, and these the parameters
+
+    def join(self, address: tuple[str, int]) -> None:
+        self.join_group(address)
+        self.start()
+        self.make_learner(self.policy)
+
+    def publish(
+        self, version: int, averaged: bool
+    ) -> tuple[tuple[WeightsTicket, float], dict[str, Float32]]:
+        """As a rank does, but the weights stay where they are."""
+        started = time.perf_counter()
+        self._hold_averages(averaged)
+        self._kept.clear()
+        self.loaded = self.learner.announce(version, trained=not averaged)
+        return (self.loaded, time.perf_counter() - started), {}
+
+    def _hold_averages(self, averaged: bool) -> None:
+        if averaged != self._averaged:
+            self.learner.swap_averages()
+        self._averaged = averaged
+
+    def sample(
+        self, unit: WorkUnit, ticket: WeightsTicket, *conditions: Condition
+    ) -> tuple[Any, Images, float]:
+        trajectory, images, seconds = super().sample(unit, ticket, *conditions)
+        self._kept[unit.key] = trajectory
+        return Kept(unit.key), images, seconds
+
+    def give(self, kept: Kept) -> Trajectory:
+        """For another worker, which will train it."""
+        return self._kept[kept.unit]
+
+    def accumulate(
+        self,
+        unit: WorkUnit,
+        trajectory: Any,
+        advantages: Float32,
+        keep: np.ndarray,
+        *conditions: Condition,
+    ) -> MicrobatchStats:
+        return super().accumulate(unit, self._own(trajectory), advantages, keep, *conditions)
+
+    def measure_floor(self, unit: WorkUnit, trajectory: Any, *conditions: Condition) -> float:
+        return super().measure_floor(unit, self._own(trajectory), *conditions)
+
+    def _own(self, trajectory: Trajectory | Kept) -> Trajectory:
+        return self.give(trajectory) if isinstance(trajectory, Kept) else trajectory
+
+    def step(self, samples: int, steps: int) -> StepStats:
+        self.loaded = None  # those are changed now
+        return super().step(samples, steps)
+
+    def state(self) -> LearnerState | None:
+        self._hold_averages(False)
+        return super().state()
+
+
+class WorkerPool(Pool):
+    """The workers as those that sample."""
+
+    kind = "workers"
+
+    def __init__(
+        self,
+        spec: TrainingSpec,
+        placement: Placement,
+        ledger: Ledger,
+        losses: Losses,
+        worker_class: type = ColocatedWorker,
+    ) -> None:
+        super().__init__(spec, placement, ledger, losses, worker_class)
+        self._adopted = asyncio.Event()
+
+    async def start(self) -> None:
+        """Wait until the group is up."""
+        await self._adopted.wait()
+
+    def adopt(self, actors: Sequence[Any], calls: Sequence[Calls]) -> None:
+        """Sample on these from now on."""
+        both = enumerate(zip(actors, calls, strict=True))
+        self.up = {rank: Worker(rank, actor, of) for rank, (actor, of) in both}
+        self._held.clear()
+        self._adopted.set()
+
+    def publish(self, ticket: WeightsTicket, arrays: ObjectRef) -> None:
+        for worker in self.up.values():
+            worker.version = ticket.version
+
+    def _load(self, worker: Worker, ticket: WeightsTicket) -> None:
+        return None  # they are there
+
+    def _match(self) -> tuple[Worker, Waiting] | None:
+        """A unit that its worker has room for; else one that an idle worker takes over."""
+        workers = sorted(self.up.values(), key=lambda worker: (worker.in_flight, worker.rank))
+        for worker in workers:
+            for waiting in self._waiting if worker.in_flight < IN_FLIGHT else ():
+                if waiting.index % len(workers) == worker.rank:
+                    return worker, waiting
+        if self._waiting and workers and not workers[0].in_flight:
+            return workers[0], self._waiting[0]
+        return None
+
+    def _blame(self, worker: Worker, error: Exception, texts: Sequence[str]) -> None:
+        raise LearnerLostError(worker.name, error) from error
+
+
+class WorkerGroup(LearnerGroup):
+    """The workers as those that train."""
+
+    kind = "workers"
+
+    def __init__(
+        self,
+        spec: TrainingSpec,
+        placement: Placement,
+        ledger: Ledger,
+        losses: Losses,
+        pool: WorkerPool,
+        worker_class: type = ColocatedWorker,
+    ) -> None:
+        super().__init__(spec, placement, ledger, losses, worker_class)
+        self._pool = pool
+
+    async def _start(self) -> None:
+        await super()._start()
+        self._pool.adopt(self.ranks, self.calls)
+
+    def _for_rank(self, rank: int, contribution: Contribution) -> Contribution:
+        """With the trajectory itself, if another worker has it."""
+        sampled_by = contribution.sampled_by
+        if sampled_by == rank:
+            return contribution
+        moved = self.ranks[sampled_by].give.remote(contribution.trajectory)
+        return replace(contribution, trajectory=moved)
