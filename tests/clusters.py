@@ -65,12 +65,13 @@ class Cluster:
     def _start(
         self, options: Sequence[str], resources: Mapping[str, float]
     ) -> subprocess.Popen[bytes]:
-        custom = {name: amount for name, amount in resources.items() if name != "CPU"}
+        custom = {name: n for name, n in resources.items() if name not in ("CPU", "GPU")}
         agent, metrics = own_port(), own_port()
         # Nodes that share a folder would delete each other's working folders of jobs.
         folder = f"{self._folder}/{agent}"
         command = [BIN / "ray", "start", "--block", *options, *self._where]
-        command += [f"--num-cpus={resources['CPU']:g}", f"--resources={json.dumps(custom)}"]
+        command += [f"--num-cpus={resources['CPU']:g}", f"--num-gpus={resources.get('GPU', 0):g}"]
+        command += [f"--resources={json.dumps(custom)}"]
         command += [f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}"]
         command += [f"--temp-dir={folder}"]
         node = subprocess.Popen(

@@ -85,6 +85,41 @@ def test_the_same_weights_whatever_dies_or_hangs(
     assert told >= sum("ray::" in moment for moment, _ in losses)
 
 
+def test_workers_that_sample_and_train_are_replaced_together(tmp_path: Path) -> None:
+    """Whatever dies in whichever role, the run goes back to its checkpoint; so it does after Ctrl-C
+    and --resume, and its rows of time still add up."""
+    colocated = {**RUN, "cluster.layout": "colocated", "cluster.learner.parallel": "replicate"}
+    folders = [tmp_path / name for name in ("alone", "disturbed")]
+    for folder in folders:
+        folder.mkdir()
+    alone = Command(folders[0], **colocated)
+    alone.finish()
+    disturbed, furthest = Command(folders[1], **colocated), 0
+    for method, number in (
+        ("sample", KILL),
+        ("accumulate", KILL),
+        ("step", KILL),
+        ("state", KILL),
+        ("", STOP),
+    ):
+        disturbed.wait_for(furthest + 2)
+        furthest = disturbed.trained()
+        assert furthest < LONG, f"over before {method}"
+        disturbed.lose(f"ray::ColocatedWorker.{method}".rstrip("."), number)
+    disturbed.wait_for(furthest + 2)
+    disturbed.signal_group(signal.SIGINT)
+    told = disturbed.finish().count("was lost and is replaced: ")
+    assert told == 5
+    resumed = Command(folders[1], resume=True, **colocated)
+    resumed.finish()
+    assert_same(resumed.run, alone.run)
+    rows = [row for row in read_rows(resumed.run / "timings.jsonl") if row["kind"] == "train"]
+    assert len(rows) == LONG
+    for row in rows:
+        spent = sum(sum(of.values()) for of in row["ledger"]["workers"].values())
+        assert spent == pytest.approx(row["seconds"], rel=0.02)
+
+
 LAG: dict[str, Any] = {**RUN, "iterations": "12", "sampling.max_lag": "1"}
 
 
