@@ -26,7 +26,7 @@ from flowgrpo_ray.algorithm.objective import (
     masked_loss,
 )
 from flowgrpo_ray.algorithm.optimizer import LossScale, Optimizer
-from flowgrpo_ray.algorithm.parallel import add_up, shard
+from flowgrpo_ray.algorithm.parallel import add_up, asked_for, finish, reshard, shard
 from flowgrpo_ray.algorithm.sampling import Replayed, batch_condition, replay
 from flowgrpo_ray.algorithm.weights import digest, full, gather, load_arrays, to_arrays
 from flowgrpo_ray.common.errors import ContractError
@@ -35,6 +35,7 @@ from flowgrpo_ray.common.types import (
     Float32,
     LearnerState,
     MicrobatchStats,
+    Parallel,
     StepStats,
     Trajectory,
     WeightsTicket,
@@ -50,18 +51,20 @@ FLOOR_MARGIN = 4.0  # the floor is measured on one micro-batch; later ones may l
 class Learner:
     """One rank of the learner; the default process group must exist (see ``join_group``)."""
 
-    def __init__(self, spec: TrainingSpec, device: torch.device, *, sharded: bool = False) -> None:
-        """``sharded`` puts a rank that is alone under FSDP as well."""
+    def __init__(
+        self, spec: TrainingSpec, device: torch.device, *, parallel: Parallel | None = None
+    ) -> None:
+        """``parallel`` is the same on all ranks; default: what the spec asks for."""
         self.spec, self.device = spec, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.parallel = parallel or asked_for(spec, self.world)
         self.policy = load_policy(spec, device, frozenset({"network"}))
         self.policy.tune(spec.seed, with_reference=False)
         if spec.cluster.learner.activation_checkpointing:
             network: Any = self.policy.network
             network.enable_gradient_checkpointing()
-        self.sharded = sharded or spec.shards_over(self.world)
-        if self.sharded:
-            shard(self.policy, self.world)
+        if self.parallel.sharded:
+            shard(self.policy, self.parallel)
         self.parameters = self.policy.trainable()
         home = torch.device("cpu") if spec.cluster.learner.offload_optimizer else None
         self.optimizer = Optimizer(self.parameters, spec.optimizer, spec.ema, home)
@@ -165,10 +168,7 @@ class Learner:
         overflow = False
         scale = self.scale.value
         if samples > 0:
-            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-            if self.world > 1 and not self.sharded:
-                add_up(gradients)
-            ranks = self.world if self.sharded else 1  # FSDP took the mean over them
+            gradients, ranks = self._gradients()
             torch._foreach_mul_(gradients, ranks / (samples * steps * scale))
             limit = self.spec.optimizer.grad_norm
             whole = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
@@ -184,6 +184,17 @@ class Learner:
             overflow=overflow,
             loss_scale=scale,
         )
+
+    def _gradients(self) -> tuple[list[Tensor], int]:
+        """The accumulated gradients over all ranks, and of how many they are the mean; collective."""
+        if self.parallel.sharded:
+            finish(self.policy.network, self.parallel)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if self.parallel.sharded:
+            return gradients, self.world
+        if self.world > 1:
+            add_up(gradients)
+        return gradients, 1
 
     # --- the ratio contract
 
@@ -268,6 +279,8 @@ class Learner:
         Answers with the ticket of the weights that the next iteration was being sampled with, if
         it is not those that it continues from.
         """
+        if self.parallel.sharded:
+            reshard(self.policy.network)
         load_arrays(self.parameters, state.weights)
         assert self.optimizer.ema.keys() == state.ema.keys()
         self.optimizer.ema.load(state.ema)
