@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from tiny_bagel import build_bagel
-from tiny_runs import CPU, SIZE, UNTRAINED, Batch, gradients, kept, small_spec, unit
+from tiny_runs import CPU, SIZE, UNTRAINED, Batch, gradients, in_shards, kept, small_spec, unit
 
 from flowgrpo_ray.algorithm.sampling import rollout
 from flowgrpo_ray.common.types import Condition, LearnerState, Schedule, WeightsTicket
@@ -356,7 +356,7 @@ def train_once(
     """Gradient and new state of one update from this rank's ``mine`` of the micro-batches."""
     from flowgrpo_ray.algorithm.learner import Learner
 
-    learner = Learner(spec, CPU, sharded=True)
+    learner = Learner(spec, CPU, parallel=in_shards())
     for batch in mine:
         batch.into(learner)
     gradient = {name: g.numpy().copy() for name, g in gradients(learner).items()}

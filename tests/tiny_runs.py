@@ -25,6 +25,7 @@ from flowgrpo_ray.common.types import (
     Condition,
     Float32,
     LearnerState,
+    Parallel,
     Schedule,
     Trajectory,
     WeightsTicket,
@@ -208,13 +209,23 @@ def update(learner: Learner, batches: Sequence[Batch], of: Sequence[Batch] = ())
     return learner.step(kept(of or batches), steps)
 
 
+def in_shards(*, keep: bool = True, copies: int = 1) -> Parallel:
+    """This process's group under FSDP, also if it is alone; ``copies`` of the network in it."""
+    import torch.distributed as dist
+
+    groups = np.arange(dist.get_world_size()).reshape(copies, -1).tolist()
+    return Parallel(True, tuple(map(tuple, groups)), keep_weights=keep, keep_gradients=keep)
+
+
 def gradients(learner: Learner) -> dict[str, torch.Tensor]:
     """The accumulated gradient, whole, summed over samples and steps of all ranks."""
-    from flowgrpo_ray.algorithm.parallel import add_up
+    from flowgrpo_ray.algorithm.parallel import add_up, finish
     from flowgrpo_ray.algorithm.weights import full
 
+    if learner.parallel.sharded:
+        finish(learner.policy.network, learner.parallel)
     mine = {n: p.grad for n, p in learner.parameters.items() if p.grad is not None}
-    if learner.sharded:  # FSDP takes the mean over the ranks
+    if learner.parallel.sharded:  # FSDP takes the mean over the ranks
         return {name: full(gradient) * learner.world for name, gradient in mine.items()}
     whole = {name: gradient.clone() for name, gradient in mine.items()}
     if learner.world > 1:
@@ -229,7 +240,17 @@ def largest_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
     return max(float(np.abs(np.asarray(a[name]) - np.asarray(b[name])).max()) for name in a)
 
 
-# --- two ranks, each a process
+# --- several ranks, each a process
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a group of ranks trains on: each its share of the micro-batches."""
+
+    spec: TrainingSpec
+    batches: Sequence[Batch]
+    load: LearnerState  # for a fresh group, when the updates are done
+    parallel: Mapping[str, Any] | None = None  # arguments of ``in_shards``, or the spec's way
 
 
 @dataclass(frozen=True)
@@ -259,13 +280,12 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def train_and_reload(
-    spec: TrainingSpec, mine: Sequence[Batch], of: Sequence[Batch], load: LearnerState
-) -> RankResult:
-    """Two updates on this rank's share, then a fresh learner that loads ``load``."""
+def train_and_reload(case: Case, mine: Sequence[Batch]) -> RankResult:
+    """Two updates on this rank's share, then a fresh learner that loads ``case.load``."""
     from flowgrpo_ray.algorithm.learner import Learner
 
-    learner = Learner(spec, CPU)
+    parallel = None if case.parallel is None else in_shards(**case.parallel)
+    learner, of = Learner(case.spec, CPU, parallel=parallel), case.batches
     for batch in mine:
         batch.into(learner)
     gradient = {name: g.numpy().copy() for name, g in gradients(learner).items()}
@@ -273,30 +293,30 @@ def train_and_reload(
     norms = [learner.step(kept(of), steps).grad_norm]
     with Collectives() as seen:
         norms.append(update(learner, mine, of).grad_norm)
-    fresh = Learner(spec, CPU)
-    fresh.load_state(load)
+    fresh = Learner(case.spec, CPU, parallel=parallel)
+    fresh.load_state(case.load)
     return RankResult(gradient, norms, learner.state(), fresh.state(), seen.calls)
 
 
 def rank_results(
-    rank: int, at: socket.socket | tuple[str, int], folder: Path
+    rank: int, ranks: int, at: socket.socket | tuple[str, int], folder: Path
 ) -> dict[str, RankResult]:
-    """What one learner rank of two makes of ``cases.pickle``; rank 0 is the process of the test."""
+    """What one learner rank of so many makes of the cases in ``RANKS.pickle``; rank 0 is the
+    process of the test."""
     import torch.distributed as dist
 
     from flowgrpo_ray.algorithm.parallel import join_group
 
-    join_group(rank, 2, at, CPU)
-    cases = pickle.loads((folder / "cases.pickle").read_bytes())
-    results = {
-        name: train_and_reload(spec, batches[rank::2], batches, load)
-        for name, (spec, batches, load) in cases.items()
-    }
+    join_group(rank, ranks, at, CPU)
+    cases = pickle.loads((folder / f"{ranks}.pickle").read_bytes())
+    results = {name: train_and_reload(c, c.batches[rank::ranks]) for name, c in cases.items()}
     dist.destroy_process_group()
     return results
 
 
-def second_rank(_: int, address: tuple[str, int], folder: Path) -> None:
-    """The process of rank 1."""
+def other_rank(index: int, addresses: Mapping[int, tuple[str, int]], folder: Path) -> None:
+    """The process of another rank, in every group that is large enough for it."""
     torch.set_num_threads(1)
-    rank_results(1, address, folder)
+    for ranks, address in addresses.items():
+        if index + 1 < ranks:
+            rank_results(index + 1, ranks, address, folder)

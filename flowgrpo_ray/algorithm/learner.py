@@ -26,7 +26,14 @@ from flowgrpo_ray.algorithm.objective import (
     masked_loss,
 )
 from flowgrpo_ray.algorithm.optimizer import LossScale, Optimizer
-from flowgrpo_ray.algorithm.parallel import add_up, shard
+from flowgrpo_ray.algorithm.parallel import (
+    add_up,
+    asked_for,
+    finish,
+    gather_weights,
+    reshard,
+    shard,
+)
 from flowgrpo_ray.algorithm.sampling import Replayed, batch_condition, replay
 from flowgrpo_ray.algorithm.weights import digest, full, gather, load_arrays, to_arrays
 from flowgrpo_ray.common.errors import ContractError
@@ -35,6 +42,7 @@ from flowgrpo_ray.common.types import (
     Float32,
     LearnerState,
     MicrobatchStats,
+    Parallel,
     StepStats,
     Trajectory,
     WeightsTicket,
@@ -57,12 +65,13 @@ class Learner:
         device: torch.device,
         policy: Policy | None = None,
         *,
-        sharded: bool = False,
+        parallel: Parallel | None = None,
     ) -> None:
-        """``policy``: a tuned one to train, else the spec's is loaded. ``sharded`` puts a rank that
-        is alone under FSDP as well."""
+        """``policy`` is a tuned one to train; default: the spec's, loaded here. ``parallel`` is the
+        same on all ranks; default: what the spec asks for."""
         self.spec, self.device = spec, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.parallel = parallel or asked_for(spec, self.world)
         if policy is None:
             policy = load_policy(spec, device, frozenset({"network"}))
             policy.tune(spec.seed, with_reference=False)
@@ -70,9 +79,8 @@ class Learner:
         if spec.cluster.learner.activation_checkpointing:
             network: Any = self.policy.network
             network.enable_gradient_checkpointing()
-        self.sharded = sharded or spec.shards_over(self.world)
-        if self.sharded:
-            shard(self.policy, self.world)
+        if self.parallel.sharded:
+            shard(self.policy, self.parallel)
         self.parameters = self.policy.trainable()
         home = torch.device("cpu") if spec.cluster.learner.offload_optimizer else None
         self.optimizer = Optimizer(self.parameters, spec.optimizer, spec.ema, home)
@@ -82,6 +90,7 @@ class Learner:
         self._arrays: dict[str, Float32] = {}  # of the last one, where a checkpoint needs them
         self.ratio_floor = 0.0
         self._gate_armed = False
+        self._averaged = False  # parameters and averages have changed places
 
     # --- weights
 
@@ -103,17 +112,29 @@ class Learner:
             self._arrays = arrays
         return ticket, arrays
 
-    def announce(self, version: int, *, trained: bool) -> WeightsTicket:
-        """A ticket for the parameters as they are, which this process itself samples with;
-        collective. ``trained``: the samples will be trained on."""
+    def announce(self, version: int, *, averaged: bool) -> WeightsTicket:
+        """A ticket for the weights that this process itself samples with next; collective.
+
+        They are in the parameters: for ``averaged`` these change places with the averages, exactly,
+        until the next call or checkpoint. Sharded ones are gathered, so that ranks sample alone.
+        """
+        if self.parallel.sharded:
+            reshard(self.policy.network)
+        self._hold_averages(averaged)
         ticket = WeightsTicket(version, digest(self.parameters))
-        if trained:
+        if self.parallel.sharded:
+            gather_weights(self.policy.network)
+        if not averaged:
             self._expect(ticket)
         return ticket
 
     @torch.no_grad()
-    def swap_averages(self) -> None:
-        """Exchange parameters and averages (EMA), if there are any; once more undoes it exactly."""
+    def _hold_averages(self, averaged: bool) -> None:
+        """Have the parameters hold the averages (EMA), if there are any, and these the parameters;
+        or neither."""
+        if averaged == self._averaged:
+            return
+        self._averaged = averaged
         for name in self.optimizer.ema:
             parameter, average = self.parameters[name].detach(), self.optimizer.ema[name]
             last = parameter.clone()
@@ -197,10 +218,7 @@ class Learner:
         overflow = False
         scale = self.scale.value
         if samples > 0:
-            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-            if self.world > 1 and not self.sharded:
-                add_up(gradients)
-            ranks = self.world if self.sharded else 1  # FSDP took the mean over them
+            gradients, ranks = self._gradients()
             torch._foreach_mul_(gradients, ranks / (samples * steps * scale))
             limit = self.spec.optimizer.grad_norm
             whole = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
@@ -216,6 +234,17 @@ class Learner:
             overflow=overflow,
             loss_scale=scale,
         )
+
+    def _gradients(self) -> tuple[list[Tensor], int]:
+        """The gradients over all ranks, and of how many ranks they are the mean; collective."""
+        if self.parallel.sharded:
+            finish(self.policy.network, self.parallel)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if self.parallel.sharded:
+            return gradients, self.world
+        if self.world > 1:
+            add_up(gradients)
+        return gradients, 1
 
     # --- the ratio contract
 
@@ -280,6 +309,7 @@ class Learner:
 
     def state(self) -> LearnerState:
         """All that a checkpoint holds; collective, with arrays on rank 0 alone."""
+        self._hold_averages(False)
         keep = self.rank == 0
         moments = self.optimizer.moments.items()
         lags = self.spec.sampling.max_lag > 0
@@ -300,6 +330,8 @@ class Learner:
         Answers with the ticket of the weights that the next iteration was being sampled with, if
         it is not those that it continues from.
         """
+        if self.parallel.sharded:
+            reshard(self.policy.network)
         load_arrays(self.parameters, state.weights)
         assert self.optimizer.ema.keys() == state.ema.keys()
         self.optimizer.ema.load(state.ema)

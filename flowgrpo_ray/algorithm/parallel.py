@@ -1,7 +1,9 @@
 """How several learner ranks hold one network: where they meet, and what they send each other.
 
-Sharded ranks hold a share each and gather whole blocks in every forward (FSDP2). Replicated ones
-hold all of it and meet once per update, to add up their gradients.
+Replicated ranks hold all of it and meet once per update, to add up their gradients. Sharded ones
+hold a share each and gather whole blocks (FSDP2): in half precision where that is the model's, in
+every forward and backward or, where memory allows, once per update; and then their gradients, too,
+meet once per update.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.modules.conv import _ConvNd
 
 from flowgrpo_ray.common.loopback import is_loopback
+from flowgrpo_ray.common.types import Parallel
 from flowgrpo_ray.policies.base import Policy
+from flowgrpo_ray.spec.training import TrainingSpec
 
 PIECE = 1 << 26  # numbers that are added up at once: 256 MiB of each rank's
 
@@ -43,14 +48,76 @@ def join_group(
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
-def shard(policy: Policy, ranks: int) -> None:
-    """Share the network out over the ranks of the default process group: FSDP2, block by block."""
-    mesh = init_device_mesh(policy.device.type, (ranks,))
-    kinds = policy.block_classes()
-    for block in policy.network.modules():
-        if isinstance(block, kinds):
-            fully_shard(block, mesh=mesh)
-    fully_shard(policy.network, mesh=mesh)
+def asked_for(spec: TrainingSpec, ranks: int) -> Parallel:
+    """What the spec says, where no memory is known: ``auto`` replicates, shards are kept whole."""
+    sharded = ranks > 1 and spec.cluster.learner.parallel == "shard"
+    together = tuple(range(ranks))
+    groups = (together,) if sharded else tuple((rank,) for rank in together)
+    return Parallel(sharded, groups, keep_weights=sharded, keep_gradients=sharded)
+
+
+def shard(policy: Policy, parallel: Parallel) -> None:
+    """Share the network out over the ranks of each group: FSDP2, block by block.
+
+    A network on the CPU goes to the policy's device by blocks, of which each is whole there for the
+    moment in which it is cut.
+    """
+    groups = torch.tensor(parallel.groups)
+    names = ("copies", "shards") if len(groups) > 1 else ("shards",)
+    mesh = DeviceMesh(policy.device.type, groups.squeeze(0), mesh_dim_names=names)
+    network, kinds, cast = policy.network, policy.block_classes(), cast_by_autocast(policy.network)
+    precision = MixedPrecisionPolicy(
+        param_dtype=policy.dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+        param_dtype_override_fn=lambda p: policy.dtype if id(p) in cast else p.dtype,
+    )
+    blocks = [module for module in network.modules() if isinstance(module, kinds)]
+    for module in (*blocks, network):
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+    assert isinstance(network, FSDPModule)
+    if parallel.keep_weights:
+        network.set_reshard_after_forward(False)
+        network.set_reshard_after_backward(False)
+    network.set_manual_backward_finalization(parallel.keep_gradients)
+    network.set_requires_gradient_sync(not parallel.keep_gradients)
+
+
+def cast_by_autocast(network: nn.Module) -> set[int]:
+    """The ids of parameters that autocast casts wherever they are used: those of matrix products.
+
+    Gathered in that dtype they give the same bits; any other would lose some.
+    """
+    layers = (m for m in network.modules() if isinstance(m, nn.Linear | _ConvNd))
+    return {id(p) for layer in layers for p in layer.parameters(recurse=False)}
+
+
+def finish(network: nn.Module, parallel: Parallel) -> None:
+    """Before an update: every gradient its mean over the ranks, every rank with its shards alone.
+
+    Collective.
+    """
+    assert isinstance(network, FSDPModule)
+    if parallel.keep_gradients:
+        network.set_requires_gradient_sync(True)
+        network.finalize_backward()
+        network.set_requires_gradient_sync(False)
+    reshard(network)
+
+
+def gather_weights(network: nn.Module) -> None:
+    """Have every rank hold whole weights until ``reshard``; collective, and nothing else is then
+    until ``finish``, if ``keep_weights`` and ``keep_gradients``."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+
+
+def reshard(network: nn.Module) -> None:
+    """Drop the gathered weights: needed before shards get other values."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()

@@ -141,6 +141,8 @@ def verdicts(
 
 def advice(spec: TrainingSpec, footprint: Footprint, name: str) -> Iterator[str]:
     """What to change so that the actors of ``name`` need less memory."""
+    from flowgrpo_ray.estimate.footprint import shards
+
     learner = spec.cluster.learner
     full = spec.tuning.kind == "full"
     if "learner" in name:
@@ -150,7 +152,7 @@ def advice(spec: TrainingSpec, footprint: Footprint, name: str) -> Iterator[str]
         if stage != "loading" and not learner.offload_optimizer:
             yield "cluster.learner.offload_optimizer=true"
         if stage == "update":
-            if spec.shards_over(learner.count):
+            if shards(spec) > 1:
                 yield "a larger cluster.learner.count"
             else:
                 alone = " and a larger cluster.learner.count" if learner.count == 1 else ""

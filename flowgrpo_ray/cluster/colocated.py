@@ -28,7 +28,6 @@ from flowgrpo_ray.common.types import (
     Condition,
     Float32,
     Images,
-    LearnerState,
     MicrobatchStats,
     StepStats,
     Trajectory,
@@ -55,7 +54,6 @@ class ColocatedWorker(RolloutWorker, LearnerRank):
             os.nice(10)  # rewards, which nobody can do without, go first
         self.loaded: WeightsTicket | None = None
         self._kept: dict[Hashable, Trajectory] = {}  # of this iteration
-        self._averaged = False  # the parameters hold the averages, and these the parameters
 
     def join(self, address: tuple[str, int]) -> None:
         self.join_group(address)
@@ -67,15 +65,9 @@ class ColocatedWorker(RolloutWorker, LearnerRank):
     ) -> tuple[tuple[WeightsTicket, float], dict[str, Float32]]:
         """As a rank does, but the weights stay where they are."""
         started = time.perf_counter()
-        self._hold_averages(averaged)
         self._kept.clear()
-        self.loaded = self.learner.announce(version, trained=not averaged)
+        self.loaded = self.learner.announce(version, averaged=averaged)
         return (self.loaded, time.perf_counter() - started), {}
-
-    def _hold_averages(self, averaged: bool) -> None:
-        if averaged != self._averaged:
-            self.learner.swap_averages()
-        self._averaged = averaged
 
     def sample(
         self, unit: WorkUnit, ticket: WeightsTicket, *conditions: Condition
@@ -107,10 +99,6 @@ class ColocatedWorker(RolloutWorker, LearnerRank):
     def step(self, samples: int, steps: int) -> StepStats:
         self.loaded = None  # those are changed now
         return super().step(samples, steps)
-
-    def state(self) -> LearnerState | None:
-        self._hold_averages(False)
-        return super().state()
 
 
 class WorkerPool(Pool):

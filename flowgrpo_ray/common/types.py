@@ -21,6 +21,26 @@ Condition = Mapping[str, NDArray[Any]]  # one PROMPT's encodings; opaque outside
 
 
 @dataclass(frozen=True)
+class Parallel:
+    """How learner ranks hold one network: each a copy of it, or each a shard.
+
+    ``groups`` are the ranks that share one copy: all of them, or those of each machine. Sharded
+    ranks may keep whole, from one micro-batch to the next, the weights that they gathered, and the
+    gradients (float32) until the update.
+    """
+
+    sharded: bool = False
+    groups: tuple[tuple[int, ...], ...] = ((0,),)
+    keep_weights: bool = False
+    keep_gradients: bool = False
+
+    @property
+    def shards(self) -> int:
+        """That the network is cut into."""
+        return len(self.groups[0]) if self.sharded else 1
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Noise levels and where noise is added: all that defines an iteration's transitions.
 

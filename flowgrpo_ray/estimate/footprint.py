@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgrpo_ray.algorithm.optimizer import MOMENTS
-from flowgrpo_ray.algorithm.parallel import PIECE
+from flowgrpo_ray.algorithm.parallel import PIECE, asked_for
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.estimate.dry_run import Cost, give_shapes, measure, scaled, without_data
@@ -274,7 +274,7 @@ def learner_parts(spec: TrainingSpec, policy: Policy, trained: Cost) -> dict[str
         # FSDP packs a block's gradients anew to send them; replicas get those of every rank.
         "gathered gradients": _bytes(trainable) - sum(gradients) + 2 * max(gradients)
         if sharded
-        else _added_up(trainable, spec.cluster.learner.count),
+        else _added_up(trainable, spec.ranks.count),
         "activations": trained.peak,
         "latents": latent_bytes(spec, policy),
     }
@@ -288,8 +288,7 @@ def learner_parts(spec: TrainingSpec, policy: Policy, trained: Cost) -> dict[str
 
 def shards(spec: TrainingSpec) -> int:
     """That the network is cut into."""
-    ranks = spec.cluster.learner.count
-    return ranks if spec.shards_over(ranks) else 1
+    return asked_for(spec, spec.ranks.count).shards
 
 
 def learner_state(spec: TrainingSpec, policy: Policy) -> dict[str, int]:

@@ -138,13 +138,6 @@ class TrainingSpec(Strict):
     def weights(self) -> dict[str, float]:
         return {name: reward.weight for name, reward in self.rewards.items()}
 
-    def shards_over(self, ranks: int) -> bool:
-        """Whether so many learner ranks hold a share of the network each, not all of it."""
-        parallel = self.cluster.learner.parallel
-        if parallel == "auto":
-            parallel = "replicate" if self.tuning.kind == "lora" else "shard"
-        return ranks > 1 and parallel == "shard"
-
     def digest(self) -> str:
         """Of the whole resolved spec."""
         return _digest(self.model_dump(mode="json"))

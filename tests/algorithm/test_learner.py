@@ -16,20 +16,22 @@ from tiny_runs import (
     LORA,
     TUNINGS,
     Batch,
+    Case,
     RankResult,
     alone,
     conditions,
     draw_batch,
     draw_batches,
     gradients,
+    in_shards,
     kept,
     largest_difference,
     meeting,
     one_thread,
+    other_rank,
     rank_results,
     sampler,
     schedule,
-    second_rank,
     small_spec,
     train_and_reload,
     unit,
@@ -38,7 +40,7 @@ from tiny_runs import (
 
 from flowgrpo_ray.algorithm import optimizer as optimizer_module
 from flowgrpo_ray.algorithm.learner import Learner
-from flowgrpo_ray.algorithm.parallel import join_group
+from flowgrpo_ray.algorithm.parallel import cast_by_autocast, join_group
 from flowgrpo_ray.algorithm.sampling import batch_condition
 from flowgrpo_ray.algorithm.weights import digest, load_arrays
 from flowgrpo_ray.common.errors import ContractError
@@ -686,103 +688,185 @@ def test_a_state_before_the_first_update_can_be_saved_and_loaded(tmp_path):
     assert state_digests(second.state()) == state_digests(first.state())
 
 
-# --- two ranks
+# --- several ranks
 
+FULL_KL = (TUNINGS["full"], KL)
+FRUGAL = "cluster.learner={offload_optimizer: true, activation_checkpointing: true}"
 CASES = {
     "full-guard-kl": (TUNINGS["full"], guard("1e-3", TRUE_KL)),
+    "full-sharded": FULL_KL,
+    "full-lean": FULL_KL,
+    "full-copies": FULL_KL,
     "lora-grpo-kl": (LORA, KL),
     "lora-dppo": (LORA, DPPO),
-    "full-replicated": (TUNINGS["full"], KL, "cluster.learner.parallel=replicate"),
     "lora-sharded": (LORA, KL, "cluster.learner.parallel=shard"),
+    "full-lean-frugal": (*FULL_KL, FRUGAL),
+    "lora-grpo-kl-frugal": (LORA, KL, FRUGAL),
 }
-FRUGAL = "cluster.learner={offload_optimizer: true, activation_checkpointing: true}"
-CASES |= {f"{name}-frugal": (*CASES[name], FRUGAL) for name in ("full-guard-kl", "lora-grpo-kl")}
-OVERFLOW = (LORA, "model.dtype=float16")
+OTHERS = {
+    "overflow": (LORA, "model.dtype=float16"),
+    "full-bfloat16": (*FULL_KL, "model.dtype=bfloat16"),
+}
+PARALLEL = {
+    "full-sharded": {},
+    "full-bfloat16": {},
+    "full-lean": {"keep": False},
+    "full-lean-frugal": {"keep": False},
+    "full-copies": {"copies": 2},
+}
+GROUPS = {2: CASES.keys() - {"full-copies"} | OTHERS.keys()}
+GROUPS[4] = {"full-guard-kl", "full-sharded", "full-copies", "lora-grpo-kl"}
+TOGETHER = [(name, ranks) for ranks in GROUPS for name in CASES if name in GROUPS[ranks]]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> dict[str, tuple[RankResult, RankResult]]:
-    """By case: what one process and what two gloo ranks make of the same micro-batches."""
+def ranks(tmp_path_factory) -> dict[int, dict[str, RankResult]]:
+    """By the number of gloo ranks and case: what they make of the same micro-batches."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    listener = meeting()
-    # Its imports take longer than its work: it starts before there is any.
-    other = torch.multiprocessing.spawn(
-        second_rank, (listener.getsockname(), folder), join=False, daemon=True
+    listeners = {ranks: meeting() for ranks in GROUPS}
+    addresses = {ranks: listener.getsockname() for ranks, listener in listeners.items()}
+    # Their imports take longer than their work: they start before there is any.
+    others = torch.multiprocessing.spawn(
+        other_rank, (addresses, folder), nprocs=max(GROUPS) - 1, join=False, daemon=True
     )
-    cases, single = {}, {}
-    for name, overrides in {**CASES, "overflow": OVERFLOW}.items():
-        spec = small_spec(*overrides, OPTIMIZER + "grad_norm: 0.5}")
-        batches = draw_batches(spec, 2 if name == "overflow" else 4)
-        if name == "overflow":  # on rank 1 alone
-            batches[1] = replace(batches[1], advantages=batches[1].advantages * np.float32(1e30))
-        zero = Learner(spec, CPU).state()
-        single[name] = train_and_reload(spec, batches, batches, zero)
-        cases[name] = (spec, batches, single[name].state)
-    (folder / "cases.pickle").write_bytes(pickle.dumps(cases))
+    cases, found = {}, {1: {}}
+    known: dict[tuple[str, ...], tuple[Case, RankResult]] = {}
+    for name, overrides in (CASES | OTHERS).items():
+        if overrides not in known:
+            spec = small_spec(*overrides, OPTIMIZER + "grad_norm: 0.5}")
+            batches = draw_batches(spec, 2 if name == "overflow" else 4)
+            if name == "overflow":  # on rank 1 alone
+                huge = batches[1].advantages * np.float32(1e30)
+                batches[1] = replace(batches[1], advantages=huge)
+            case = Case(spec, batches, Learner(spec, CPU).state())
+            known[overrides] = case, train_and_reload(case, batches)
+        case, found[1][name] = known[overrides]
+        cases[name] = replace(case, load=found[1][name].state, parallel=PARALLEL.get(name))
     torch.distributed.destroy_process_group()
-    both = rank_results(0, listener, folder)
+    for count, names in GROUPS.items():
+        theirs = {name: cases[name] for name in sorted(names)}
+        (folder / f"{count}.pickle").write_bytes(pickle.dumps(theirs))
+        found[count] = rank_results(0, count, listeners[count], folder)
     join_group(0, 1, meeting(), CPU)  # alone again
-    while not other.join():
+    while not others.join():
         pass
-    return {name: (single[name], both[name]) for name in cases}
+    return found
 
 
 def test_an_overflow_on_one_rank_is_one_of_all(ranks):
     """Both updates are skipped by rank 0 too, whose own micro-batches have good gradients."""
-    one, two = ranks["overflow"]
+    one, two = (ranks[count]["overflow"] for count in (1, 2))
     assert one.grad_norms == two.grad_norms == [None, None]
     assert state_digests(two.state) == state_digests(one.state)
-    untrained = Learner(small_spec(*OVERFLOW), CPU).state()
+    untrained = Learner(small_spec(*OTHERS["overflow"]), CPU).state()
     skipped = replace(untrained, loss_scale=2.0**14)
     assert state_digests(one.state) == state_digests(skipped)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_ranks_train_as_one_process(ranks, case):
+@pytest.mark.parametrize(("case", "count"), TOGETHER)
+def test_several_ranks_train_as_one_process(ranks, case, count):
     """The ranks' gradients are summed in another order: rounding, and nothing else.
 
     Measured: gradients to 9e-8 of the largest, weights after two updates to 1.5e-8.
     """
-    one, two = ranks[case]
+    one, several = ranks[1][case], ranks[count][case]
     top = max(np.abs(g).max() for g in one.gradient.values())
-    assert largest_difference(one.gradient, two.gradient) < 1e-6 * top
-    assert two.grad_norms == pytest.approx(one.grad_norms, rel=1e-5)
-    assert largest_difference(one.state.weights, two.state.weights) < 1e-6
-    assert largest_difference(one.state.ema, two.state.ema) < 1e-6
-    assert one.state.updates == two.state.updates == 2
+    assert largest_difference(one.gradient, several.gradient) < 1e-6 * top
+    assert several.grad_norms == pytest.approx(one.grad_norms, rel=1e-5)
+    assert largest_difference(one.state.weights, several.state.weights) < 1e-6
+    assert largest_difference(one.state.ema, several.state.ema) < 1e-6
+    assert one.state.updates == several.state.updates == 2
 
 
-@pytest.mark.parametrize("case", ["lora-grpo-kl", "lora-dppo", "full-replicated"])
+@pytest.mark.parametrize("case", ["full-guard-kl", "lora-grpo-kl", "lora-dppo"])
 def test_replicas_meet_once_an_update(ranks, case):
     """To send what is trained, and nothing of what is frozen."""
-    one, two = ranks[case]
-    trained = sum(array.nbytes for array in two.state.weights.values())
-    assert (one.sent, two.sent) == ([], [("allgather_", trained)])
+    trained = sum(array.nbytes for array in ranks[1][case].state.weights.values())
+    assert (ranks[1][case].sent, ranks[2][case].sent) == ([], [("allgather_", trained)])
 
 
-def test_shards_meet_in_every_forward(ranks):
-    """Sharded, the frozen network is gathered again and again, for LoRA too."""
-    _, two = ranks["lora-sharded"]
-    gathered = [sent for name, sent in two.sent if "allgather" in name or "all_gather" in name]
-    network = sampler(small_spec(LORA)).network
-    frozen = sum(p.nbytes for p in network.parameters() if not p.requires_grad)
-    assert sum(gathered) > frozen  # of which a rank sends its half, in forwards and backwards
-    assert len(gathered) > 10
+def groups_of(case: str, ranks: int) -> tuple[list[int], list[int]]:
+    """Bytes of what is gathered together, what lies outside of blocks first: a rank's shards, in
+    half precision where autocast would cast them; and of the gradients, whole, in float32."""
+    policy = sampler(small_spec(*(CASES | OTHERS)[case]))
+    parameters = list(policy.network.parameters())
+    halved = cast_by_autocast(policy.network) if policy.dtype == torch.bfloat16 else set()
+    kinds = policy.block_classes()
+    blocks = [[*m.parameters()] for m in policy.network.modules() if isinstance(m, kinds)]
+    inside = {id(p) for block in blocks for p in block}
+    shards, gradients = [], []
+    for group in ([p for p in parameters if id(p) not in inside], *blocks):
+        rows = [(-(-len(p) // ranks) * (p.numel() // len(p)), p) for p in group]
+        shards.append(sum(n * (2 if id(p) in halved else 4) for n, p in rows))
+        gradients.append(sum(n * 4 * ranks for n, p in rows if p.requires_grad))
+    return shards, gradients
 
 
-@pytest.mark.parametrize("case", ["full-guard-kl", "lora-grpo-kl"])
+@pytest.mark.parametrize(
+    ("case", "count", "shards"),
+    [
+        ("full-sharded", 2, 2),
+        ("lora-sharded", 2, 2),
+        ("full-bfloat16", 2, 2),
+        ("full-sharded", 4, 4),
+        ("full-copies", 4, 2),
+    ],
+)
+def test_shards_meet_once_an_update_where_they_stay_whole(ranks, case, count, shards):
+    """Four micro-steps on two ranks: each block is gathered in the first of them, its gradient
+    reduced after the last; between copies of the network, the shards' gradients alone."""
+    gathered, gradients = groups_of(case, shards)
+    expected = [("_allgather_base_", size) for size in gathered]
+    for size in filter(None, (*reversed(gradients[1:]), gradients[0])):
+        expected.append(("_reduce_scatter_base_", size))
+        if count > shards:
+            expected.append(("allreduce_", size // shards))
+    assert ranks[count][case].sent == expected
+
+
+def test_lean_shards_meet_in_every_forward_and_backward(ranks):
+    """Which costs no memory: blocks twice a micro-step, what lies outside of them once."""
+    (outside, *blocks), gradients = groups_of("full-lean", 2)
+    step = [("_allgather_base_", size) for size in (outside, *blocks, *blocks)]
+    step += [("_reduce_scatter_base_", size) for size in gradients]
+    assert sorted(ranks[2]["full-lean"].sent) == sorted(4 * step)
+
+
+@pytest.mark.parametrize("case", ["full-lean", "lora-grpo-kl"])
 def test_what_saves_memory_changes_no_bit(ranks, case):
     """Offloaded moments and averages, recomputed activations; on one rank and on two."""
-    for plain, frugal in zip(ranks[case], ranks[f"{case}-frugal"], strict=True):
+    for count in (1, 2):
+        plain, frugal = ranks[count][case], ranks[count][f"{case}-frugal"]
         assert largest_difference(plain.gradient, frugal.gradient) == 0.0
         assert frugal.grad_norms == plain.grad_norms
         assert state_digests(frugal.state) == state_digests(plain.state)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_state_moves_between_two_ranks_and_one_exactly(ranks, case):
-    one, two = ranks[case]
-    assert state_digests(two.reloaded) == state_digests(one.state), "from one rank to two"
+@pytest.mark.parametrize(("case", "count"), TOGETHER)
+def test_a_state_moves_between_several_ranks_and_one_exactly(ranks, case, count):
+    one, several = ranks[1][case], ranks[count][case]
+    assert state_digests(several.reloaded) == state_digests(one.state), "from one rank to several"
     learner = Learner(small_spec(*CASES[case]), CPU)
-    learner.load_state(two.state)
-    assert state_digests(learner.state()) == state_digests(two.state), "from two ranks to one"
+    learner.load_state(several.state)
+    assert state_digests(learner.state()) == state_digests(several.state), "from several to one"
+
+
+HALF = ("model.dtype=bfloat16", grpo("1e-3"), "sampling.guidance=3.0")
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "lean"])
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_weights_gathered_in_half_precision_give_the_bits_that_autocast_gives(tuning, keep):
+    """The ratio of shards to a worker's float32 weights is exactly 1, after updates and loads."""
+    overrides = (TUNINGS[tuning], *HALF)
+    learner = Learner(small_spec(*overrides), CPU, parallel=in_shards(keep=keep))
+    first = learner.state()
+    for version in range(3):
+        if version == 2:  # while the weights of the last update are gathered
+            learner.load_state(first)
+        _, batch = published(learner, version, *overrides)
+        assert learner.measure_floor(batch.unit, batch.trajectory, conditions(3.0)) == 0.0
+        assert batch.into(learner).log_ratio_max == 0.0
+        if version < 1:
+            learner.step(4, 2)
+    assert state_digests(learner.state())["weights"] == state_digests(first)["weights"]

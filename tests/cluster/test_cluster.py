@@ -212,20 +212,26 @@ async def refuses_what_was_not_announced(trainer: Any) -> None:
 
 
 TWO_RANKS = (
-    "cluster.learner={count: 2, cpus: 0.5, parallel: replicate}",
+    "cluster.learner={count: 2, cpus: 0.5}",
     "objective={kind: flow_grpo, updates: 2, kl: {beta: 0.1}}",
     "advantages={refill: 1}",
     "ema={decay: 0.5, every: 1}",
 )
 
 
+@pytest.mark.parametrize("parallel", ["replicate", pytest.param("shard", marks=pytest.mark.slow)])
 def test_both_layouts_are_the_same_run(
-    cluster: None, loop: asyncio.AbstractEventLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parallel: str,
+    cluster: None,
+    loop: asyncio.AbstractEventLoop,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where units are trained by another worker than the one that sampled them."""
     from flowgrpo_ray.cluster.colocated import WorkerPool
 
-    separate, state = layout_of(loop, tmp_path / "separate")
+    held = f"cluster.learner.parallel={parallel}"
+    separate, state = layout_of(loop, tmp_path / "separate", held)
     assert [row["kind"] for row in separate] == ["eval", "train", "eval", "train", "eval"]
     assert len({row["rewards"]["ocr"]["mean"] for row in separate}) == 5, "weights move"
     assert [r["groups"]["refilled"] for r in separate if r["kind"] == "train"] == [1, 1]
@@ -240,7 +246,7 @@ def test_both_layouts_are_the_same_run(
         return found
 
     monkeypatch.setattr(WorkerPool, "_match", takes_over)
-    assert layout_of(loop, tmp_path / "colocated", COLOCATED) == (separate, state)
+    assert layout_of(loop, tmp_path / "colocated", held, COLOCATED) == (separate, state)
     assert 0 in taken, "no unit was taken over"
 
 
