@@ -28,7 +28,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from flowgrpo_ray.algorithm.learner import FLOOR_MARGIN, Learner
+from flowgrpo_ray.algorithm.gate import FLOOR_MARGIN
+from flowgrpo_ray.algorithm.learner import Learner
 from flowgrpo_ray.algorithm.parallel import join_group
 from flowgrpo_ray.algorithm.sampling import rollout
 from flowgrpo_ray.algorithm.weights import digest
@@ -188,7 +189,7 @@ def update(
     assert published == ticket, "the learner draws the same adapters from the seed"
     conditions = {PROMPT: condition}
     log_rho = max(learner.measure_floor(unit, t, conditions) for unit, t in sampled)
-    learner.ratio_floor = log_rho * FLOOR_MARGIN
+    learner.gate.floor = log_rho * FLOOR_MARGIN
     advantages = np.random.default_rng(0).normal(size=spec.sampling.images).astype(np.float32)
     batch = spec.sampling.micro_batch
     with Watch(device) as watch:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flowgrpo_ray.algorithm.gate import FLOOR_MARGIN, RatioGate
 from flowgrpo_ray.algorithm.objective import (
     clipped,
     clipped_loss,
@@ -36,7 +37,6 @@ from flowgrpo_ray.algorithm.parallel import (
 )
 from flowgrpo_ray.algorithm.sampling import Replayed, batch_condition, replay
 from flowgrpo_ray.algorithm.weights import digest, full, gather, load_arrays, to_arrays
-from flowgrpo_ray.common.errors import ContractError
 from flowgrpo_ray.common.types import (
     Condition,
     Float32,
@@ -52,8 +52,6 @@ from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.policies.base import Policy
 from flowgrpo_ray.spec.sections import KlSpec, Objective
 from flowgrpo_ray.spec.training import TrainingSpec
-
-FLOOR_MARGIN = 4.0  # the floor is measured on one micro-batch; later ones may lie this much above
 
 
 class Learner:
@@ -85,11 +83,8 @@ class Learner:
         home = torch.device("cpu") if spec.cluster.learner.offload_optimizer else None
         self.optimizer = Optimizer(self.parameters, spec.optimizer, spec.ema, home)
         self.scale = LossScale(self.policy.dtype)
-        self.published = WeightsTicket(version=-1, digest="")
-        self._digests: dict[int, str] = {}  # of the last published versions
+        self.gate = RatioGate(self.policy.dtype_name, spec.sampling.max_lag)
         self._arrays: dict[str, Float32] = {}  # of the last one, where a checkpoint needs them
-        self.ratio_floor = 0.0
-        self._gate_armed = False
         self._averaged = False  # parameters and averages have changed places
 
     # --- weights
@@ -107,7 +102,7 @@ class Learner:
         ticket = WeightsTicket(version, found)
         if averaged:
             return ticket, arrays
-        self._expect(ticket)
+        self.gate.expect(ticket)
         if self.spec.sampling.max_lag:
             self._arrays = arrays
         return ticket, arrays
@@ -125,7 +120,7 @@ class Learner:
         if self.parallel.sharded:
             gather_weights(self.policy.network)
         if not averaged:
-            self._expect(ticket)
+            self.gate.expect(ticket)
         return ticket
 
     @torch.no_grad()
@@ -140,16 +135,6 @@ class Learner:
             last = parameter.clone()
             parameter.copy_(average)
             self.optimizer.ema[name] = last
-
-    def _expect(self, ticket: WeightsTicket) -> None:
-        """What is trained next was sampled under it."""
-        self.published, self._gate_armed = ticket, True
-        self._remember(ticket)
-
-    def _remember(self, ticket: WeightsTicket) -> None:
-        self._digests[ticket.version] = ticket.digest
-        for old in list(self._digests)[:-3]:
-            del self._digests[old]
 
     # --- one iteration
 
@@ -183,8 +168,8 @@ class Learner:
                 kl = self._kl(self.spec.objective.kl, replayed, dt, kept)
                 kl_sum += kl.item()
                 loss = loss + self.spec.objective.kl.beta * kl
-            if self._gate_armed:
-                self._check_ratio(term.log_ratio.detach(), unit, trajectory)
+            if self.gate.armed:
+                self.gate.check(term.log_ratio.detach(), unit, trajectory)
             (loss * self.scale.value).backward()
             ratios.append(term.log_ratio.detach()[kept].double())
             low += int(term.low[kept].sum())
@@ -213,7 +198,7 @@ class Learner:
         ``samples`` counts those of all ranks. With none there is no update.
         """
         started = time.perf_counter()
-        self._gate_armed = False
+        self.gate.armed = False
         norm = None
         overflow = False
         scale = self.scale.value
@@ -262,48 +247,8 @@ class Learner:
             for replayed in replay(self.policy, trajectory, unit.schedule, condition):
                 term = surrogate(self.spec.objective, replayed, advantage, dt=-1.0)
                 floor = max(floor, float(term.log_ratio.detach().abs().max()))
-        self.ratio_floor = floor * FLOOR_MARGIN
+        self.gate.floor = floor * FLOOR_MARGIN
         return floor
-
-    def _check_ratio(self, log_ratio: Tensor, unit: WorkUnit, trajectory: Trajectory) -> None:
-        """Contract: before the first update ``|log rho|`` is within the floor measured at start.
-
-        Samples that lag behind the published weights are held against their version alone.
-        """
-        worst = float(log_ratio.abs().max())
-        causes = self._mismatches(unit, trajectory)
-        lags = trajectory.provenance.weights_version < self.published.version
-        if not causes and (lags or worst <= self.ratio_floor):
-            return
-        raise ContractError(
-            f"importance ratio: max |log rho| = {worst:.3g} before the first update, in "
-            f"micro-batch {unit.index} of iteration {unit.iteration}; it must be at most "
-            f"{self.ratio_floor:.3g}. Cause: " + ("; ".join(causes) or _UNKNOWN_CAUSE)
-        )
-
-    def _mismatches(self, unit: WorkUnit, trajectory: Trajectory) -> list[str]:
-        sampled, batch = trajectory.provenance, len(trajectory.latents)
-        causes: list[str] = []
-        lag = self.published.version - sampled.weights_version
-        known = self._digests.get(sampled.weights_version) == sampled.weights_digest
-        if not (known and 0 <= lag <= self.spec.sampling.max_lag):
-            causes.append(
-                f"stale weights: sampled with version {sampled.weights_version} "
-                f"({sampled.weights_digest[:8]}), published is {self.published.version} "
-                f"({self.published.digest[:8]})"
-            )
-        if sampled.batch != batch or unit.batch != batch:
-            causes.append(
-                f"batch geometry: sampled in a micro-batch of {sampled.batch}, trained in one of "
-                f"{batch}"
-            )
-        if sampled.dtype != self.policy.dtype_name:
-            causes.append(f"dtype: sampled in {sampled.dtype}, trained in {self.policy.dtype_name}")
-        if sampled.schedule != unit.schedule:
-            causes.append(
-                f"schedule: sampled with {sampled.schedule}, trained with {unit.schedule}"
-            )
-        return causes
 
     # --- state
 
@@ -321,7 +266,7 @@ class Learner:
             loss_scale=self.scale.value,
             scale_held=self.scale.held,
             behaviour=self._arrays,
-            behaviour_version=self.published.version if lags else -1,
+            behaviour_version=self.gate.published.version if lags else -1,
         )
 
     def load_state(self, state: LearnerState) -> WeightsTicket | None:
@@ -343,7 +288,7 @@ class Learner:
             return None
         held = {name: torch.tensor(array) for name, array in state.behaviour.items()}
         behaviour = WeightsTicket(state.behaviour_version, digest(held))
-        self._remember(behaviour)
+        self.gate.remember(behaviour)
         return behaviour
 
 
@@ -372,9 +317,3 @@ def surrogate(objective: Objective, step: Replayed, advantage: Tensor, dt: float
     bounds = (objective.clip_low, objective.clip_high)
     loss = clipped_loss(log_ratio, advantage, *bounds) * weight
     return Surrogate(loss, log_ratio, *clipped(log_ratio.detach(), advantage, *bounds))
-
-
-_UNKNOWN_CAUSE = (
-    "version, batch geometry, dtype and schedule all agree, so the two sides compute differently "
-    "(other hardware, attention backend or library version)"
-)

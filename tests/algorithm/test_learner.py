@@ -231,7 +231,7 @@ def test_the_floor_is_that_of_the_ratio_that_the_objective_clips():
     assert floor(log_probs=batch.trajectory.log_probs + 1) == 0
     assert batch.trajectory.means is not None
     assert 0 < floor(means=batch.trajectory.means + np.float32(1e-4)) < 1e-3
-    assert learner.ratio_floor > 0
+    assert learner.gate.floor > 0
 
 
 def test_there_is_no_gate_after_the_first_update():

@@ -74,7 +74,7 @@ def test_an_update_of_the_script_is_one_of_ours():
     with one_thread(), alone(), pytest.MonkeyPatch.context() as patch:
         learner = Learner(spec, CPU)
         ticket, _ = learner.publish(1)
-        learner.ratio_floor = 1e-5  # other arithmetic, so not exactly 0
+        learner.gate.floor = 1e-5  # other arithmetic, so not exactly 0
         made = Provenance(1, ticket.digest, 24, "float32", schedule)
         trajectory = Trajectory(batch.latents.numpy(), batch.log_probs.numpy(), made)
         kept = np.ones(24, bool)

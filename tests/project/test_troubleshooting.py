@@ -44,7 +44,7 @@ PARTS = {
     "serving.http.RequireToken.__call__",
     "rewards.environments._faults",
     "rewards.environments._misfits",
-    "algorithm.learner.Learner._mismatches",
+    "algorithm.gate.RatioGate._mismatches",
     "spec.file._explain",
 }
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from flowgrpo_ray.algorithm import learner
+from flowgrpo_ray.algorithm import gate
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.estimate.preflight import check_run
 from flowgrpo_ray.run.trend import trend
@@ -234,7 +234,7 @@ def test_with_a_lag_the_gate_of_older_samples_is_no_disagreement():
 
 
 def test_the_margin_is_the_learners():
-    assert FLOOR_MARGIN == learner.FLOOR_MARGIN
+    assert FLOOR_MARGIN == gate.FLOOR_MARGIN
 
 
 def test_the_spread_per_step_is_pooled_over_windows_that_move():
