@@ -160,13 +160,13 @@ def sample(
 
     def draw(unit: WorkUnit) -> tuple[WorkUnit, Trajectory]:
         trajectory, x = rollout(policy, unit, {PROMPT: condition}, size, ticket)
-        policy.decode(x)
+        policy.images(x, size)
         return unit, trajectory
 
     draw(units[0])
     with Watch(device) as watch:
         sampled = [draw(unit) for unit in units]
-    stages = [estimated.rollout["sampling"], estimated.rollout["decoding"]]
+    stages = [estimated.actors["rollout"][stage] for stage in ("sampling", "decoding")]
     return (
         sampled,
         condition,
@@ -197,7 +197,8 @@ def update(
             mine = advantages[index * batch : (index + 1) * batch]
             learner.accumulate(unit, trajectory, conditions, mine, np.ones(batch, bool))
         learner.step(spec.sampling.images, spec.sampling.trained_steps)
-    row = watch.row(spec.sampling.images, estimated.training_flops, [estimated.learner["update"]])
+    stages = [estimated.actors["learner"][stage] for stage in ("training", "update")]
+    row = watch.row(spec.sampling.images, estimated.training_flops, stages)
     return log_rho, row
 
 

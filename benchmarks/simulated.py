@@ -66,6 +66,8 @@ class SimulatedRollout:
 
     def start(self) -> None: ...
 
+    def load_model(self) -> None: ...
+
     def sigmas(self, steps: int) -> tuple[float, ...]:
         return tuple(np.linspace(1, 0, steps + 1).tolist())
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,13 +13,12 @@ from rich.table import Table
 
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.estimate.preflight import check_run
-from flowgrpo_ray.run.folder import RunFolder, difference
-from flowgrpo_ray.run.tracking import TIMINGS, read_rows
-from flowgrpo_ray.spec.cluster import ActorsSpec
+from flowgrpo_ray.run.cost import cost_of
 from flowgrpo_ray.spec.training import TrainingSpec, required_resources
 
 if TYPE_CHECKING:
     from flowgrpo_ray.estimate.footprint import Footprint, Work
+    from flowgrpo_ray.estimate.gpus import Gpu
 
 GIB = 2**30
 # GiB that torch can use, rounded down: a little less than what the name says.
@@ -56,10 +54,9 @@ def show_plan(
     reserved = required_resources(spec)
     if as_json:
         found: dict[str, Any] = {"name": spec.name, "spec": spec.digest(), "work": asdict(work)}
-        found |= {"reserved": reserved}
+        found |= {"reserved": reserved, "cost": cost}
         found |= {"footprint": None if footprint is None else asdict(footprint)}
         found |= {"needed": None if footprint is None else needed(spec, footprint)}
-        found |= {"cost": cost}
         print(json.dumps(found, indent=2))
         return
     console.print(_counts(spec, work, footprint))
@@ -75,10 +72,14 @@ def show_plan(
         )
         return
     console.print(_memory(footprint))
-    if not footprint.encoders_known:
-        console.print("encoding: the text encoders are not on this disk and not counted")
-    for line in verdicts(spec, footprint, device or gpu_here()):
+    for what in not_counted(footprint):
+        console.print(f"not counted: {what}", highlight=False)
+    device = device or gpu_here()
+    for line in verdicts(spec, footprint, device):
         console.print(line, highlight=False)
+    if footprint.layouts:
+        console.print(_layouts(spec, footprint))
+        console.print(advised(spec, footprint, device), highlight=False)
 
 
 def gpu_memory(gpu: str) -> float:
@@ -101,32 +102,36 @@ def largest(stages: Mapping[str, Mapping[str, int]]) -> tuple[str, int]:
     return stage, totals[stage]
 
 
-def needed(spec: TrainingSpec, footprint: Footprint) -> dict[str, float]:
-    """GiB that one GPU must have, by what runs on it; empty if nothing does.
-
-    Actors that reserve a part of a GPU share it, and each needs all of its memory.
-    """
-    rollout, learner = spec.cluster.rollout, spec.cluster.learner
-    worker, rank = (largest(s)[1] / GIB for s in (footprint.rollout, footprint.learner))
-    beside = _sharing(rollout, 1 - learner.gpus)
-    if rollout.gpus and learner.gpus and beside:
-        workers = "rollout worker" if beside == 1 else f"{beside} rollout workers"
-        return {f"{workers} + learner rank": beside * worker + rank}
-    kinds = {"rollout worker": (rollout, worker), "learner rank": (learner, rank)}
-    return {n: _sharing(kind, 1) * size for n, (kind, size) in kinds.items() if kind.gpus}
+def not_counted(footprint: Footprint) -> Iterator[str]:
+    """What takes memory of a GPU and has no known size."""
+    if not footprint.encoders_known:
+        yield "the text encoders, which are not on this disk"
+    for name, parts in footprint.rewards.items():
+        if parts is None:
+            yield f"the reward {name}"
 
 
-def _sharing(kind: ActorsSpec, part: float) -> int:
-    """How many actors of a kind may come to lie in this part of one GPU."""
-    return min(kind.count, int(part / kind.gpus + 1e-9)) if kind.gpus else 0
+def gpus_of(spec: TrainingSpec, footprint: Footprint) -> list[Gpu]:
+    from flowgrpo_ray.estimate.gpus import gpus
+
+    return gpus(spec, footprint.actors, footprint.rewards)
+
+
+def needed(spec: TrainingSpec, footprint: Footprint) -> dict[str, dict[str, float]]:
+    """GiB that one GPU must have in each phase, by what runs on it; empty if nothing does."""
+    return {
+        gpu.name: {phase: size / GIB for phase, size in gpu.phases().items()}
+        for gpu in gpus_of(spec, footprint)
+    }
 
 
 def verdicts(
     spec: TrainingSpec, footprint: Footprint, gpu: tuple[str, float] | None
 ) -> Iterator[str]:
-    """For each kind of actor that takes a GPU: what it needs, and whether ``gpu`` (name, GiB) has
-    it; without ``gpu`` the smallest known one that has."""
-    for name, size in needed(spec, footprint).items():
+    """For each kind of GPU by what runs on it: the phase that needs the most, and whether ``gpu``
+    (name, GiB) has it; without ``gpu`` the smallest known one that has."""
+    for kind in gpus_of(spec, footprint):
+        phase, size = kind.largest()[0], kind.largest()[1] / GIB
         if gpu is not None:
             fits = size <= gpu[1]
             says = f"{'fits' if fits else 'DOES NOT FIT'} {gpu[0]} ({gpu[1]:g} GiB)"
@@ -134,83 +139,59 @@ def verdicts(
             enough = [f"{known} ({has} GiB)" for known, has in GPUS.items() if has >= size]
             fits = bool(enough)
             says = f"the smallest GPU that has it: {enough[0]}" if fits else "no known GPU has it"
-        yield f"{name}: {size:.1f} GiB; {says}"
+        yield f"{kind.name}: {size:.1f} GiB in {phase}; {says}"
         if not fits:
-            yield "  to need less: " + "; ".join(advice(spec, footprint, name))
+            yield "  to need less: " + "; ".join(advice(spec, kind))
 
 
-def advice(spec: TrainingSpec, footprint: Footprint, name: str) -> Iterator[str]:
-    """What to change so that the actors of ``name`` need less memory."""
-    from flowgrpo_ray.estimate.footprint import shards
+def advice(spec: TrainingSpec, gpu: Gpu) -> Iterator[str]:
+    """What to change so that what runs on ``gpu`` needs less memory."""
+    from flowgrpo_ray.estimate.memory import shards
 
-    learner = spec.cluster.learner
-    full = spec.tuning.kind == "full"
-    if "learner" in name:
-        stage, _ = largest(footprint.learner)
-        if stage == "update" and not learner.activation_checkpointing:
-            yield "cluster.learner.activation_checkpointing=true"
-        if stage != "loading" and not learner.offload_optimizer:
-            yield "cluster.learner.offload_optimizer=true"
-        if stage == "update":
-            if shards(spec) > 1:
-                yield "a larger cluster.learner.count"
-            else:
-                alone = " and a larger cluster.learner.count" if learner.count == 1 else ""
-                yield f"cluster.learner.parallel=shard{alone}"
-            yield "a smaller sampling.micro_batch"
-        if full:
-            yield "tuning.kind=lora"
-    if "rollout" in name:
-        stage, _ = largest(footprint.rollout)
-        if full and spec.objective.kl:
-            yield "objective.kl=null"
-        if stage != "encoding":
-            most = max(("sampling", "evaluation"), key=lambda part: getattr(spec, part).micro_batch)
-            yield f"a smaller {most}.micro_batch"
+    learner, full = spec.cluster.learner, spec.tuning.kind == "full"
+    phase, _ = gpu.largest()
+    stages = set(phase.split(" and "))
+    holds = {"update", "training", "publishing"} & stages
+    trains = "rollout worker" not in gpu.actors or len(gpu.actors) > 1
+    if "training" in stages and not learner.activation_checkpointing:
+        yield "cluster.learner.activation_checkpointing=true"
+    if holds and not learner.offload_optimizer:
+        yield "cluster.learner.offload_optimizer=true"
+    if holds and trains:
+        if shards(spec) > 1:
+            yield f"a larger cluster.{list(spec.actors)[-1]}.count"
+        elif spec.ranks.count > 1:
+            yield "cluster.learner.parallel=shard"
+        else:
+            yield "cluster.learner.parallel=shard and more GPUs"
+    if stages & {"training", "sampling"}:
+        yield "a smaller sampling.micro_batch"
+    if "evaluation" in stages:
+        yield "a smaller evaluation.micro_batch"
+    if full and spec.objective.kl and len(gpu.actors) > trains:
+        yield "objective.kl=null"
+    if full and holds:
+        yield "tuning.kind=lora"
+    for name in gpu.rewards:
+        if "dtype" not in spec.rewards[name].options:
+            yield f"rewards.{name}.options.dtype=float16"
     yield "a GPU with more memory, or one for each actor"
 
 
+def advised(spec: TrainingSpec, footprint: Footprint, gpu: tuple[str, float] | None) -> str:
+    """The layout that the spec should have."""
+    from flowgrpo_ray.estimate.layouts import reason, recommended
+
+    name, has = gpu or ("any known GPU", max(GPUS.values()))
+    chosen = recommended(footprint.layouts, has * GIB)
+    if chosen is None:
+        return f"layouts: none fits {name} ({has:g} GiB)"
+    parallel = f", cluster.learner.parallel: {chosen.parallel}" if sum(chosen.counts) > 1 else ""
+    why = reason(chosen, footprint.layouts, spec)
+    return f"recommended: cluster.layout: {chosen.layout}{parallel}: {why}"
+
+
 # --- time and price
-
-COMPARED = {
-    *("model", "tuning", "sampling", "rewards", "advantages", "objective", "evaluation", "cluster")
-}
-
-
-def cost_of(spec: TrainingSpec, run: Path, price: float | None) -> dict[str, Any]:
-    """Hours of ``spec`` at the speed of ``run``, which must have done the same work on the same
-    division of machines; ``SpecError`` if it has not."""
-    held = RunFolder.existing(run).read_spec()
-    if odd := difference(_timed(held), _timed(spec)):
-        raise SpecError(
-            f"measured in {run}: {odd}. Measure this spec: train it under another name for a few "
-            "iterations"
-        )
-    timings = run / TIMINGS
-    rows = read_rows(timings) if timings.exists() else []
-    starts, trains, evals = (
-        [row["seconds"] for row in rows if row["kind"] == kind]
-        for kind in ("start", "train", "eval")
-    )
-    if not starts or len(trains) < 2 or not evals:
-        raise SpecError(f"measured in {run}: it needs 2 iterations and an evaluation at least")
-    start, each, evaluation = starts[-1], median(trains[1:]), evals[-1]  # the first warms up
-    evaluations = 1 + -(-spec.iterations // spec.evaluation.every)
-    after_start = (evaluations - 1) * evaluation  # the first one is a phase of the start
-    hours = (start + spec.iterations * each + after_start) / 3600
-    reserved = required_resources(spec)
-    found = {"run": str(run), "start_s": start, "iteration_s": each, "evaluation_s": evaluation}
-    found |= {"iterations": spec.iterations, "evaluations": evaluations, "hours": hours}
-    found |= {"gpu_hours": hours * reserved["GPU"], "cpu_hours": hours * reserved["CPU"]}
-    return found | {"price": None if price is None else hours * reserved["GPU"] * price}
-
-
-def _timed(spec: TrainingSpec) -> dict[str, Any]:
-    """The part of a spec that the time of an iteration or an evaluation depends on."""
-    values = spec.model_dump(mode="json", include=COMPARED)
-    del values["evaluation"]["every"]
-    values["cluster"] = {kind: values["cluster"][kind] for kind in ("rollout", "learner")}
-    return values
 
 
 def _cost_lines(cost: Mapping[str, Any]) -> Iterator[str]:
@@ -251,10 +232,12 @@ def _counts(spec: TrainingSpec, work: Work, footprint: Footprint | None) -> Tabl
 
 
 def _memory(footprint: Footprint) -> Table:
-    """Parts of the largest stage of each kind of actor, and what the other stages need."""
+    """Parts of the largest stage of each kind of process, and what the other stages need."""
+    from flowgrpo_ray.estimate.gpus import NAMES
+
     title = f"memory ({footprint.parameters / 1e6:,.2f} M parameters, "
     title += f"{footprint.trained_parameters / 1e6:,.2f} M trained)"
-    small = largest(footprint.learner)[1] < GIB
+    small = all(largest(stages)[1] < GIB for stages in footprint.actors.values())
     unit, size_of = ("MiB", 2**20) if small else ("GiB", GIB)
     table = Table(title=title, title_justify="left", min_width=len(title))
     table.add_column("")
@@ -263,11 +246,8 @@ def _memory(footprint: Footprint) -> Table:
     def add(label: str, size: int) -> None:
         table.add_row(label, f"{size / size_of:,.2f}")
 
-    for actor, stages in (
-        ("rollout worker", footprint.rollout),
-        ("learner rank", footprint.learner),
-    ):
-        top, total = largest(stages)
+    for section, stages in footprint.actors.items():
+        actor, (top, total) = NAMES[section], largest(stages)
         table.add_section()
         add(f"{actor}, {top}", total)
         for part, size in stages[top].items():
@@ -276,6 +256,27 @@ def _memory(footprint: Footprint) -> Table:
         for stage, parts in stages.items():
             if stage != top:
                 add(f"{actor}, {stage}", sum(parts.values()))
-    if footprint.learner_host:
-        add("learner rank, in the host's memory", footprint.learner_host)
+    for name, parts in footprint.rewards.items():
+        if parts:
+            add(f"reward {name}, a replica", sum(parts.values()))
+    if footprint.host:
+        add("in the host's memory, of each that trains", footprint.host)
+    return table
+
+
+def _layouts(spec: TrainingSpec, footprint: Footprint) -> Table:
+    """What as many GPUs would give, and need, in either layout."""
+    from flowgrpo_ray.estimate.layouts import by_counts
+
+    shards = any(row.parallel == "shard" for row in footprint.layouts)
+    title = f"layouts of {spec.gpus} GPU{'s' * (spec.gpus > 1)}, by FLOPs"
+    table = Table(title=title, title_justify="left")
+    columns = ["", "GPUs", "images/s", "waits", "GiB, replicated", *["GiB, sharded"][:shards]]
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    best = max(row.busy for row in footprint.layouts)
+    for layout, counts, rows in by_counts(footprint.layouts):
+        needs = [" + ".join(f"{size / GIB:.1f}" for size in row.needs) for row in rows]
+        speed = [f"{rows[0].busy / best:.0%}", f"{1 - rows[0].busy:.0%}"]
+        table.add_row(layout, " + ".join(map(str, counts)), *speed, *needs)
     return table

@@ -56,9 +56,14 @@ class ColocatedWorker(RolloutWorker, LearnerRank):
         self._kept: dict[Hashable, Trajectory] = {}  # of this iteration
 
     def join(self, address: tuple[str, int]) -> None:
+        """Meet the other workers, ready to encode."""
         self.join_group(address)
         self.start()
-        self.make_learner(self.policy)
+
+    def load_model(self) -> None:
+        super().load_model()
+        if not hasattr(self, "learner"):
+            self.make_learner(self.policy)
 
     def publish(
         self, version: int, averaged: bool
@@ -116,10 +121,15 @@ class WorkerPool(Pool):
     ) -> None:
         super().__init__(spec, placement, ledger, losses, worker_class)
         self._adopted = asyncio.Event()
+        self.loaded = asyncio.Event()
 
     async def start(self) -> None:
         """Wait until the group is up."""
         await self._adopted.wait()
+
+    async def load_models(self) -> None:
+        """The group does it."""
+        await self.loaded.wait()
 
     def adopt(self, actors: Sequence[Any], calls: Sequence[Calls]) -> None:
         """Sample on these from now on."""
@@ -169,7 +179,16 @@ class WorkerGroup(LearnerGroup):
 
     async def _start(self) -> None:
         await super()._start()
-        self._pool.adopt(self.ranks, self.calls)
+        pool = self._pool
+        if pool.encoded.is_set():  # these come after others
+            calls = [actor.encode.remote(pool.mine(rank)) for rank, actor in enumerate(self.ranks)]
+            await self._of_all(calls)
+        else:
+            pool.adopt(self.ranks, self.calls)
+            await pool.encoded.wait()
+        await self._answers([rank.load_model.remote() for rank in self.ranks])
+        pool.adopt(self.ranks, self.calls)
+        pool.loaded.set()
 
     def _for_rank(self, rank: int, contribution: Contribution) -> Contribution:
         """With the trajectory itself, if another worker has it."""

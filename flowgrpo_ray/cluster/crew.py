@@ -7,7 +7,7 @@ actors and Serve.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,16 +72,27 @@ class Crew:
         self.losses = Losses(spec.cluster.max_restarts, display.note)
 
     async def start(self) -> None:
-        """Bring up learner, rollout workers and rewards, all at once; encode every new prompt."""
+        """Bring up learner, rollout workers and rewards, all at once; encode every new prompt.
+
+        What shares a GPU with text encoders comes when these are gone.
+        """
         self.placement = await place(self.spec)
         shared = (self.spec, self.placement, self.ledger, self.losses)
         if self.spec.cluster.layout == "colocated":
             self.rollouts = WorkerPool(*shared, self._kinds.workers)
             self.learners = WorkerGroup(*shared, self.rollouts, self._kinds.workers)
+            learners = self.learners.start()
         else:
             self.rollouts = RolloutPool(*shared, self._kinds.rollout)
             self.learners = LearnerGroup(*shared, self._kinds.learner)
-        await all_or_none(self._start_rewards(), self.learners.start(), self._start_rollouts())
+            learners = self._after_encoding(self.learners.start)
+        rewards = self._after_encoding(self._start_rewards)
+        await all_or_none(rewards, learners, self._start_rollouts())
+
+    async def _after_encoding(self, start: Callable[[], Awaitable[None]]) -> None:
+        if self.spec.shares_gpus:
+            await self.rollouts.encoded.wait()
+        await start()
 
     async def _start_rewards(self) -> None:
         args = [args_of(name, reward) for name, reward in self.spec.rewards.items()]
@@ -102,10 +113,11 @@ class Crew:
 
     async def _start_rollouts(self) -> None:
         await self.rollouts.start()
+        await self.rollouts.encode([p.text for stream in self.prompts.values() for p in stream])
+        await self.rollouts.load_models()
         self.sigmas, self.eval_sigmas = await self.rollouts.sigmas(
             self.spec.sampling.steps, self.spec.evaluation.steps
         )
-        await self.rollouts.encode([p.text for stream in self.prompts.values() for p in stream])
 
     async def publish(self, version: int, *, averaged: bool = False) -> WeightsTicket:
         """Contract: no unit is sampled under other weights than the published, or the run stops."""

@@ -42,14 +42,28 @@ class RolloutWorker:
         return self.name  # what Ray calls this actor in its logs and its dashboard
 
     def start(self) -> None:
-        """Load the model; not in the constructor, whose errors Ray wraps beyond recognition."""
-        from flowgrpo_ray.policies import load_policy
+        """Be ready to encode, with nothing loaded yet: text encoders need the memory alone.
+
+        Not in the constructor, whose errors Ray wraps beyond recognition.
+        """
+        from flowgrpo_ray.policies import load_policy, policy_class
         from flowgrpo_ray.policies.encodings import EncodingCache
 
+        if policy_class(self.spec.model.family).pipeline:
+            self.encodings = EncodingCache(load_policy(self.spec, self.device, frozenset()))
+        else:  # the network itself reads prompts
+            self.load_model()
+            self.encodings = EncodingCache(self.policy)
+
+    def load_model(self) -> None:
+        """Network and decoder, after the encoders are gone; once."""
+        from flowgrpo_ray.policies import load_policy
+
+        if hasattr(self, "policy"):
+            return
         self.policy = load_policy(self.spec, self.device, frozenset({"network", "decoder"}))
         self.policy.tune(self.spec.seed, with_reference=self.spec.objective.kl is not None)
         self.parameters = self.policy.trainable()
-        self.encodings = EncodingCache(self.policy)
         self.policy.latent_shape(self.spec.sampling.size)  # an impossible size fails here, early
 
     def sigmas(self, steps: int) -> tuple[float, ...]:
@@ -98,5 +112,5 @@ class RolloutWorker:
             ticket,
             keep_means=self.spec.objective.compares_means,
         )
-        images = self.policy.decode(x)
+        images = self.policy.images(x, self.spec.sampling.size)
         return trajectory, images, time.perf_counter() - started

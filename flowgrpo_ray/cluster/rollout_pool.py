@@ -48,12 +48,21 @@ class RolloutPool(Pool):
     # --- workers come and go
 
     async def start(self) -> None:
-        """Have ``count`` workers load the model; further ones join when they are up."""
+        """Bring ``count`` workers up, ready to encode; further ones join when they are up."""
         count, most = self.actors.count, self.spec.cluster.rollout.most
         needed = [self._begin(rank) for rank in range(count)]
         for rank in range(count, most):
             self._begin(rank)
         await self._ready("rollout workers", needed)
+
+    async def load_models(self) -> None:
+        await self._ready("rollout workers", [self._load_model(w) for w in self.up.values()])
+
+    async def _load_model(self, worker: Worker) -> None:
+        try:
+            await worker.actor.load_model.remote()
+        except LOST as error:
+            self._lose(worker, error)
 
     def _begin(self, rank: int) -> asyncio.Task[None]:
         """Bring a worker up in the background."""
@@ -72,8 +81,9 @@ class RolloutPool(Pool):
             worker = Worker(rank, *await self._launch(rank))
             try:
                 await worker.actor.start.remote()
-                mine = [text for text, of in self._encoder.items() if of == rank]
-                await worker.actor.encode.remote(mine)
+                await worker.actor.encode.remote(self.mine(rank))
+                if self.encoded.is_set():
+                    await worker.actor.load_model.remote()
             except LOST as error:
                 self._lost(worker.name, worker.actor, error)
             else:

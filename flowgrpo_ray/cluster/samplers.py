@@ -76,11 +76,17 @@ class Pool(ActorGroup):
     ) -> None:
         super().__init__(spec, placement, ledger, losses, worker_class)
         self.up: dict[int, Worker] = {}  # by rank
+        self.encoded = asyncio.Event()  # are all prompts, so that the model may be loaded
         self._encoder: dict[str, int] = {}  # the rank that encoded a prompt
         self._held: dict[str, ObjectRef] = {}  # conditions of this iteration's prompts
         self._waiting: list[Waiting] = []  # in order
         self._turns = itertools.count()
         self._failure: Exception | None = None  # why there is no further worker
+
+    @abstractmethod
+    async def load_models(self) -> None:
+        """Have all load the model, now that prompts are encoded; those that come later do so by
+        themselves."""
 
     @abstractmethod
     def publish(self, ticket: WeightsTicket, arrays: ObjectRef) -> None:
@@ -110,6 +116,11 @@ class Pool(ActorGroup):
         self._encoder = {text: rank for rank, texts in parts.items() for text in texts}
         calls = [self.up[rank].actor.encode.remote(list(texts)) for rank, texts in parts.items()]
         await asyncio.gather(*calls)
+        self.encoded.set()
+
+    def mine(self, rank: int) -> list[str]:
+        """The prompts that a worker encoded."""
+        return [text for text, of in self._encoder.items() if of == rank]
 
     def hold(self, prompts: Sequence[str]) -> None:
         """Have the conditions of these prompts read, and let go of others."""

@@ -1,14 +1,13 @@
-"""What a spec's model costs: parameters, FLOPs, and the memory of rollout worker and learner rank.
+"""What a spec's model costs: parameters, FLOPs, the memory of every process and of other layouts.
 
 The network is built from its config files without weights and run on shapes alone (``dry_run``),
-through the policy's own ``velocity`` and ``decode``, so no model needs a formula of its own. What
-each process holds of it is added up here. docs/plan.md has the assumptions.
+through the policy's own ``velocity`` and ``decode``, so no model needs a formula of its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,28 +15,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowgrpo_ray.algorithm.optimizer import MOMENTS
-from flowgrpo_ray.algorithm.parallel import PIECE, asked_for
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.estimate.dry_run import Cost, give_shapes, measure, scaled, without_data
+from flowgrpo_ray.estimate.layouts import Layout, compare
+from flowgrpo_ray.estimate.memory import (
+    Costs,
+    Parts,
+    Stages,
+    actor_stages,
+    moved_bytes,
+    reward_parts,
+)
 from flowgrpo_ray.policies import policy_class
 from flowgrpo_ray.policies.base import DTYPES, Configs, Policy
 from flowgrpo_ray.spec.sections import ModelSpec
 from flowgrpo_ray.spec.training import TrainingSpec
 
-FLOAT32_BYTES = 4
-GATHERED_BLOCKS = 2  # whole at once under FSDP: the one at work, and the next that is prefetched
-RESERVED = 2 * 2**30  # bytes of a GPU for CUDA's context, kernels' workspaces and fragmentation
 ARCHITECTURES = Path(__file__).parent / "architectures"
-PUBLISHED = {  # hub ids whose configs are in ARCHITECTURES
-    "stabilityai/stable-diffusion-3.5-medium",
-    "black-forest-labs/FLUX.1-dev",
-    "Qwen/Qwen-Image",
-    "ByteDance-Seed/BAGEL-7B-MoT",
+CLIP_L, CLIP_BIG_G, T5_XXL = 123_060_480, 694_659_840, 4_762_310_656
+PUBLISHED = {  # hub ids whose configs are in ARCHITECTURES, with their text encoders' parameters
+    "stabilityai/stable-diffusion-3.5-medium": CLIP_L + 768 * 768 + CLIP_BIG_G + T5_XXL,
+    "black-forest-labs/FLUX.1-dev": CLIP_L + T5_XXL,
+    "Qwen/Qwen-Image": 8_292_166_656,
+    "ByteDance-Seed/BAGEL-7B-MoT": 0,
 }
-
-Parts = Mapping[str, int]  # bytes by what they are for
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Footprint:
-    """FLOPs of an iteration, and bytes by stage and part, of one rollout worker or learner rank.
-
-    A worker or rank goes through its stages one after the other, so the largest one counts.
-    """
+    """FLOPs of an iteration, and bytes by stage and part of the processes that share them."""
 
     parameters: int
     trained_parameters: int
     rollout_flops: int  # KL reference and decoding included
     training_flops: int  # what activation checkpointing recomputes included
-    rollout: Mapping[str, Parts]
-    learner: Mapping[str, Parts]
-    learner_host: int  # bytes of host memory per rank, of what offload_optimizer moves there
-    encoders_known: bool  # else the stage "encoding" lacks the text encoders
+    actors: Mapping[str, Stages]  # of one process of each section of ``cluster``
+    rewards: Mapping[str, Parts | None]  # of a replica on a GPU; None: not known
+    host: int  # bytes of host memory per learner rank, of what offload_optimizer moves there
+    encoders_known: bool  # else the stage "start" lacks the text encoders
+    layouts: Sequence[Layout]  # other ways to use as many GPUs; none if there are none
 
 
 def count_work(spec: TrainingSpec, held_out: int) -> Work:
@@ -130,14 +130,16 @@ def _read(model: ModelSpec, path: Path) -> dict[str, Any]:
 
 
 def encoder_bytes(model: ModelSpec) -> int | None:
-    """Of the text encoders' weights in ``encoder_dtype``; ``None`` if they are not on this disk."""
+    """Of the text encoders' weights in ``encoder_dtype``; ``None`` if neither published nor on this
+    disk."""
     if not policy_class(model.family).pipeline:
         return 0  # the network reads the prompts itself
     if model.folder is None:
-        return None
-    files = list(model.folder.glob("text_encoder*/*.safetensors"))
-    dtype = DTYPES[model.encoder_dtype or model.dtype]
-    return sum(_parameters_in(file) for file in files) * dtype.itemsize if files else None
+        count = PUBLISHED.get(model.path)
+    else:
+        files = model.folder.glob("text_encoder*/*.safetensors")
+        count = sum(map(_parameters_in, files)) or None
+    return count and count * DTYPES[model.encoder_dtype or model.dtype].itemsize
 
 
 def _parameters_in(file: Path) -> int:
@@ -163,26 +165,26 @@ def skeleton(spec: TrainingSpec, configs: Configs) -> Policy:
     return policy
 
 
-def costs(spec: TrainingSpec, policy: Policy, configs: Configs) -> tuple[Cost, Cost, Cost]:
-    """Of one ``velocity`` in sampling, of one with its backward pass, and of ``decode``.
+def costs(spec: TrainingSpec, policy: Policy, configs: Configs) -> Costs:
+    """Of one ``velocity`` in sampling, evaluation and training, and of a decoded slice.
 
-    The first and last for a micro-batch of the training or evaluation, whichever is larger; the
-    second for one of the training. ``policy`` is a skeleton, and afterwards has shapes.
+    ``policy`` is a skeleton, and afterwards has shapes.
     """
-    learner, sampling = spec.cluster.learner, spec.sampling
+    batch, other = spec.sampling.micro_batch, spec.evaluation.micro_batch
     vae: nn.Module = policy.vae  # type: ignore[attr-defined]
-    most = largest_batch(spec)
-    with without_data(gpu=learner.gpus > 0):
+    with without_data(gpu=spec.ranks.gpus > 0):
         give_shapes(policy.network)
         give_shapes(vae)
-        sampled = _velocity_cost(spec, policy, configs, most, backward=False)
-        x = torch.empty(most, *policy.latent_shape(sampling.size))
+        sampled = evaluated = _velocity_cost(spec, policy, configs, batch, backward=False)
+        if other != batch:
+            evaluated = _velocity_cost(spec, policy, configs, other, backward=False)
+        x = torch.empty(decoded_at_once(spec, policy), *policy.latent_shape(spec.sampling.size))
         decoded = measure(lambda: _tensor(policy.decode(x)), vae, [x], backward=False)
-        if learner.activation_checkpointing:
+        if spec.cluster.learner.activation_checkpointing:
             network: Any = policy.network
             network.enable_gradient_checkpointing()
-        trained = _velocity_cost(spec, policy, configs, sampling.micro_batch, backward=True)
-    return sampled, trained, decoded
+        trained = _velocity_cost(spec, policy, configs, batch, backward=True)
+    return Costs(sampled, evaluated, decoded, trained)
 
 
 def _velocity_cost(
@@ -199,9 +201,10 @@ def _velocity_cost(
     return scaled(run, policy.network, policy.block_classes())
 
 
-def largest_batch(spec: TrainingSpec) -> int:
-    """Images that a rollout worker samples at once, in training or evaluation."""
-    return max(spec.sampling.micro_batch, spec.evaluation.micro_batch)
+def decoded_at_once(spec: TrainingSpec, policy: Policy) -> int:
+    """Images of the largest slice."""
+    most = max(spec.sampling.micro_batch, spec.evaluation.micro_batch)
+    return policy.decoded_at_once(most, spec.sampling.size)
 
 
 def _tensor(images: Any) -> Tensor:
@@ -209,7 +212,7 @@ def _tensor(images: Any) -> Tensor:
     return images
 
 
-# --- who holds what
+# --- the whole
 
 
 def estimate(spec: TrainingSpec) -> Footprint | None:
@@ -219,125 +222,32 @@ def estimate(spec: TrainingSpec) -> Footprint | None:
         return None
     policy = skeleton(spec, configs)
     encoders = encoder_bytes(spec.model)
-    sampled, trained, decoded = costs(spec, policy, configs)
-    sampling = spec.sampling
+    cost = costs(spec, policy, configs)
+    sampling, trained = spec.sampling, cost.trained
     sampled_steps = sampling.steps + (sampling.trained_steps if spec.objective.kl else 0)
-    per_image = (sampled.forward * sampled_steps + decoded.forward) / largest_batch(spec)
+    per_image = cost.sampled.forward * sampled_steps / sampling.micro_batch
+    per_image += cost.decoded.forward / decoded_at_once(spec, policy)
     trained_steps = sampling.trained_steps * spec.objective.epochs
+    flops = (
+        round(sampling.images * per_image),
+        sampling.units * trained_steps * (trained.forward + trained.backward),
+    )
+
+    def stages(of: TrainingSpec) -> Mapping[str, Stages]:
+        return actor_stages(of, policy, cost, encoders or 0)
+
+    rewards = {name: reward_parts(name, reward) for name, reward in spec.rewards.items()}
     return Footprint(
         parameters=_numbers(policy.network.parameters()) - _adapters(policy),
         trained_parameters=_numbers(policy.trainable().values()),
-        rollout_flops=round(sampling.images * per_image),
-        training_flops=sampling.units * trained_steps * (trained.forward + trained.backward),
-        rollout=rollout_parts(spec, policy, sampled, decoded, encoders or 0),
-        learner=learner_parts(spec, policy, trained),
-        learner_host=moved_bytes(spec, policy) if spec.cluster.learner.offload_optimizer else 0,
+        rollout_flops=flops[0],
+        training_flops=flops[1],
+        actors=stages(spec),
+        rewards=rewards,
+        host=moved_bytes(spec, policy) if spec.cluster.learner.offload_optimizer else 0,
         encoders_known=encoders is not None,
+        layouts=compare(spec, flops, stages, rewards),
     )
-
-
-def rollout_parts(
-    spec: TrainingSpec, policy: Policy, sampled: Cost, decoded: Cost, encoders: int
-) -> dict[str, Parts]:
-    """Bytes in one rollout worker, by stage."""
-    vae: nn.Module = policy.vae  # type: ignore[attr-defined]
-    buffers = list(policy.network.buffers())
-    copied = spec.tuning.kind == "full" and spec.objective.kl is not None
-    held = {
-        "weights": _bytes([*policy.network.parameters(), *buffers]),
-        "frozen copy for the KL": _bytes([*policy.trainable().values(), *buffers]) if copied else 0,
-        "autoencoder": _bytes([*vae.parameters(), *vae.buffers()]),
-    }
-    reserved = {"reserved": RESERVED if spec.cluster.rollout.gpus else 0}
-    latents = 2 * latent_bytes(spec, policy)  # as a list of steps, and stacked
-    return {
-        "encoding": held | {"text encoders": encoders} | reserved,
-        "sampling": held | {"activations": sampled.peak, "latents": latents} | reserved,
-        "decoding": held | {"activations": decoded.peak} | reserved,
-    }
-
-
-def learner_parts(spec: TrainingSpec, policy: Policy, trained: Cost) -> dict[str, Parts]:
-    """Bytes in one learner rank, by stage."""
-    held = learner_state(spec, policy)
-    kinds = policy.block_classes()
-    blocks = [block for block in policy.network.modules() if isinstance(block, kinds)]
-    sizes = [_bytes(block.parameters()) for block in blocks]
-    gradients = [_bytes(p for p in block.parameters() if p.requires_grad) for block in blocks]
-    parameters = list(policy.network.parameters())
-    trainable = list(policy.trainable().values())
-    outside = _bytes(parameters) - sum(sizes)
-    reserved = {"reserved": RESERVED if spec.cluster.learner.gpus else 0}
-    sharded = shards(spec) > 1
-    update = {
-        "gathered weights": outside + GATHERED_BLOCKS * max(sizes) if sharded else 0,
-        # FSDP packs a block's gradients anew to send them; replicas get those of every rank.
-        "gathered gradients": _bytes(trainable) - sum(gradients) + 2 * max(gradients)
-        if sharded
-        else _added_up(trainable, spec.ranks.count),
-        "activations": trained.peak,
-        "latents": latent_bytes(spec, policy),
-    }
-    without = {part: size for part, size in held.items() if part != "gradients"}
-    return {
-        "loading": {"weights": _bytes([*parameters, *policy.network.buffers()])} | reserved,
-        "update": held | update | reserved,
-        "publishing": without | {"gathered weights": max(map(_size, trainable))} | reserved,
-    }
-
-
-def shards(spec: TrainingSpec) -> int:
-    """That the network is cut into."""
-    return asked_for(spec, spec.ranks.count).shards
-
-
-def learner_state(spec: TrainingSpec, policy: Policy) -> dict[str, int]:
-    """Bytes that a rank holds from its first update on, on its device."""
-    ranks = shards(spec)
-    trainable = list(policy.trainable().values())
-    moved = spec.cluster.learner.offload_optimizer
-    return {
-        "weights": _shard(policy.network.parameters(), ranks) + _bytes(policy.network.buffers()),
-        "gradients": _shard(trainable, ranks),
-        "optimizer": 0 if moved else len(MOMENTS) * _shard(trainable, ranks),
-        "averages": 0 if moved or not spec.ema else _shard(trainable, ranks),
-    }
-
-
-def moved_bytes(spec: TrainingSpec, policy: Policy) -> int:
-    """Of a rank's moments and averages, which ``offload_optimizer`` moves to the host."""
-    copies = len(MOMENTS) + (1 if spec.ema else 0)
-    ranks = shards(spec)
-    return copies * _shard(policy.trainable().values(), ranks)
-
-
-def latent_bytes(spec: TrainingSpec, policy: Policy) -> int:
-    """Of a micro-batch's trajectory in float32: latents, and the means that its objective needs."""
-    sampling = spec.sampling
-    steps = sampling.trained_steps
-    means = spec.objective.compares_means + (spec.objective.kl is not None)
-    kept = steps + 1 + steps * means
-    size = math.prod(policy.latent_shape(sampling.size))
-    return sampling.micro_batch * kept * size * FLOAT32_BYTES
-
-
-def _added_up(tensors: Iterable[Tensor], ranks: int) -> int:
-    """Bytes that ``add_up`` takes: all gradients in one, and a piece of each rank's."""
-    numbers = _numbers(tensors) if ranks > 1 else 0
-    return (numbers + ranks * min(numbers, PIECE)) * FLOAT32_BYTES
-
-
-def _shard(tensors: Iterable[Tensor], ranks: int) -> int:
-    """Bytes of the largest shard: FSDP2 cuts along the first dimension, rounding up."""
-    return sum(-(-len(t) // ranks) * t.numel() // len(t) * t.itemsize for t in tensors)
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(map(_size, tensors))
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.itemsize
 
 
 def _numbers(tensors: Iterable[Tensor]) -> int:

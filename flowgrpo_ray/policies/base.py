@@ -8,6 +8,7 @@ there and nowhere else.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import shutil
 import socket
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from flowgrpo_ray.spec.sections import ModelSpec, Tuning
 
 Configs = Mapping[str, Any]  # parsed config files of a model, by their path in its folder
+DECODED_PIXELS = 2**20  # decoded at once: 4 images of 512 x 512; more makes no GPU faster
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -153,6 +155,18 @@ class Policy(ABC):
             name: torch.stack([as_tensor(condition[name]) for condition in conditions])
             for name in conditions[0]
         }
+
+    @staticmethod
+    def decoded_at_once(images: int, size: tuple[int, int]) -> int:
+        """How many of ``images`` of (height, width) pixels ``images`` decodes in one slice."""
+        return min(images, max(1, DECODED_PIXELS // math.prod(size)))
+
+    def images(self, x: Tensor, size: tuple[int, int]) -> Images:
+        """What ``decode`` makes of latents ``[b, *D]``, slice by slice, so that the memory which it
+        takes does not grow with ``b``; an image depends on its place in a slice in last bits only.
+        """
+        slices = x.split(self.decoded_at_once(len(x), size))
+        return np.concatenate([self.decode(part) for part in slices])
 
     def full_parameters(self) -> Iterator[nn.Parameter]:
         """What full tuning trains: all of the network."""

@@ -7,6 +7,7 @@ and dropped after them.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -64,6 +65,7 @@ class EncodingCache:
                     self._write(self._shared, shared)
                 self._write(self.file(prompt), own)
         self._policy.drop_encoder()
+        _give_back_memory()
         return len(missing)
 
     def get(self, prompt: str) -> Condition:
@@ -96,6 +98,15 @@ def _read(file: Path, prompt: str) -> Condition:
             f"the encoding of prompt {prompt!r} cannot be read from {file}: {error}. Delete the "
             f"folder {file.parent} and start again (train --resume): it will be made anew"
         ) from error
+
+
+def _give_back_memory() -> None:
+    """Of the encoders: to the GPU's other processes too, for which torch would keep it."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def fingerprint(policy: Policy) -> str:

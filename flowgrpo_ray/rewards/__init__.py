@@ -39,7 +39,8 @@ class Reward(Protocol):
     A class may also have a static method `check_prompt(prompt, metadata)` that raises ValueError
     for a prompt which it could never score; prompts are checked with it before a run starts. A
     method `golden()` returns pictures whose ranking is known (`rewards.golden`): a deployment is
-    refused where it does not rank them so.
+    refused where it does not rank them so. An attribute `SIZE` (`loading.ModelSize`) lets
+    `flowgrpo-ray plan` count its model.
     """
 
     def __call__(

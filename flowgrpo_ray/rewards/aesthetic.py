@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowgrpo_ray.rewards.clip import ClipEncoder
+from flowgrpo_ray.rewards.clip import CLIP_L, ClipEncoder
 from flowgrpo_ray.rewards.colours import flat
 from flowgrpo_ray.rewards.golden import Golden, Rankings, noise_picture
 from flowgrpo_ray.rewards.loading import fill, pick_device, read_weights
@@ -39,6 +39,8 @@ class AestheticReward:
     dtype: of CLIP's weights: `float32`, `bfloat16` or `float16`. The head is always float32.
     batch: images that go through the model at once.
     """
+
+    SIZE = CLIP_L
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ import numpy as np
 from flowgrpo_ray.rewards.colours import colour_rankings
 from flowgrpo_ray.rewards.golden import Rankings
 from flowgrpo_ray.rewards.loading import (
+    ModelSize,
     Source,
     check_dtype_and_batch,
     check_tokenizer,
@@ -20,6 +21,8 @@ from flowgrpo_ray.rewards.loading import (
 
 if TYPE_CHECKING:
     import torch
+
+CLIP_L = ModelSize(427_616_513, 16_842_752)  # ViT-L/14
 
 
 class ClipEncoder:

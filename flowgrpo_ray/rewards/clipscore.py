@@ -8,7 +8,7 @@ The logit of CLIP ViT-L/14, on the scale of Flow-GRPO's public code. (The CLIPSc
 
 from __future__ import annotations
 
-from flowgrpo_ray.rewards.clip import PromptMatch
+from flowgrpo_ray.rewards.clip import CLIP_L, PromptMatch
 
 
 class ClipScoreReward(PromptMatch):
@@ -25,6 +25,7 @@ class ClipScoreReward(PromptMatch):
     """
 
     SCALE = 30.0
+    SIZE = CLIP_L
 
     def __init__(
         self,

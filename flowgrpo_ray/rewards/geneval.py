@@ -15,7 +15,7 @@ import numpy as np
 
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.rewards.bounds import check_counts
-from flowgrpo_ray.rewards.clip import ClipEncoder
+from flowgrpo_ray.rewards.clip import CLIP_L, ClipEncoder
 from flowgrpo_ray.rewards.geneval_rules import (
     CLASSES,
     COLOURS,
@@ -27,7 +27,14 @@ from flowgrpo_ray.rewards.geneval_rules import (
     task_of,
 )
 from flowgrpo_ray.rewards.golden import Golden, Rankings
-from flowgrpo_ray.rewards.loading import Source, load, load_model, pick_device
+from flowgrpo_ray.rewards.loading import (
+    ModelSize,
+    Source,
+    check_dtype_and_batch,
+    load,
+    load_model,
+    pick_device,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -83,8 +90,11 @@ class GenevalReward:
     detector, detector_revision: Mask2Former with COCO instance classes, a folder or a hub id.
     clip, clip_revision: the colour classifier.
     device: `cuda`, `cuda:1`, `cpu`; by default a GPU if there is one.
+    dtype: of both models' weights: `float32`, `bfloat16` or `float16`.
     batch: images (and crops of objects) that go through a model at once.
     """
+
+    SIZE = ModelSize(CLIP_L.parameters + 215_525_061, 746_101_334)
 
     def __init__(
         self,
@@ -100,11 +110,13 @@ class GenevalReward:
         detector_revision: str | None = None,
         clip_revision: str | None = None,
         device: str | None = None,
+        dtype: str = "float32",
         batch: int = 8,
     ) -> None:
         if graded and not strict:
             raise ValueError("strict: false is a rule of its own, it needs graded: false")
-        check_counts(max_objects=max_objects, batch=batch)
+        check_dtype_and_batch(dtype, batch)
+        check_counts(max_objects=max_objects)
         parts = {"threshold": threshold, "counting_threshold": counting_threshold}
         parts |= {"max_overlap": max_overlap, "position_threshold": position_threshold}
         for name, value in parts.items():
@@ -116,8 +128,8 @@ class GenevalReward:
         self._position_threshold = position_threshold
         self._batch = batch
         where = pick_device(device)
-        self._detector = Detector(("detector", detector, detector_revision), where)
-        self._colours = ColourClassifier(("clip", clip, clip_revision), where, batch)
+        self._detector = Detector(("detector", detector, detector_revision), where, dtype)
+        self._colours = ColourClassifier(("clip", clip, clip_revision), where, dtype, batch)
 
     def __call__(
         self,
@@ -164,13 +176,16 @@ class GenevalReward:
 class Detector:
     """Mask2Former: the objects of images, with their masks."""
 
-    def __init__(self, source: Source, device: torch.device) -> None:
+    def __init__(self, source: Source, device: torch.device, dtype: str) -> None:
+        import torch
         from transformers import (
             Mask2FormerForUniversalSegmentation,
             Mask2FormerImageProcessorPil,
         )
 
-        self._model = load_model(Mask2FormerForUniversalSegmentation, source).to(device)
+        self._dtype = getattr(torch, dtype)
+        model = load_model(Mask2FormerForUniversalSegmentation, source)
+        self._model = model.to(device=device, dtype=self._dtype)
         self._prepare = load(Mask2FormerImageProcessorPil, source)
         self._names = class_names(self._model.config.id2label, source)
         self._device = device
@@ -185,7 +200,8 @@ class Detector:
             images=list(images), input_data_format="channels_last", return_tensors="pt"
         ).to(self._device)
         with torch.inference_mode():
-            out = self._model(**inputs)
+            pixels = inputs["pixel_values"].to(self._dtype)
+            out = self._model(pixel_values=pixels, pixel_mask=inputs["pixel_mask"])
             found: list[list[Found] | None] = []
             for logits, masks, wanted, threshold in zip(
                 out.class_queries_logits, out.masks_queries_logits, names, thresholds, strict=True
@@ -265,8 +281,8 @@ def _squash(label: str) -> str:
 class ColourClassifier:
     """CLIP without training: which of `COLOURS` an object has."""
 
-    def __init__(self, source: Source, device: torch.device, batch: int) -> None:
-        self._clip = ClipEncoder(source, source, device=device, dtype="float32", batch=batch)
+    def __init__(self, source: Source, device: torch.device, dtype: str, batch: int) -> None:
+        self._clip = ClipEncoder(source, source, device=device, dtype=dtype, batch=batch)
         self._known: dict[str, torch.Tensor] = {}
 
     def fill_in(

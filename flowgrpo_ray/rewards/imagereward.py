@@ -21,6 +21,7 @@ from flowgrpo_ray.rewards.aesthetic import score_head
 from flowgrpo_ray.rewards.colours import colour_rankings
 from flowgrpo_ray.rewards.golden import Rankings
 from flowgrpo_ray.rewards.loading import (
+    ModelSize,
     Source,
     check_dtype_and_batch,
     check_tokenizer,
@@ -69,6 +70,8 @@ class ImageRewardReward:
     dtype: of BLIP's weights: `float32`, `bfloat16` or `float16`. The head is always float32.
     batch: images that go through the model at once.
     """
+
+    SIZE = ModelSize(446_206_689, 12_166_720)
 
     def __init__(
         self,

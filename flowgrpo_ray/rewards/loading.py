@@ -6,7 +6,7 @@ import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.paths import expand
@@ -21,6 +21,14 @@ DAMAGED = (
     *(OSError, EOFError, ValueError, RuntimeError, LookupError, TypeError, AttributeError),
     *(AssertionError, ArithmeticError, struct.error),
 )
+
+
+class ModelSize(NamedTuple):
+    """What a reward's published model takes, for `flowgrpo-ray plan`: counted, not measured."""
+
+    parameters: int
+    image_bytes: int  # at once and for each image of a batch, in float32
+
 
 Source = tuple[str, str, str | None]
 """An option of a reward, the folder or hub id that it names, and the revision of a hub id."""

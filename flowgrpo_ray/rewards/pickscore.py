@@ -9,6 +9,7 @@ images; the division by 26 is the scale on which Flow-GRPO trains.
 from __future__ import annotations
 
 from flowgrpo_ray.rewards.clip import PromptMatch
+from flowgrpo_ray.rewards.loading import ModelSize
 
 
 class PickScoreReward(PromptMatch):
@@ -23,6 +24,7 @@ class PickScoreReward(PromptMatch):
     """
 
     SCALE = 26.0
+    SIZE = ModelSize(986_109_441, 21_053_440)
 
     def __init__(
         self,

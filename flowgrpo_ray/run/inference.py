@@ -92,7 +92,7 @@ def generate(
         unit = WorkUnit(seed, "eval", 0, index, places, (0,) * len(places), schedule)
         chosen = {place: conditions[place] for place in places}
         _, x = rollout(policy, unit, chosen, size, WeightsTicket(0, ""))
-        images.append(policy.decode(x))
+        images.append(policy.images(x, size))
     return np.concatenate(images)
 
 

@@ -39,6 +39,7 @@ class ActorsSpec(Strict):
 
 
 Ranks = TypeVar("Ranks", bound=ActorsSpec)
+Actors = TypeVar("Actors", bound="ActorsSpec | WorkersSpec | None")
 
 
 class RolloutSpec(ActorsSpec):
@@ -92,10 +93,24 @@ class LearnerSpec(ActorsSpec):
     _one_rank_per_gpu = model_validator(mode="after")(one_rank_per_gpu)
 
 
-class WorkersSpec(ActorsSpec):
-    """Workers that sample and train; how many changes the last bits of a result."""
+class WorkersSpec(Strict):
+    """Workers that sample and train; how many changes the last bits of a result. What is left out
+    follows from what `rollout` and `learner` would take, shared out."""
 
-    _one_rank_per_gpu = model_validator(mode="after")(one_rank_per_gpu)
+    count: int | None = Field(
+        default=None,
+        ge=1,
+        description="processes; default: as many as those two would use GPUs (on a CPU: processes) "
+        "and as the micro-batches of an update can be shared out to",
+    )
+    cpus: float | None = Field(default=None, ge=0, description="that Ray reserves for each")
+    gpus: float | None = Field(
+        default=None, ge=0, description="that Ray reserves; 0 runs on the CPU"
+    )
+    resources: Resources | None = Field(
+        default=None, description="custom Ray resources that each reserves"
+    )
+    threads: int | None = Field(default=None, ge=1, description="torch threads of each, on the CPU")
 
 
 class ClusterSpec(Strict):
@@ -111,9 +126,7 @@ class ClusterSpec(Strict):
     learner: LearnerSpec = LearnerSpec()
     workers: WorkersSpec | None = Field(
         default=None,
-        description="those of the colocated layout; default: what `rollout` and `learner` would "
-        "take, shared out to as many workers as they have GPUs (on a CPU: processes) and as the "
-        "micro-batches of an update can be shared out to",
+        description="those of the colocated layout",
     )
     dashboard: bool = Field(default=False, description="of a local cluster; costs seconds at start")
     reward_http_port: int | None = Field(
@@ -138,8 +151,8 @@ class ClusterSpec(Strict):
 
     @field_validator("rollout", "learner", "workers")
     @classmethod
-    def _whole_gpus(cls, actors: ActorsSpec | None) -> ActorsSpec | None:
-        if actors and actors.gpus > 1:
+    def _whole_gpus(cls, actors: Actors) -> Actors:
+        if actors is not None and (actors.gpus or 0) > 1:
             raise ValueError(f"gpus = {actors.gpus}: an actor drives one GPU at most; raise count")
         return actors
 
@@ -159,25 +172,37 @@ class ClusterSpec(Strict):
                 "leave out cluster.rollout.max_count, or set cluster.layout: separate"
             )
         mine = [kind.resources for kind in (self.rollout, self.learner)]
-        if not self.workers and mine[0] != mine[1]:
+        given = self.workers is not None and self.workers.resources is not None
+        if not given and mine[0] != mine[1]:
             raise ValueError(
                 f"rollout.resources = {mine[0]} and learner.resources = {mine[1]} differ, and with "
-                "layout = colocated one worker plays both parts: give cluster.workers"
+                "layout = colocated one worker plays both parts: give cluster.workers.resources"
             )
         return self
 
+    @property
+    def gpus(self) -> int:
+        """That `rollout` and `learner` use, some of them in part."""
+        kinds = (self.rollout, self.learner)
+        alone = sum(kind.count for kind in kinds if kind.gpus > 0.5)
+        return max(math.ceil(sum(kind.count * kind.gpus for kind in kinds) - 1e-6), alone)
+
     def colocated(self, micro_batches: int) -> ActorsSpec:
-        """The workers of the colocated layout, where an update has so many micro-batches."""
-        if self.workers:
-            return self.workers
+        """The workers of the colocated layout, where an update has so many micro-batches;
+        ``ValueError`` if they cannot be."""
         kinds = (self.rollout, self.learner)
         gpus, cpus = (sum(k.count * getattr(k, what) for k in kinds) for what in ("gpus", "cpus"))
-        most = math.ceil(gpus - 1e-6) or sum(kind.count for kind in kinds)
+        most = self.gpus or sum(kind.count for kind in kinds)
         count = max(n for n in range(1, most + 1) if micro_batches % n == 0)
-        return WorkersSpec(
+        workers = ActorsSpec(
             count=count,
             cpus=round(cpus / count, 4),
-            gpus=min(1, round(gpus / count, 4)),
+            gpus=min(1, round(gpus / most, 4)),
             resources=self.learner.resources,
             threads=max(kind.threads for kind in kinds),
         )
+        given = self.workers.model_dump(exclude_none=True) if self.workers else {}
+        try:
+            return one_rank_per_gpu(workers.model_copy(update=given))
+        except ValueError as error:
+            raise ValueError(f"cluster.workers: {error}") from error

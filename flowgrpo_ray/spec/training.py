@@ -135,6 +135,22 @@ class TrainingSpec(Strict):
         return list(self.actors.values())[-1]
 
     @property
+    def gpus(self) -> int:
+        """Those on which actors sample and train; rewards may have others."""
+        cluster = self.cluster
+        if cluster.layout == "separate":
+            return cluster.gpus
+        given = cluster.workers is not None and cluster.workers.count is not None
+        count = self.ranks.count if given else max(self.ranks.count, cluster.gpus)
+        return count if self.ranks.gpus else 0
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether any process of the run takes a part of a GPU, the rest of which others have."""
+        kinds = [*self.actors.values(), *self.rewards.values()]
+        return any(0 < kind.gpus < 1 for kind in kinds)
+
+    @property
     def weights(self) -> dict[str, float]:
         return {name: reward.weight for name, reward in self.rewards.items()}
 

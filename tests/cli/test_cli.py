@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,9 @@ def test_plan_counts_the_work(run):
     assert "256 to train on, 64 held out" in out
     assert "0 GPU" in out
     assert "memory (1.70 M parameters, 1.70 M trained)" in out
-    assert re.search(r"learner rank, update\W+\d+\.\d\d", out)
-    assert "GiB; " not in out, "no verdict on a spec without GPUs"
+    assert re.search(r"learner rank, training\W+\d+\.\d\d", out)
+    assert "GiB in " not in out, "no verdict on a spec without GPUs"
+    assert "layouts" not in out
 
 
 def test_plan_counts_guidance_and_all_steps(run):
@@ -110,10 +112,25 @@ def test_plan_as_json_has_the_numbers(run):
     found = json.loads(out)
     assert found["work"]["rollout_forwards"] == 960
     assert found["reserved"]["GPU"] == 2
-    stages = found["footprint"]["learner"]
-    assert stages.keys() == {"loading", "update", "publishing"}
-    largest = max(sum(parts.values()) for parts in stages.values())
-    assert found["needed"]["learner rank"] == largest / 2**30
+    stages = found["footprint"]["actors"]["learner"]
+    assert stages.keys() == {"loading", "training", "update", "publishing"}
+    phases = found["needed"]["learner rank"]
+    assert phases["update"] == sum(stages["update"].values()) / 2**30
+    assert found["needed"]["rollout worker"].keys() >= {"start", "sampling", "evaluation"}
+    layouts = {row["layout"]: row for row in found["footprint"]["layouts"]}
+    assert layouts["separate"]["counts"] == [1, 1]
+    assert layouts["colocated"]["busy"] == 1.0 > layouts["separate"]["busy"]
+
+
+def test_plan_recommends_a_layout(run):
+    status, out, _ = run("plan", "tiny-ocr", *GPU_ACTORS, "--set", "advantages.std=global")
+    assert status == 0
+    out = squeezed(out)
+    assert "layouts of 2 GPUs, by FLOPs" in out
+    assert re.search(r"separate 1 \+ 1 50% 50% ", out)
+    assert re.search(r"colocated 2 100% 0% ", out)
+    chosen = "recommended: cluster.layout: colocated, cluster.learner.parallel: replicate"
+    assert f"{chosen}: with advantages.std: global separate sides take turns" in out
 
 
 def test_plan_without_the_models_configs_says_so(run):
@@ -130,13 +147,17 @@ def test_plan_for_a_gpu_that_is_none(run, gpu: str):
     assert f"--gpu '{gpu}': write a number of GiB, or one of a10g" in squeezed(err)
 
 
-def footprint_of(worker: int, rank: int, stage: str = "update") -> Any:
-    """A model that needs so many GiB, in a stage of either."""
+def footprint_of(worker: int, rank: int, stage: str = "training", reward: int = 0) -> Any:
+    """A model that needs so many GiB, in a stage of either; of one worker that is both the sum."""
     from flowgrpo_ray.estimate.footprint import Footprint
 
-    rollout = {"sampling": {"weights": worker * 2**30}, "encoding": {"weights": 1}}
-    learner = {"loading": {"weights": 1}, stage: {"weights": rank * 2**30 - 1, "more": 1}}
-    return Footprint(1, 1, 1, 1, rollout, learner, 0, encoders_known=True)
+    gib = 2**30
+    rollout = {"sampling": {"weights": worker * gib}, "start": {"weights": gib}}
+    learner = {"loading": {"weights": 1}, stage: {"weights": rank * gib - 1, "more": 1}}
+    workers = {"start": {"weights": 12 * gib}, stage: {"weights": (worker + rank) * gib}}
+    actors = {"rollout": rollout, "learner": learner, "workers": workers}
+    rewards = {"ocr": {"weights": reward * gib}, "sign_colour": {}}
+    return Footprint(1, 1, 1, 1, actors, rewards, 0, encoders_known=True, layouts=[])
 
 
 def verdicts(gpu: tuple[str, float] | None, footprint: Any, *overrides: str) -> list[str]:
@@ -148,9 +169,9 @@ def verdicts(gpu: tuple[str, float] | None, footprint: Any, *overrides: str) -> 
 
 def test_verdicts_compare_with_a_gpu_or_name_one():
     worker, rank, advice = verdicts(("h100", 79), footprint_of(79, 80))
-    assert worker == "rollout worker: 79.0 GiB; fits h100 (79 GiB)"
-    assert rank == "learner rank: 80.0 GiB; DOES NOT FIT h100 (79 GiB)"
-    for key in ("activation_checkpointing=true", "offload_optimizer=true", "learner.count", "lora"):
+    assert worker == "rollout worker: 79.0 GiB in sampling; fits h100 (79 GiB)"
+    assert rank == "learner rank: 80.0 GiB in training; DOES NOT FIT h100 (79 GiB)"
+    for key in ("activation_checkpointing=true", "offload_optimizer=true", "more GPUs", "lora"):
         assert key in advice
     worker, rank = verdicts(None, footprint_of(22, 40))
     assert worker.endswith("the smallest GPU that has it: a10g (22 GiB)")
@@ -172,21 +193,44 @@ def test_advice_leaves_out_what_is_done_or_would_not_help():
     assert "learner" not in advice
 
 
-def test_actors_that_share_a_gpu_need_it_together():
-    from flowgrpo_ray.cli.plan import needed
+def test_what_shares_a_gpu_needs_it_together():
+    from flowgrpo_ray.cli.plan import gpus_of
 
-    def of(rollout: float, learner: float, count: int = 1) -> dict[str, float]:
+    def of(rollout: float, learner: float, count: int = 1, more: str = "") -> dict[str, float]:
         workers = f"{{count: {count}, gpus: {rollout}}}"
-        keys = f"cluster={{rollout: {workers}, learner: {{gpus: {learner}}}}}"
-        return needed(load_spec("tiny-ocr", [keys]), footprint_of(10, 30))
+        keys = f"cluster={{rollout: {workers}, learner: {{gpus: {learner}}}{more}}}"
+        spec = load_spec("tiny-ocr", [keys, "rewards.ocr.gpus=0.2"])
+        kinds = gpus_of(spec, footprint_of(10, 30, reward=3))
+        return {gpu.name: gpu.largest()[1] / 2**30 for gpu in kinds}
 
-    assert of(0.4, 0.4) == {"rollout worker + learner rank": 40}
-    assert of(0.2, 0.6, 2) == {"2 rollout workers + learner rank": 50}
-    assert of(0.5, 1) == {"rollout worker": 10, "learner rank": 30}
-    assert of(0.5, 1, 3) == {"rollout worker": 20, "learner rank": 30}
-    assert of(0.5, 0.6, 2) == {"rollout worker": 20, "learner rank": 30}
-    assert of(0, 1) == {"learner rank": 30}
-    assert of(0, 0) == {}
+    assert of(0.4, 0.4) == {"rollout worker + learner rank + ocr": 43}
+    assert of(0.2, 0.6, 2) == {"2 rollout workers + learner rank": 50, "ocr": 3}
+    assert of(0.5, 1) == {"rollout worker + ocr": 13, "learner rank": 30}
+    assert of(0.5, 1, 3) == {"2 rollout workers": 20, "learner rank": 30, "ocr": 3}
+    assert of(0.5, 0.6, 2) == {"2 rollout workers": 20, "learner rank + ocr": 33}
+    assert of(0, 1) == {"learner rank": 30, "ocr": 3}
+    assert of(0, 0) == {"ocr": 3}
+    assert of(0.4, 0.4, more=", layout: colocated") == {"worker + ocr": 43}
+
+
+def test_the_phase_that_needs_the_most_is_named():
+    """Text encoders are there alone; rewards from then on; sharing processes at the same time."""
+    keys = "cluster={rollout: {gpus: 0.4}, learner: {gpus: 0.4}}"
+    both, _ = verdicts(("a10g", 22), footprint_of(10, 30), keys)
+    name = "rollout worker + learner rank: 40.0 GiB in sampling and training"
+    assert both == f"{name}; DOES NOT FIT a10g (22 GiB)"
+    keys = "cluster={layout: colocated, workers: {count: 1, gpus: 0.9}}"
+    assert verdicts(None, footprint_of(1, 1), keys)[0].startswith("worker: 12.0 GiB in start; ")
+    more = verdicts(None, footprint_of(5, 6, reward=3), keys, "rewards.ocr.gpus=0.1")
+    assert more[0].startswith("worker + ocr: 14.0 GiB in training; ")
+
+
+def test_a_reward_of_unknown_size_is_told():
+    from flowgrpo_ray.cli.plan import not_counted
+
+    found = replace(footprint_of(1, 1), rewards={"mine": None, "ocr": {}}, encoders_known=False)
+    told = ["the text encoders, which are not on this disk", "the reward mine"]
+    assert list(not_counted(found)) == told
 
 
 def test_a_note_is_printed_as_it_is():

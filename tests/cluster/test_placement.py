@@ -16,7 +16,9 @@ from flowgrpo_ray.cluster.placement import plan_bundles
 from flowgrpo_ray.common.errors import ClusterError
 from flowgrpo_ray.spec.file import load_spec
 
+SEPARATE = "cluster.layout=separate"
 PAIRS = (
+    SEPARATE,
     "cluster.rollout={count: 16, cpus: 0.5, gpus: 0.4}",
     "cluster.learner={count: 16, cpus: 0.5, gpus: 0.6}",
 )
@@ -31,7 +33,7 @@ def test_what_shares_a_gpu_shares_a_bundle():
     assert [bundle.resources for bundle in bundles] == [{"CPU": 1, "GPU": 1}] * 16
     more = load_spec("sd35-ocr", [*PAIRS, "cluster.rollout.gpus=0.41"])
     assert len(plan_bundles(more)) == 24, "two rollout workers on each of the further GPUs"
-    spec = load_spec("sd35-pickscore-1gpu")
+    spec = load_spec("sd35-pickscore-1gpu", [SEPARATE])
     (bundle,) = plan_bundles(spec)
     assert bundle.seats == [("learner", 0), ("rollout", 0)]
     assert bundle.resources == {"CPU": 2, "GPU": 0.8}  # the reward takes the rest of the GPU
@@ -39,15 +41,15 @@ def test_what_shares_a_gpu_shares_a_bundle():
 
 def test_two_ranks_never_share_a_gpu_and_machines_that_differ_nothing():
     small = "cluster.rollout={count: 4, gpus: 0.25}"
-    learner = "cluster.learner={count: 2, gpus: 0.51}"
-    seats = [bundle.seats for bundle in plan_bundles(load_spec("sd35-ocr-4gpu", [small, learner]))]
+    few = [SEPARATE, small, "cluster.learner={count: 2, gpus: 0.51}"]
+    seats = [bundle.seats for bundle in plan_bundles(load_spec("sd35-ocr-4gpu", few))]
     assert seats == [
         [("learner", 0), ("rollout", 0)],
         [("learner", 1), ("rollout", 1)],
         [("rollout", 2), ("rollout", 3)],
     ]
     elsewhere = "cluster.rollout.resources={sampler: 0.1}"
-    spec = load_spec("sd35-ocr-4gpu", [small, learner, elsewhere])
+    spec = load_spec("sd35-ocr-4gpu", [*few, elsewhere])
     assert [len(bundle.seats) for bundle in plan_bundles(spec)] == [1, 1, 4]
 
 

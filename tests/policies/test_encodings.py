@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny_runs import CPU, LORA, PROMPTS, small_spec
 
+from flowgrpo_ray.cluster.rollout import RolloutWorker
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.policies.base import Policy
@@ -130,6 +131,31 @@ def test_a_torn_or_lost_file_is_an_error_that_names_it():
     file.unlink()
     with pytest.raises(ModelError, match="cannot be read"):
         cache.get(PROMPTS[0])
+
+
+def test_a_rollout_worker_holds_nothing_else_while_prompts_are_encoded(monkeypatch):
+    """Encoders come first and leave; then the network; a worker that starts later does the same."""
+    monkeypatch.setattr("os.nice", lambda _: 0)  # of the tests' own process
+    worker = RolloutWorker(small_spec(), 0)
+    worker.start()
+    held: list[bool] = []
+    reader = worker.encodings._policy
+    load_encoder = reader.load_encoder
+
+    def noted() -> None:
+        held.append(hasattr(worker, "policy"))
+        load_encoder()
+
+    monkeypatch.setattr(reader, "load_encoder", noted)
+    assert worker.encode(PROMPTS) == len(PROMPTS)
+    assert held == [False]
+    assert not hasattr(reader, "encoder")
+    worker.load_model()
+    network = worker.policy.network
+    worker.load_model()
+    assert worker.policy.network is network, "loaded once"
+    assert not hasattr(worker.policy, "encoder")
+    assert worker.encodings.folder == EncodingCache(worker.policy).folder, "the same fingerprint"
 
 
 def test_a_lost_negative_prompt_is_an_error():

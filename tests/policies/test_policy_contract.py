@@ -48,7 +48,7 @@ from flowgrpo_ray.algorithm.parallel import join_group
 from flowgrpo_ray.algorithm.sampling import INITIAL, batch_condition, draw_noise, replay, rollout
 from flowgrpo_ray.algorithm.weights import digest, load_arrays
 from flowgrpo_ray.common.errors import SpecError
-from flowgrpo_ray.policies import load_policy
+from flowgrpo_ray.policies import base, load_policy
 from flowgrpo_ray.policies.base import Policy
 from flowgrpo_ray.spec.families import FAMILIES
 
@@ -90,6 +90,29 @@ def test_every_family_has_its_row():
 
 
 # --- against the pipeline
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_images_are_decoded_in_slices(family, monkeypatch):
+    """The same images, of as many pixels at once as fit; those of one slice are decoded as ever."""
+    policy = load_policy(spec_of(family), CPU, frozenset({"network", "decoder"}))
+    size, x = MODELS[family].size, noise(policy, 5)
+    assert np.array_equal(policy.images(x, size), policy.decode(x))
+    slices: list[int] = []
+    decode = policy.decode
+
+    def noted(part: torch.Tensor):
+        slices.append(len(part))
+        return decode(part)
+
+    monkeypatch.setattr(policy, "decode", noted)
+    monkeypatch.setattr(base, "DECODED_PIXELS", 2 * size[0] * size[1] + 1)
+    found = policy.images(x, size)
+    assert slices == [2, 2, 1]
+    expected = np.concatenate([decode(part) for part in x.split(2)])
+    assert np.array_equal(found, expected)
+    monkeypatch.setattr(base, "DECODED_PIXELS", 1)
+    assert policy.decoded_at_once(5, size) == 1, "one image is always decoded"
 
 
 @pytest.mark.parametrize(("family", "guidance"), GUIDED_PIPELINES)

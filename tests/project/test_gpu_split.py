@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import pytest
 from test_docs import ROOT, blocks_of, folder  # noqa: F401
 from tiny_runs import one_thread
 
-from flowgrpo_ray.cli.plan import cost_of, largest, needed
+from flowgrpo_ray.cli.plan import gpus_of
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.estimate import footprint
+from flowgrpo_ray.estimate.layouts import Work, best_split, busy_colocated
 from flowgrpo_ray.estimate.preflight import check_run
+from flowgrpo_ray.run.cost import cost_of
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.tracking import TIMINGS
 from flowgrpo_ray.spec.file import load_spec
@@ -41,6 +44,7 @@ def costs_once() -> Iterator[None]:
     def costs(spec: TrainingSpec, policy: Any, configs: Any) -> Any:
         sampling, learner = spec.sampling, spec.cluster.learner
         key = sampling.micro_batch, sampling.guidance, learner.activation_checkpointing
+        assert spec.ranks.gpus, "the rules of a GPU's autocast hold"
         if key not in known:
             known[key] = original(spec, policy, configs)
         return known[key]
@@ -52,7 +56,7 @@ def costs_once() -> Iterator[None]:
 
 def examples() -> list[TrainingSpec]:
     """The specs of the worked examples, from the commands of their block."""
-    text = next(b.text for b in blocks_of(PAGE) if b.text.startswith("# 1 GPU"))
+    text = next(b.text for b in blocks_of(PAGE) if b.text.startswith("# 1 GPU of 24 GB"))
     commands = [shlex.split(line) for line in text.splitlines() if not line.startswith("#")]
     assert all(set(c[3::2]) == {"--set"} for c in commands)
     return [load_spec(c[2], c[4::2]) for c in commands]
@@ -75,13 +79,10 @@ def test_worked_examples_need_what_the_page_says():
         check_run(spec)
         found = footprint.estimate(spec)
         assert found is not None
-        worker, rank = (largest(stages)[1] / GIB for stages in (found.rollout, found.learner))
-        together = [size for name, size in needed(spec, found).items() if "+" in name]
         share = found.rollout_flops / (found.rollout_flops + found.training_flops)
-        numbers = [required_resources(spec)["GPU"], worker, rank, *together, share]
-        told = [float(cell) for cell in row[1:] if cell]
-        digits = [0, 1, 1, *([1] if together else []), 2]
-        assert told == [round(n, d) for n, d in zip(numbers, digits, strict=True)], row[0]
+        kinds = [f"{gpu.name} {gpu.largest()[1] / GIB:.1f}" for gpu in gpus_of(spec, found)]
+        reserved = required_resources(spec)["GPU"]
+        assert row[1:] == [f"{reserved:g}", ", ".join(kinds), f"{share:.2f}"]
 
 
 @pytest.mark.slow
@@ -99,6 +100,18 @@ def test_shares_of_flops_are_those_of_the_plan():
         assert found is not None
         flops = found.rollout_flops / 1e12, found.training_flops / 1e12
         assert row[1:] == [*(f"{n:,.0f}" for n in flops), f"{flops[0] / sum(flops):.2f}"]
+
+
+def test_the_time_that_waits_is_that_of_the_arithmetic():
+    """128 micro-batches in blocks of 8, two updates; the FLOPs are those of the page."""
+    as_it_is, _, without_kl, fast = table("2. How much work is each side?")[:4]
+    rows = {"`sd35-ocr.yaml`": as_it_is, "without KL": without_kl, "Flow-GRPO-Fast": fast}
+    for name, std, *told in table("# Which layout?"):
+        sampling, training = (float(n.replace(",", "")) / 128 for n in rows[name][1:3])
+        of = Work(sampling, training, units=128, block=8, updates=2, std=std)
+        shares = [best_split(of, n)[2] for n in (2, 32, 64)]
+        shares += [best_split(replace(of, lag=1), 32)[2], busy_colocated(of, 32)]
+        assert told == [f"{100 * share:.0f}" for share in shares], (name, std)
 
 
 def test_two_ranks_on_one_gpu_are_refused():

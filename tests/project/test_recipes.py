@@ -116,6 +116,7 @@ PUBLISHED = {
     "sd35-geneval-fast-cps": replace(FAST, rewards={"geneval": 1}),
     "sd35-pickscore-fast-cps": replace(FAST, groups=(18, 64)),
     "sd35-ocr-4gpu": replace(OCR, micro_batch=8, groups=(16, 16), gpus=4),
+    "sd35-ocr-1gpu-24gb": replace(OCR, micro_batch=2, groups=(8, 8), gpus=1),
     "sd35-pickscore-1gpu": replace(PICK, micro_batch=8, groups=(8, 8), gpus=1),
     "flux-pickscore": FLUX,
     "flux-pickscore-fast": replace(
@@ -174,7 +175,7 @@ def read(spec: TrainingSpec) -> Published:
         std=spec.advantages.std,
         learning_rate=spec.optimizer.learning_rate,
         ema=None if spec.ema is None else (spec.ema.decay, spec.ema.every),
-        gpus=round(required_resources(spec)["GPU"]),
+        gpus=spec.gpus,
     )
 
 
@@ -220,8 +221,29 @@ def test_the_sets_and_the_counts_fit(name: str):
         assert spec.prompts.evaluate == f"prompts/{task}-test.{ending}"
         for reward, section in spec.rewards.items():
             assert (section.gpus > 0) == (reward != "ocr")
-        assert spec.cluster.rollout.gpus > 0
-        assert spec.cluster.learner.gpus > 0
+
+
+def check_placed(spec: TrainingSpec, gpus: int) -> None:
+    """Each GPU has one that samples or trains, and rewards have room in what these leave."""
+    assert spec.gpus == gpus == sum(kind.count for kind in spec.actors.values())
+    left = 1 - max(kind.gpus for kind in spec.actors.values())
+    shares = [(r.replicas, r.gpus) for r in spec.rewards.values() if r.gpus]
+    assert all(share <= left + 1e-6 for _, share in shares)
+    assert sum(n * share for n, share in shares) <= gpus * left + 1e-6
+    assert required_resources(spec)["GPU"] <= gpus + 1e-6
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_gpus_are_shared_by_those_that_sample_train_and_score(name: str):
+    """As published, on 8 GPUs, and with processes of their own for either side."""
+    gpus = PUBLISHED[name].gpus
+    check_placed(load_spec(name), gpus)
+    if gpus > 1:
+        check_placed(load_spec(name, ["cluster.layout=separate"]), gpus)
+    if gpus > 8:
+        eight = load_spec(name, ["cluster.workers.count=8"])
+        check_placed(eight, 8)
+        assert eight.identity() == load_spec(name).identity()
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -271,14 +293,14 @@ def test_every_recipe_is_on_the_page():
 
 
 def test_the_gpus_on_the_page_are_those_of_the_recipes():
-    rows = re.findall(r"^\| `([a-z0-9-]+)` \|.*\| ([^|]+) \|$", page("recipes.md"), re.M)
-    shown = {name: cell for name, cell in rows if re.match(r"\d+ \+", cell)}
-    assert set(PUBLISHED) - set(shown) == {"sd35-pickscore-1gpu"}
-    for name, cell in shown.items():
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \|.*\| (\d+) \| ([^|]+) \|$", page("recipes.md"), re.M)
+    assert [name for name, *_ in rows] == [*PUBLISHED]
+    for name, gpus, rewards in rows:
         spec = load_spec(name)
-        rewards = sum(r.replicas * r.gpus for r in spec.rewards.values())
-        counts = [spec.cluster.rollout.count, spec.cluster.learner.count, round(rewards)]
-        assert [int(n) for n in re.findall(r"\d+", cell.split(",")[0])] == [n for n in counts if n]
+        assert int(gpus) == spec.gpus
+        shares = [(r.replicas, r.gpus or "CPU") for r in spec.rewards.values()]
+        told = re.findall(r"(\d+) × ([\d.]+|CPU)", rewards)
+        assert told == [(str(n), str(share)) for n, share in shares]
 
 
 def test_conformance_names_tests_and_keys_that_exist():

@@ -185,6 +185,17 @@ def test_objects_are_those_of_transformers(models, hf, images, threshold):
             np.testing.assert_array_equal(a.mask, b.mask)
 
 
+def test_half_precision_finds_nearly_the_same(models, images):
+    found = [
+        build_on_cpu(models, dtype=dtype)._detector(images, [set(CLASSES)] * 10, [0.3] * 10)
+        for dtype in ("float32", "bfloat16")
+    ]
+    exact, rounded = ([{one.name for one in ones} for ones in each] for each in found)
+    assert sum(map(len, exact)) > 20
+    assert sum(len(a & b) for a, b in zip(exact, rounded, strict=True)) > 0.9 * sum(map(len, exact))
+    assert [one.score for one in found[0][0]] != [one.score for one in found[1][0]]
+
+
 def test_only_classes_that_are_asked_for_are_returned(models, images):
     detector = build_on_cpu(models)._detector
 
@@ -270,7 +281,7 @@ def straight_colour(clip):
 
 
 def test_colours_are_those_of_a_straight_computation(clip, images, straight_colour):
-    classifier = ColourClassifier(("clip", clip, None), torch.device("cpu"), batch=3)
+    classifier = ColourClassifier(("clip", clip, None), torch.device("cpu"), "float32", batch=3)
     rng = np.random.default_rng(2)
     found, expected = [], []
     boxes = [(0, 0, 96, 72), (10, 20, 60, 70), (5, 5, 40, 8), (90, 0, 91, 30), (3, 3, 4, 4)]
@@ -297,7 +308,7 @@ def test_colours_are_those_of_a_straight_computation(clip, images, straight_colo
 
 
 def test_colours_are_asked_only_where_they_matter(clip, images, monkeypatch):
-    classifier = ColourClassifier(("clip", clip, None), torch.device("cpu"), batch=8)
+    classifier = ColourClassifier(("clip", clip, None), torch.device("cpu"), "float32", batch=8)
     cut = []
     encode = classifier._clip.images
     monkeypatch.setattr(

@@ -187,7 +187,7 @@ BAD = {
     ),
     "two workers on a GPU": (
         ["cluster.layout=colocated", "cluster.workers={count: 2, gpus: 0.5}"],
-        ["workers: count = 2 with gpus = 0.5"],
+        ["cluster.workers: count = 2 with gpus = 0.5"],
     ),
     "two GPUs for an actor": (
         ["cluster.rollout.gpus=2"],
@@ -251,7 +251,9 @@ def test_a_progressive_window_may_touch_the_last_stochastic_step():
     [
         ("sd35-ocr-4gpu", [], (4, 1.0, 1.0)),
         ("sd35-pickscore-1gpu", [], (1, 2.0, 0.8)),  # beside a reward that takes the rest
-        ("sd35-pickscore", [], (16, 1.875, 1.0)),  # 30 GPUs, and 64 micro-batches an update
+        ("sd35-pickscore", [], (32, 1.0, 0.9)),  # each of the 32 has a GPU for itself
+        ("sd35-pickscore", ["cluster.workers.count=8"], (8, 1.0, 0.9)),  # the rest follows
+        ("sd35-ocr", ["cluster.rollout.count=14"], (16, 1.875, 1.0)),  # 30, of 64 micro-batches
         ("tiny-ocr", [], (2, 0.75, 0.0)),
         ("tiny-ocr", ["cluster.workers={count: 1, cpus: 2, threads: 2}"], (1, 2.0, 0.0)),
     ],
