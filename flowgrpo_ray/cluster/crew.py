@@ -16,6 +16,7 @@ from ray.util.placement_group import PlacementGroup
 
 from flowgrpo_ray.cluster.actors import Losses, all_or_none, place
 from flowgrpo_ray.cluster.learner_group import Contribution, LearnerGroup, LearnerRank
+from flowgrpo_ray.cluster.linear import settled
 from flowgrpo_ray.cluster.live import Display
 from flowgrpo_ray.cluster.rollout import RolloutWorker
 from flowgrpo_ray.cluster.rollout_pool import RolloutPool, Sampled
@@ -71,6 +72,7 @@ class Crew:
     async def start(self) -> None:
         """Bring up learner, rollout workers and rewards, all at once; encode every new prompt."""
         self.group = place(self.spec.cluster)
+        self.spec = await settled(self.spec, self.group, self.display.note)
         shared = (self.spec, self.group, self.ledger, self.losses)
         self.learners = LearnerGroup(*shared, self._kinds.learner)
         self.rollouts = RolloutPool(*shared, self._kinds.rollout)
