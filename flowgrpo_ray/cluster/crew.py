@@ -16,6 +16,7 @@ from ray import ObjectRef
 from flowgrpo_ray.cluster.actors import Losses, all_or_none
 from flowgrpo_ray.cluster.colocated import ColocatedWorker, WorkerGroup, WorkerPool
 from flowgrpo_ray.cluster.learner_group import Contribution, LearnerGroup, LearnerRank
+from flowgrpo_ray.cluster.linear import settled
 from flowgrpo_ray.cluster.live import Display
 from flowgrpo_ray.cluster.placement import place
 from flowgrpo_ray.cluster.rollout import RolloutWorker
@@ -77,6 +78,7 @@ class Crew:
         What shares a GPU with text encoders comes when these are gone.
         """
         self.placement = await place(self.spec)
+        self.spec = await settled(self.spec, self.placement.group, self.display.note)
         shared = (self.spec, self.placement, self.ledger, self.losses)
         if self.spec.cluster.layout == "colocated":
             self.rollouts = WorkerPool(*shared, self._kinds.workers)

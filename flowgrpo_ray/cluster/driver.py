@@ -130,6 +130,7 @@ class Trainer:
         """Bring up every actor."""
         self.display.stage("starting learner, rollout workers and rewards")
         await self.crew.start()
+        self.folder.write_spec(self.crew.spec)  # with what it found out
         self.telemetry.follow(self.crew)
         self.journal.started("actors")
 

@@ -57,6 +57,7 @@ def train(
         check_environments(spec)
         check_access(spec.model)
     folder = RunFolder.claim(root, spec, resume=resume)
+    spec = spec.with_linear(folder.read_spec().cluster.cpu_linear)  # what an earlier attempt took
     with contextlib.ExitStack() as ending:
         ending.callback(folder.release)
         live = ending.enter_context(Live(folder, spec, display))

@@ -33,4 +33,6 @@ def load_policy(
     """The spec's base model on ``device``, not yet tuned; all its parts, or those named."""
     cls = policy_class(spec.model.family)
     parts = cls.PARTS if parts is None else parts
-    return cls(spec.model, spec.tuning, spec.sampling.guidance, device, parts)
+    policy = cls(spec.model, spec.tuning, spec.sampling.guidance, device, parts)
+    policy.onednn = spec.cluster.cpu_linear == "onednn" and device.type == "cpu"
+    return policy

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.types import Condition, Images
+from flowgrpo_ray.policies.linear import use_onednn
 from flowgrpo_ray.policies.lora import add_lora, merge_file, start_lora, switch
 from flowgrpo_ray.policies.lora_file import read_lora
 
@@ -50,6 +51,7 @@ class Policy(ABC):
     config_files: ClassVar[tuple[str, ...]]  # that say what the parts are made of
 
     network: nn.Module
+    onednn = False  # whether oneDNN computes the tuned network's linear layers
 
     def __init__(
         self,
@@ -193,14 +195,18 @@ class Policy(ABC):
         evaluation does not change the program that training uses.
         """
         self._tune(seed, with_reference)
+        networks = [n for n in (self.network, self.reference_network) if n is not None]
+        if self.onednn:
+            for network in networks:
+                use_onednn(network)
         if self.model.compile:
             check_compiler()
             # A program for each kind of block, size of a batch, with and without gradients, and of
             # the reference; beyond torch's limit blocks would run uncompiled, with other bits.
             torch._dynamo.config.recompile_limit = 64
             torch._dynamo.config.fail_on_recompile_limit_hit = True
-            for network in (self.network, self.reference_network):
-                for block in network.modules() if network is not None else ():
+            for network in networks:
+                for block in network.modules():
                     if isinstance(block, self.block_classes()):
                         block.compile(dynamic=False)
 

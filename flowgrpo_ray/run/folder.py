@@ -66,7 +66,9 @@ class RunFolder:
                     "be written to: remove it"
                 )
         folder._lock()
-        write_atomic(folder.spec_file, dump_spec(spec).encode())
+        if held and spec.cluster.cpu_linear == "auto":
+            spec = spec.with_linear(held.cluster.cpu_linear)
+        folder.write_spec(spec)
         return folder
 
     @classmethod
@@ -79,6 +81,9 @@ class RunFolder:
 
     def read_spec(self) -> TrainingSpec:
         return load_spec(str(self.spec_file))
+
+    def write_spec(self, spec: TrainingSpec) -> None:
+        write_atomic(self.spec_file, dump_spec(spec).encode())
 
     def latest(self) -> tuple[LearnerState, Progress] | None:
         """The newest checkpoint, verified; ``None`` if there is none."""

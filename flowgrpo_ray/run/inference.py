@@ -55,6 +55,7 @@ def load_trained(
 
 def _load(spec: TrainingSpec) -> Policy:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    spec = spec.with_linear("torch")  # whatever the run took: as plain diffusers draws
     return load_policy(spec, device, frozenset({"network", "decoder"}))
 
 

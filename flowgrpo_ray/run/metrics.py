@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from flowgrpo_ray.algorithm.advantages import has_gradient, reward_wise_advantages
 from flowgrpo_ray.common.types import Float32, MicrobatchStats, StepStats, WeightsTicket, WorkUnit
 from flowgrpo_ray.spec.prompts import IterationPlan
 from flowgrpo_ray.spec.sections import AdvantagesSpec
@@ -52,24 +53,19 @@ def signals(
     ``weights`` are those of the rewards. A group with a part that failed is dropped whole; a NaN
     score leaves its sample out; a group without spread has no gradient.
     """
-    import torch
-
-    from flowgrpo_ray.algorithm.objective import has_gradient, reward_wise_advantages
-
     group = np.concatenate([unit.prompts for unit in units])
     total = np.concatenate([score.total for score in scores])
     for unit, score in zip(units, scores, strict=True):
         if score.failure:
             total[np.isin(group, unit.prompts)] = np.nan
-    rewards, weighting = total[None], [1.0]
+    rewards, weighting = total[None], np.ones(1, np.float32)
     if spec.per_reward:
         trained = [name for name, weight in weights.items() if weight]
-        weighting = [weights[name] for name in trained]
+        weighting = np.array([weights[name] for name in trained], np.float32)
         each = [np.concatenate([score.rewards[name] for score in scores]) for name in trained]
         rewards = np.where(np.isnan(total), np.nan, np.stack(each))
-    r, w, g = torch.from_numpy(rewards), torch.tensor(weighting), torch.from_numpy(group)
-    keep = has_gradient(r, g).numpy()
-    advantages = reward_wise_advantages(r, w, g, spec.std, spec.clamp).numpy()
+    keep = has_gradient(rewards, group)
+    advantages = reward_wise_advantages(rewards, weighting, group, spec.std, spec.clamp)
     ends = np.cumsum([unit.batch for unit in units])[:-1]
     parts = zip(units, np.split(advantages * keep, ends), np.split(keep, ends), strict=True)
     return {unit.index: Signal(advantage, kept) for unit, advantage, kept in parts}

@@ -128,6 +128,13 @@ class ClusterSpec(Strict):
         default=None,
         description="those of the colocated layout",
     )
+    cpu_linear: Literal["auto", "torch", "onednn"] = Field(
+        default="auto",
+        description="who computes the linear layers of a float32 network on CPUs. `auto`: oneDNN "
+        "on AMD processors with AVX-512 where a short timing at the start finds it faster, else "
+        "torch; `spec.yaml` of the run folder says which, and a resumed run keeps to it. It "
+        "changes the last bits of a result",
+    )
     dashboard: bool = Field(default=False, description="of a local cluster; costs seconds at start")
     reward_http_port: int | None = Field(
         default=None, ge=1, le=65535, description="serve rewards over HTTP"

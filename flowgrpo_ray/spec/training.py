@@ -93,6 +93,15 @@ class TrainingSpec(Strict):
         return self
 
     @model_validator(mode="after")
+    def _linear_fits(self) -> TrainingSpec:
+        if self.cluster.cpu_linear == "onednn" and not self.computes_on_cpu:
+            raise ValueError(
+                "cluster.cpu_linear = onednn is for actors without GPUs, model.dtype = float32 and "
+                "no model.compile: leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _updates_fit(self) -> TrainingSpec:
         sampling, updates = self.sampling, self.objective.updates
         blocks = sampling.units // sampling.units_per_block
@@ -149,6 +158,17 @@ class TrainingSpec(Strict):
         """Whether any process of the run takes a part of a GPU, the rest of which others have."""
         kinds = [*self.actors.values(), *self.rewards.values()]
         return any(0 < kind.gpus < 1 for kind in kinds)
+
+    @property
+    def computes_on_cpu(self) -> bool:
+        """Whether the network's linear layers are torch's float32 ones on CPUs, in every actor."""
+        on_cpu = not any(actors.gpus for actors in self.actors.values())
+        return on_cpu and self.model.dtype == "float32" and not self.model.compile
+
+    def with_linear(self, name: str) -> TrainingSpec:
+        """This spec with another ``cluster.cpu_linear``."""
+        cluster = self.cluster.model_copy(update={"cpu_linear": name})
+        return self.model_copy(update={"cluster": cluster})
 
     @property
     def weights(self) -> dict[str, float]:

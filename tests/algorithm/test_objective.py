@@ -14,17 +14,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from flowgrpo_ray.algorithm.advantages import (
+    group_advantages,
+    has_gradient,
+    reward_wise_advantages,
+)
 from flowgrpo_ray.algorithm.flow import LIKELIHOODS, Gaussian, flow_sde
 from flowgrpo_ray.algorithm.learner import surrogate
 from flowgrpo_ray.algorithm.objective import (
     clipped,
     clipped_loss,
     diverged,
-    group_advantages,
     guard_log_ratio,
-    has_gradient,
     kl_to_reference,
-    reward_wise_advantages,
 )
 from flowgrpo_ray.algorithm.sampling import Replayed
 from flowgrpo_ray.spec.sections import FlowDppo, FlowGrpo, GrpoGuard, Objective
@@ -41,6 +43,10 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 # --- advantages
+
+
+def vector(*values: float) -> np.ndarray:
+    return np.array(values, np.float64)
 
 
 def advantages_by_numpy(
@@ -75,21 +81,21 @@ rows = st.lists(st.tuples(st.integers(-2, 2), score, score), min_size=1, max_siz
 @given(rows=rows, std=st.sampled_from(["group", "global"]), clamp=st.sampled_from([0.7, 5.0]))
 def test_advantages_are_numpys(rows, std, clamp):
     group, *columns = (np.array(column) for column in zip(*rows, strict=True))
-    rewards, weights = np.stack(columns), (0.3, 2.0)
-    r, w, g = torch.from_numpy(rewards), f64(*weights), torch.from_numpy(group)
+    rewards, weights = np.stack(columns), vector(0.3, 2.0)
 
-    def agree(found: Tensor, exact: np.ndarray) -> None:
-        np.testing.assert_allclose(found.numpy(), exact, rtol=1e-9, atol=1e-9)
+    def agree(found: np.ndarray, exact: np.ndarray) -> None:
+        np.testing.assert_allclose(found, exact, rtol=1e-9, atol=1e-9)
 
-    one, exact = group_advantages(r[0], g, std, clamp), (rewards[:1], (1.0,), group, std, clamp)
+    one = group_advantages(rewards[0], group, std, clamp)
+    exact = (rewards[:1], (1.0,), group, std, clamp)
     agree(one, advantages_by_numpy(*exact))
-    assert torch.equal(reward_wise_advantages(r[:1], f64(1), g, std, clamp), one)
+    assert (reward_wise_advantages(rewards[:1], vector(1), group, std, clamp) == one).all()
     agree(
-        reward_wise_advantages(r, w, g, std, clamp),
-        advantages_by_numpy(rewards, weights, group, std, clamp),
+        reward_wise_advantages(rewards, weights, group, std, clamp),
+        advantages_by_numpy(rewards, (0.3, 2.0), group, std, clamp),
     )
-    assert has_gradient(r[0], g).tolist() == has_gradient_by_numpy(rewards[:1], group)
-    assert has_gradient(r, g).tolist() == has_gradient_by_numpy(rewards, group)
+    assert has_gradient(rewards[0], group).tolist() == has_gradient_by_numpy(rewards[:1], group)
+    assert has_gradient(rewards, group).tolist() == has_gradient_by_numpy(rewards, group)
 
 
 @pytest.mark.parametrize("std", ["group", "global"])
@@ -98,20 +104,20 @@ def test_no_reward_drowns_another_by_its_scale(std):
 
     Normalised after they are summed, it would be heard no more.
     """
-    rewards, group, weights = randn(2, 64), torch.arange(64) % 8, f64(0.7, -1.5)
-    scaled = rewards * f64(1, 1000)[:, None]
+    rewards, group, weights = randn(2, 64).numpy(), np.arange(64) % 8, vector(0.7, -1.5)
+    scaled = rewards * vector(1, 1000)[:, None]
     before = reward_wise_advantages(rewards, weights, group, std)
     after = reward_wise_advantages(scaled, weights, group, std)
-    assert 0 < (after - before).abs().max() < 1e-3
+    assert 0 < np.abs(after - before).max() < 1e-3
     summed = group_advantages(weights @ scaled, group, std)
-    assert (summed - before).abs().max() > 0.5
+    assert np.abs(summed - before).max() > 0.5
 
 
 def test_a_nan_in_one_reward_leaves_its_sample_out_of_all():
-    group = torch.tensor([0, 0, 0, 1, 1])
-    rewards = torch.stack([f64(1, 9, 3, 1, 2), f64(5, NAN, 6, NAN, 7)])
-    found = reward_wise_advantages(rewards, f64(1, 1), group)
-    alone = reward_wise_advantages(rewards[:, [0, 2]], f64(1, 1), group[[0, 2]])
+    group = np.array([0, 0, 0, 1, 1])
+    rewards = np.stack([vector(1, 9, 3, 1, 2), vector(5, NAN, 6, NAN, 7)])
+    found = reward_wise_advantages(rewards, vector(1, 1), group)
+    alone = reward_wise_advantages(rewards[:, [0, 2]], vector(1, 1), group[[0, 2]])
     assert found[[0, 2]].tolist() == alone.tolist()
     assert alone.tolist() == pytest.approx([-1 / 1.0001 - 0.5 / 0.5001, 1 / 1.0001 + 0.5 / 0.5001])
     assert found[[1, 3, 4]].tolist() == [0, 0, 0]
@@ -120,7 +126,7 @@ def test_a_nan_in_one_reward_leaves_its_sample_out_of_all():
 
 def test_advantages_by_hand():
     """Two interleaved groups: 0, 1 (population std 1/2, sample std 0.71) and 1, 1, 4."""
-    found = group_advantages(f64(0, 1, 1, 1, 4), torch.tensor([3, 9, 3, 9, 9]))
+    found = group_advantages(vector(0, 1, 1, 1, 4), np.array([3, 9, 3, 9, 9]))
     root2 = math.sqrt(2)
     assert found[[0, 2]].tolist() == pytest.approx([-0.5 / 0.5001, 0.5 / 0.5001], rel=1e-12)
     assert found[[1, 3, 4]].tolist() == pytest.approx(
@@ -129,47 +135,47 @@ def test_advantages_by_hand():
 
 
 def test_an_outlier_is_clamped_and_keeps_its_dtype():
-    rewards = torch.zeros(40)
+    rewards = np.zeros(40, np.float32)
     rewards[7] = 1  # (1 - 1/40) / std = sqrt(39) = 6.2
-    found = group_advantages(rewards, torch.zeros(40, dtype=torch.int64))
-    assert found.dtype == torch.float32
+    found = group_advantages(rewards, np.zeros(40, int))
+    assert found.dtype == np.float32
     assert found[7] == 5
-    assert group_advantages(rewards, torch.zeros(40, dtype=torch.int64), clamp=1e9)[7] > 6
+    assert group_advantages(rewards, np.zeros(40, int), clamp=1e9)[7] > 6
 
 
 def test_global_std_is_that_of_all_rewards():
-    rewards, group = f64(0, 1, 10, 14), torch.tensor([0, 0, 1, 1])
+    rewards, group = vector(0, 1, 10, 14), np.array([0, 0, 1, 1])
     spread = np.std([0, 1, 10, 14]) + 1e-4
     found = group_advantages(rewards, group, std="global")
     assert found.tolist() == pytest.approx([c / spread for c in (-0.5, 0.5, -2, 2)], rel=1e-12)
 
 
 @pytest.mark.parametrize("std", ["group", "global"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 0.7, 1e4 / 7])
 def test_a_flat_group_has_exactly_no_advantage(value, dtype, std):
     """Rounding in the mean must not make a gradient: sum of 3 times 0.1, by 3, is not 0.1."""
     for size in range(1, 25):
-        rewards = torch.full((size + 2,), value, dtype=dtype)
+        rewards = np.full(size + 2, value, dtype)
         rewards[-1] = value + 1  # a group with spread beside it, so that the global std is not 0
-        group = torch.tensor([0] * size + [1, 1])
+        group = np.array([0] * size + [1, 1])
         found = group_advantages(rewards, group, std)
         assert (found[:size] == 0).all()
         assert has_gradient(rewards, group).tolist() == [False] * size + [True] * 2
 
 
 def test_nan_leaves_its_sample_out_and_changes_nothing_else():
-    group = torch.tensor([0, 0, 0, 1, 1, 1])
-    with_nan = group_advantages(f64(1, NAN, 3, 0, NAN, NAN), group)
-    without = group_advantages(f64(1, 3), torch.tensor([0, 0]))
+    group = np.array([0, 0, 0, 1, 1, 1])
+    with_nan = group_advantages(vector(1, NAN, 3, 0, NAN, NAN), group)
+    without = group_advantages(vector(1, 3), np.array([0, 0]))
     assert with_nan[[0, 2]].tolist() == without.tolist()
     assert with_nan[[1, 3, 4, 5]].tolist() == [0, 0, 0, 0]  # one valid sample alone says nothing
-    assert group_advantages(f64(NAN, NAN), torch.tensor([0, 0]), "global").tolist() == [0, 0]
+    assert group_advantages(vector(NAN, NAN), np.array([0, 0]), "global").tolist() == [0, 0]
 
 
 def test_an_unknown_std_is_named():
     with pytest.raises(ValueError, match="'batch'"):
-        group_advantages(f64(0, 1), torch.tensor([0, 0]), "batch")  # type: ignore[arg-type]
+        group_advantages(vector(0, 1), np.array([0, 0]), "batch")  # type: ignore[arg-type]
 
 
 # --- the clipped loss

@@ -10,11 +10,11 @@ import socket
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Container, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
-from unittest.mock import ANY
+from unittest.mock import ANY, patch
 
 import numpy as np
 import pytest
@@ -91,6 +91,7 @@ def started(loop: asyncio.AbstractEventLoop, spec: TrainingSpec, root: Path) -> 
 
     trainer = make_trainer(spec, root)
     run(loop, trainer.start())
+    trainer.started_with = list(trainer.display.notes)
     crew = trainer.crew
     actors = {worker.actor for worker in crew.rollouts.up.values()} | {*crew.learners.ranks}
     yield trainer
@@ -105,8 +106,14 @@ def started(loop: asyncio.AbstractEventLoop, spec: TrainingSpec, root: Path) -> 
 def trainer(
     cluster: None, loop: asyncio.AbstractEventLoop, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Any]:
-    """Two rollout workers, one learner rank."""
-    with started(loop, load_spec("tiny-ocr", SMALL), tmp_path_factory.mktemp("runs")) as trainer:
+    """Two rollout workers, one learner rank; of linear layers they take oneDNN's."""
+    from flowgrpo_ray.cluster import linear
+
+    spec = load_spec("tiny-ocr", SMALL)
+    timed = patch.object(linear, "measure", lambda: {"torch": 1.0, "onednn": 0.5})
+    with ExitStack() as ending:
+        with timed:
+            trainer = ending.enter_context(started(loop, spec, tmp_path_factory.mktemp("runs")))
         yield trainer
 
 
@@ -545,6 +552,62 @@ def test_a_reward_that_fails_in_an_evaluation_is_told_and_stops_nothing(
     assert row["rewards"]["sign_colour"]["mean"] > 0
     assert "broken pipe" in trainer.display.notes[0]
     assert trainer.journal.progress.eval_last["ocr"] is None
+
+
+def test_the_linear_layers_that_were_faster_are_everybodys(
+    trainer: Any, loop: asyncio.AbstractEventLoop
+) -> None:
+    """Their bits differ: as much as one actor with others, and the ratio is not 1."""
+    assert "oneDNN, which takes 0.50 of" in trainer.started_with[0]
+    assert trainer.folder.read_spec().cluster.cpu_linear == "onednn"
+    assert run(loop, trainer.crew.measure_floor()) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("measured", "overrides", "taken"),
+    [
+        ({"torch": 1.0, "onednn": 0.79}, [], "onednn"),
+        ({"torch": 1.0, "onednn": 0.81}, [], "torch"),
+        (None, [], "torch"),
+        ({"torch": 1.0, "onednn": 0.5}, ["model.dtype=bfloat16"], "torch"),
+        ({"torch": 1.0, "onednn": 0.5}, ["cluster.cpu_linear=torch"], "torch"),
+        (None, ["cluster.cpu_linear=onednn"], "onednn"),
+    ],
+)
+def test_linear_layers_are_chosen_by_a_clear_difference(
+    ray_cluster: None,
+    loop: asyncio.AbstractEventLoop,
+    monkeypatch: pytest.MonkeyPatch,
+    measured: dict[str, float] | None,
+    overrides: list[str],
+    taken: str,
+) -> None:
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    from flowgrpo_ray.cluster import linear
+
+    monkeypatch.setattr(linear, "measure", lambda: measured)
+    spec, group = load_spec("tiny-ocr", overrides), placement_group([{"CPU": 0.001}])
+    settled = run(loop, linear.settled(spec, group, lambda _: None))
+    remove_placement_group(group)
+    assert settled == spec.with_linear(taken)
+    assert settled.identity() == spec.identity()
+
+
+def test_linear_layers_are_timed_only_where_mkl_lacks_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flowgrpo_ray.cluster import linear
+
+    monkeypatch.setattr(linear, "PROCESSOR", tmp_path / "cpuinfo")
+    assert linear.measure() is None, "not Linux"
+    for vendor, flag, timed in (
+        ("AuthenticAMD", "avx512f", True),
+        ("AuthenticAMD", "avx2", False),
+        ("GenuineIntel", "avx512f", False),
+    ):
+        linear.PROCESSOR.write_text(f"vendor_id : {vendor}\nflags : fpu {flag}\n")
+        assert (linear.measure() is not None) == timed
 
 
 def test_more_gpus_than_the_cluster_has(ray_cluster: None) -> None:

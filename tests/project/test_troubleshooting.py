@@ -26,7 +26,7 @@ BUILTIN_ERRORS = {"ValueError", "TypeError", "HTTPException"}
 # Who raises those only at programmers: no input of a user leads there.
 NOT_FOR_USERS = {
     "view.monitor.build_app",  # its own page asks for nothing else
-    "algorithm.objective._normalised",
+    "algorithm.advantages._normalised",
     "rewards.weighted_total",
     "run.state._refuse",
     "run.state.read_json",  # what is wrong is shown on the page

@@ -490,9 +490,34 @@ def test_a_folder_with_another_runs_spec_is_refused(tmp_path: Path):
     assert (tmp_path / "tiny-ocr" / "spec.yaml").read_bytes() == before
 
 
+def test_a_resumed_run_takes_the_linear_layers_that_it_had(tmp_path: Path):
+    """``auto`` is timed once; another choice can still be made."""
+    folder = claim(tmp_path)
+    folder.write_spec(spec().with_linear("onednn"))
+    folder.release()
+    for asked, kept in (("auto", "onednn"), ("torch", "torch"), ("auto", "torch")):
+        folder = claim(tmp_path, f"cluster.cpu_linear={asked}", resume=True)
+        folder.release()
+        assert folder.read_spec() == spec(f"cluster.cpu_linear={kept}")
+
+
+@pytest.mark.parametrize(
+    "override", ["model.dtype=bfloat16", "model.compile=true", "cluster.learner.gpus=1"]
+)
+def test_onednn_is_for_float32_on_a_cpu(override: str):
+    with pytest.raises(SpecError, match=r"cluster\.cpu_linear = onednn is for actors without GPUs"):
+        spec("cluster.cpu_linear=onednn", override)
+
+
 @pytest.mark.parametrize(
     "free",
-    ["iterations=9", "cluster.rollout.count=5", "checkpoint.every=3", "rewards.ocr.replicas=2"],
+    [
+        "iterations=9",
+        "cluster.rollout.count=5",
+        "cluster.cpu_linear=onednn",
+        "checkpoint.every=3",
+        "rewards.ocr.replicas=2",
+    ],
 )
 def test_the_difference_told_is_one_that_matters(tmp_path: Path, free: str):
     """Not one of those that a resumed run may change."""
