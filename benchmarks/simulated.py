@@ -96,7 +96,7 @@ class SimulatedRollout:
 
 
 class SimulatedLearner:
-    """In place of ``LearnerRank``; one rank."""
+    """In place of ``LearnerRank``."""
 
     def __init__(self, spec: Any, rank: int) -> None: ...
 
@@ -128,6 +128,22 @@ class SimulatedLearner:
     def load_state(self, state: LearnerState) -> None: ...
 
 
+class SimulatedWorker(SimulatedRollout, SimulatedLearner):
+    """In place of ``ColocatedWorker``: trajectories and weights stay where they are."""
+
+    def sample(
+        self, unit: WorkUnit, ticket: WeightsTicket, *conditions: Any
+    ) -> tuple[Any, np.ndarray, float]:
+        _, images, worked = super().sample(unit, ticket, *conditions)
+        return unit.key, images, worked
+
+    def give(self, kept: Any) -> Any:
+        return kept
+
+    def publish(self, version: int, averaged: bool) -> tuple[tuple[WeightsTicket, float], Any]:
+        return (WeightsTicket(version, str(version)), 0.0), {}
+
+
 class SimulatedReward:
     """Mean brightness, after a while."""
 
@@ -155,7 +171,7 @@ def overrides(units: int, workers: int, replicas: int) -> list[str]:
 
 def trainer(settings: Sequence[str]) -> AbstractAsyncContextManager[Any]:
     """The real driver with simulated actors, all up, on a private cluster of its own."""
-    return harness.trainer(settings, SimulatedRollout, SimulatedLearner)
+    return harness.trainer(settings, SimulatedRollout, SimulatedLearner, SimulatedWorker)
 
 
 async def iterate(made: Any, rounds: int) -> list[dict[str, float]]:
