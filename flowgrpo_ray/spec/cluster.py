@@ -38,7 +38,6 @@ class ActorsSpec(Strict):
     threads: int = Field(default=1, ge=1, description="torch threads of each, on the CPU")
 
 
-Ranks = TypeVar("Ranks", bound=ActorsSpec)
 Actors = TypeVar("Actors", bound="ActorsSpec | WorkersSpec | None")
 
 
@@ -64,16 +63,6 @@ class RolloutSpec(ActorsSpec):
         return self.max_count or self.count
 
 
-def one_rank_per_gpu(actors: Ranks) -> Ranks:
-    """Of those that meet in collective calls."""
-    if actors.count > 1 and 0 < actors.gpus <= 0.5:
-        raise ValueError(
-            f"count = {actors.count} with gpus = {actors.gpus}: Ray would put two ranks on one "
-            "GPU, which NCCL refuses; give each more than 0.5"
-        )
-    return actors
-
-
 class LearnerSpec(ActorsSpec):
     """Learner ranks, and what they do to fit into their memory; neither changes a result."""
 
@@ -90,7 +79,14 @@ class LearnerSpec(ActorsSpec):
         default=False, description="keep AdamW's moments and the averages in the host's memory"
     )
 
-    _one_rank_per_gpu = model_validator(mode="after")(one_rank_per_gpu)
+    @model_validator(mode="after")
+    def _one_rank_per_gpu(self) -> LearnerSpec:
+        if self.count > 1 and 0 < self.gpus <= 0.5:
+            raise ValueError(
+                f"count = {self.count} with gpus = {self.gpus}: Ray would put two ranks on one "
+                "GPU, which NCCL refuses; give each more than 0.5"
+            )
+        return self
 
 
 class WorkersSpec(Strict):
@@ -209,7 +205,11 @@ class ClusterSpec(Strict):
             threads=max(kind.threads for kind in kinds),
         )
         given = self.workers.model_dump(exclude_none=True) if self.workers else {}
-        try:
-            return one_rank_per_gpu(workers.model_copy(update=given))
-        except ValueError as error:
-            raise ValueError(f"cluster.workers: {error}") from error
+        workers = workers.model_copy(update=given)
+        if workers.count > 1 and 0 < workers.gpus <= 0.5:
+            raise ValueError(
+                f"cluster.workers.count = {workers.count} with cluster.workers.gpus = "
+                f"{workers.gpus}: Ray would put two workers on one GPU, which NCCL refuses; give "
+                "each more than 0.5"
+            )
+        return workers

@@ -187,7 +187,7 @@ BAD = {
     ),
     "two workers on a GPU": (
         ["cluster.layout=colocated", "cluster.workers={count: 2, gpus: 0.5}"],
-        ["cluster.workers: count = 2 with gpus = 0.5"],
+        ["cluster.workers.count = 2 with cluster.workers.gpus = 0.5"],
     ),
     "two GPUs for an actor": (
         ["cluster.rollout.gpus=2"],
