@@ -317,6 +317,11 @@ def rank_results(
 def other_rank(index: int, addresses: Mapping[int, tuple[str, int]], folder: Path) -> None:
     """The process of another rank, in every group that is large enough for it."""
     torch.set_num_threads(1)
+    import flowgrpo_ray.algorithm.learner  # noqa: F401
+
+    load_policy(
+        small_spec(), CPU, frozenset({"network"})
+    )  # what it imports, before it meets others
     for ranks, address in addresses.items():
         if index + 1 < ranks:
             rank_results(index + 1, ranks, address, folder)

@@ -65,19 +65,20 @@ class Learner:
         *,
         parallel: Parallel | None = None,
     ) -> None:
-        """``policy`` is a tuned one to train; default: the spec's, loaded here. ``parallel`` is the
-        same on all ranks; default: what the spec asks for."""
+        """``policy``: a tuned one to train, on the CPU if it will be sharded; default: the spec's,
+        loaded here. ``parallel`` is the same on all ranks; default: what the spec asks for."""
         self.spec, self.device = spec, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.parallel = parallel or asked_for(spec, self.world)
+        sharded = self.parallel.sharded
         if policy is None:
-            policy = load_policy(spec, device, frozenset({"network"}))
+            policy = load_policy(spec, device, frozenset({"network"}), on_host=sharded)
             policy.tune(spec.seed, with_reference=False)
         self.policy = policy
         if spec.cluster.learner.activation_checkpointing:
             network: Any = self.policy.network
             network.enable_gradient_checkpointing()
-        if self.parallel.sharded:
+        if sharded:
             shard(self.policy, self.parallel)
         self.parameters = self.policy.trainable()
         home = torch.device("cpu") if spec.cluster.learner.offload_optimizer else None

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,9 @@ from flowgrpo_ray.common.loopback import is_loopback
 from flowgrpo_ray.common.types import Parallel
 from flowgrpo_ray.policies.base import Policy
 from flowgrpo_ray.spec.training import TrainingSpec
+
+Place = TypeVar("Place")
+Decision = TypeVar("Decision")
 
 PIECE = 1 << 26  # numbers that are added up at once: 256 MiB of each rank's
 
@@ -46,6 +50,15 @@ def join_group(
             os.environ.setdefault(variable, "lo")
     store = dist.TCPStore(host, port, world, is_master=rank == 0, master_listen_fd=listener)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+
+def agree(mine: Place, decide: Callable[[list[Place]], Decision]) -> Decision:
+    """What rank 0 makes of what all ranks say of themselves, in rank order; collective."""
+    places: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(places, mine)
+    decided: list[Any] = [decide(places) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(decided)
+    return decided[0]
 
 
 def asked_for(spec: TrainingSpec, ranks: int) -> Parallel:
@@ -81,6 +94,8 @@ def shard(policy: Policy, parallel: Parallel) -> None:
         network.set_reshard_after_backward(False)
     network.set_manual_backward_finalization(parallel.keep_gradients)
     network.set_requires_gradient_sync(not parallel.keep_gradients)
+    if policy.reference_network is not None:  # which is whole everywhere
+        policy.reference_network.to(policy.device)
 
 
 def cast_by_autocast(network: nn.Module) -> set[int]:

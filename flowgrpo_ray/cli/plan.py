@@ -31,6 +31,7 @@ GPUS = {
     "h100": 79,
     "h200": 139,
 }
+ASSUMED = GPUS["h100"]  # where ranks have GPUs and none is named or here
 
 
 def show_plan(
@@ -50,7 +51,9 @@ def show_plan(
     cost = None if measured is None else cost_of(spec, measured, price)
     from flowgrpo_ray.estimate.footprint import count_work, estimate, gpu_here
 
-    work, footprint = count_work(spec, len(held_out)), estimate(spec)
+    device = device or gpu_here()
+    memory = (device[1] if device else ASSUMED) * GIB if spec.ranks.gpus else None
+    work, footprint = count_work(spec, len(held_out)), estimate(spec, memory)
     reserved = required_resources(spec)
     if as_json:
         found: dict[str, Any] = {"name": spec.name, "spec": spec.digest(), "work": asdict(work)}
@@ -74,7 +77,8 @@ def show_plan(
     console.print(_memory(footprint))
     for what in not_counted(footprint):
         console.print(f"not counted: {what}", highlight=False)
-    device = device or gpu_here()
+    if spec.ranks.count > 1:
+        console.print(shared(spec, footprint, device), highlight=False)
     for line in verdicts(spec, footprint, device):
         console.print(line, highlight=False)
     if footprint.layouts:
@@ -141,13 +145,25 @@ def verdicts(
             says = f"the smallest GPU that has it: {enough[0]}" if fits else "no known GPU has it"
         yield f"{kind.name}: {size:.1f} GiB in {phase}; {says}"
         if not fits:
-            yield "  to need less: " + "; ".join(advice(spec, kind))
+            sharded = footprint.parallel.sharded
+            yield "  to need less: " + "; ".join(advice(spec, kind, sharded=sharded))
 
 
-def advice(spec: TrainingSpec, gpu: Gpu) -> Iterator[str]:
+def shared(spec: TrainingSpec, footprint: Footprint, gpu: tuple[str, float] | None) -> str:
+    """How those that train together hold the network, and what that assumes."""
+    from flowgrpo_ray.estimate.gpus import NAMES
+    from flowgrpo_ray.estimate.parallel import PER_NODE
+
+    found = f"{spec.ranks.count} {NAMES[list(spec.actors)[-1]]}s: {footprint.parallel}"
+    if not spec.ranks.gpus or spec.cluster.learner.parallel == "replicate":
+        return found
+    assumed = [] if gpu else [f"GPUs of {ASSUMED} GiB (name yours with --gpu)"]
+    assumed += [f"{PER_NODE} GPUs a machine"] if spec.ranks.count > PER_NODE else []
+    return f"{found}; assuming {' and '.join(assumed)}" if assumed else found
+
+
+def advice(spec: TrainingSpec, gpu: Gpu, *, sharded: bool) -> Iterator[str]:
     """What to change so that what runs on ``gpu`` needs less memory."""
-    from flowgrpo_ray.estimate.memory import shards
-
     learner, full = spec.cluster.learner, spec.tuning.kind == "full"
     phase, _ = gpu.largest()
     stages = set(phase.split(" and "))
@@ -158,7 +174,7 @@ def advice(spec: TrainingSpec, gpu: Gpu) -> Iterator[str]:
     if holds and not learner.offload_optimizer:
         yield "cluster.learner.offload_optimizer=true"
     if holds and trains:
-        if shards(spec) > 1:
+        if sharded:
             yield f"a larger cluster.{list(spec.actors)[-1]}.count"
         elif spec.ranks.count > 1:
             yield "cluster.learner.parallel=shard"

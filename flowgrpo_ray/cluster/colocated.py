@@ -29,6 +29,7 @@ from flowgrpo_ray.common.types import (
     Float32,
     Images,
     MicrobatchStats,
+    Parallel,
     StepStats,
     Trajectory,
     WeightsTicket,
@@ -55,10 +56,12 @@ class ColocatedWorker(RolloutWorker, LearnerRank):
         self.loaded: WeightsTicket | None = None
         self._kept: dict[Hashable, Trajectory] = {}  # of this iteration
 
-    def join(self, address: tuple[str, int]) -> None:
+    def join(self, address: tuple[str, int]) -> Parallel:
         """Meet the other workers, ready to encode."""
         self.join_group(address)
+        self.on_host = self.parallel.sharded
         self.start()
+        return self.parallel
 
     def load_model(self) -> None:
         super().load_model()

@@ -90,6 +90,9 @@ class Crew:
             learners = self._after_encoding(self.learners.start)
         rewards = self._after_encoding(self._start_rewards)
         await all_or_none(rewards, learners, self._start_rollouts())
+        if (count := self.spec.ranks.count) > 1:
+            kind = "workers" if self.spec.cluster.layout == "colocated" else "learner ranks"
+            self.display.note(f"{count} {kind}: {self.learners.parallel}")
 
     async def _after_encoding(self, start: Callable[[], Awaitable[None]]) -> None:
         if self.spec.shares_gpus:

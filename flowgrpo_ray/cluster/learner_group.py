@@ -32,6 +32,7 @@ from flowgrpo_ray.common.types import (
     Float32,
     LearnerState,
     MicrobatchStats,
+    Parallel,
     StepStats,
     Trajectory,
     WeightsTicket,
@@ -52,6 +53,7 @@ class LearnerRank:
     """One process of the group; ``Learner`` with an address book."""
 
     learner: Learner
+    parallel: Parallel  # as all ranks have agreed
 
     def __init__(self, spec: TrainingSpec, rank: int, name: str = "learner") -> None:
         self.name = f"{name}-{rank}"
@@ -70,21 +72,31 @@ class LearnerRank:
         self._listener = socket.create_server((ray.util.get_node_ip_address(), 0))
         return self._listener.getsockname()
 
-    def join(self, address: tuple[str, int]) -> None:
+    def join(self, address: tuple[str, int]) -> Parallel:
         """Meet the other ranks and load the model."""
         self.join_group(address)
         self.make_learner()
+        return self.parallel
 
     def join_group(self, address: tuple[str, int]) -> None:
-        from flowgrpo_ray.algorithm.parallel import join_group
+        """Meet the other ranks, and agree how all will hold the network."""
+        from flowgrpo_ray.algorithm.parallel import agree, join_group
 
         ranks = self.spec.ranks.count
         join_group(self.rank, ranks, self._listener or address, self.device)
+        if ranks == 1:
+            self.parallel = Parallel()
+            return
+        from flowgrpo_ray.estimate.footprint import decide, gpu_here
+
+        gpu = gpu_here() if self.device.type == "cuda" else None
+        place = ray.get_runtime_context().get_node_id(), gpu and gpu[1] * 2**30
+        self.parallel = agree(place, lambda places: decide(self.spec, places))
 
     def make_learner(self, policy: Policy | None = None) -> None:
         from flowgrpo_ray.algorithm.learner import Learner
 
-        self.learner = Learner(self.spec, self.device, policy)
+        self.learner = Learner(self.spec, self.device, policy, parallel=self.parallel)
 
     def publish(
         self, version: int, averaged: bool
@@ -183,7 +195,8 @@ class LearnerGroup(ActorGroup):
         self.calls = [calls for _, calls in launched]
         self._row, self._running = [], []
         address = (await self._answers([self.ranks[0].address.remote()]))[0]
-        await self._answers([rank.join.remote(address) for rank in self.ranks])
+        joined = await self._answers([rank.join.remote(address) for rank in self.ranks])
+        self.parallel: Parallel = joined[0]
 
     async def _answers(self, calls: Sequence[Awaitable[Any]]) -> list[Any]:
         """Of ranks that may still be starting."""

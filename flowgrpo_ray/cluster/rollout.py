@@ -27,6 +27,7 @@ class RolloutWorker:
     """One process with the whole model: encodes prompts, samples units, decodes images."""
 
     policy: Policy
+    on_host = False  # the network is loaded there, to be sharded
 
     def __init__(self, spec: TrainingSpec, rank: int) -> None:
         self.name = f"rollout-{rank}"
@@ -61,7 +62,8 @@ class RolloutWorker:
 
         if hasattr(self, "policy"):
             return
-        self.policy = load_policy(self.spec, self.device, frozenset({"network", "decoder"}))
+        parts = frozenset({"network", "decoder"})
+        self.policy = load_policy(self.spec, self.device, parts, on_host=self.on_host)
         self.policy.tune(self.spec.seed, with_reference=self.spec.objective.kl is not None)
         self.parameters = self.policy.trainable()
         self.policy.latent_shape(self.spec.sampling.size)  # an impossible size fails here, early

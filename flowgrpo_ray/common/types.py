@@ -39,6 +39,20 @@ class Parallel:
         """That the network is cut into."""
         return len(self.groups[0]) if self.sharded else 1
 
+    @property
+    def ranks(self) -> int:
+        return sum(map(len, self.groups))
+
+    def __str__(self) -> str:
+        """For the console, after the name of those who do."""
+        if not self.sharded:
+            return "each holds the whole network"
+        share = f"each holds 1/{self.shards} of the network"
+        copies = f" ({len(self.groups)} copies)" if len(self.groups) > 1 else ""
+        kept = {"weights": self.keep_weights, "gradients": self.keep_gradients}
+        whole = " and ".join(name for name, is_kept in kept.items() if is_kept)
+        return f"{share}{copies}, and {whole or 'one block at a time'} whole while it trains"
+
 
 @dataclass(frozen=True)
 class Schedule:

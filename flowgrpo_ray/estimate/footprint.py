@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowgrpo_ray.algorithm.parallel import cast_by_autocast
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.strict_json import parse
+from flowgrpo_ray.common.types import Parallel
 from flowgrpo_ray.estimate.dry_run import Cost, give_shapes, measure, scaled, without_data
 from flowgrpo_ray.estimate.layouts import Layout, compare
 from flowgrpo_ray.estimate.memory import (
@@ -27,6 +29,7 @@ from flowgrpo_ray.estimate.memory import (
     moved_bytes,
     reward_parts,
 )
+from flowgrpo_ray.estimate.parallel import choose, presumed_nodes, unmeasured, ways
 from flowgrpo_ray.policies import policy_class
 from flowgrpo_ray.policies.base import DTYPES, Configs, Policy
 from flowgrpo_ray.spec.sections import ModelSpec
@@ -66,6 +69,7 @@ class Footprint:
     actors: Mapping[str, Stages]  # of one process of each section of ``cluster``
     rewards: Mapping[str, Parts | None]  # of a replica on a GPU; None: not known
     host: int  # bytes of host memory per learner rank, of what offload_optimizer moves there
+    parallel: Parallel  # how those that train hold the network
     encoders_known: bool  # else the stage "start" lacks the text encoders
     layouts: Sequence[Layout]  # other ways to use as many GPUs; none if there are none
 
@@ -184,7 +188,30 @@ def costs(spec: TrainingSpec, policy: Policy, configs: Configs) -> Costs:
             network: Any = policy.network
             network.enable_gradient_checkpointing()
         trained = _velocity_cost(spec, policy, configs, batch, backward=True)
-    return Costs(sampled, evaluated, decoded, trained)
+    in_shards = trained
+    if (
+        max(spec.ranks.count, spec.gpus) > 1
+        and policy.dtype != torch.float32
+        and spec.tuning.kind == "full"
+    ):
+        in_shards = _cost_in_shards(spec, configs)
+    return Costs(sampled, evaluated, decoded, trained, in_shards)
+
+
+def _cost_in_shards(spec: TrainingSpec, configs: Configs) -> Cost:
+    """Of a velocity with its backward pass, on masters that are gathered in half precision, of
+    which autocast then needs no copies."""
+    policy = skeleton(spec, configs)
+    cast = cast_by_autocast(policy.network)
+    for parameter in policy.network.parameters():
+        if id(parameter) in cast:
+            parameter.data = parameter.data.to(policy.dtype)
+    with without_data(gpu=spec.ranks.gpus > 0):
+        give_shapes(policy.network)
+        if spec.cluster.learner.activation_checkpointing:
+            network: Any = policy.network
+            network.enable_gradient_checkpointing()
+        return _velocity_cost(spec, policy, configs, spec.sampling.micro_batch, backward=True)
 
 
 def _velocity_cost(
@@ -215,8 +242,20 @@ def _tensor(images: Any) -> Tensor:
 # --- the whole
 
 
-def estimate(spec: TrainingSpec) -> Footprint | None:
-    """The footprint of ``spec``; ``None`` if its model's configs are not to be had."""
+def decide(spec: TrainingSpec, places: Sequence[tuple[object, float | None]]) -> Parallel:
+    """How ranks hold the network that are at these ``places``: machine, and bytes of their GPU."""
+    nodes, memory = [node for node, _ in places], [size for _, size in places if size]
+    if not memory or len(ways(spec, nodes)) == 1:
+        return ways(spec, nodes)[0]
+    found = estimate(spec, min(memory), nodes)
+    return found.parallel if found else unmeasured(spec, nodes)
+
+
+def estimate(
+    spec: TrainingSpec, memory: float | None = None, nodes: Sequence[object] | None = None
+) -> Footprint | None:
+    """The footprint of ``spec`` on GPUs of ``memory`` bytes, its ranks on these machines; ``None``
+    if its model's configs are not to be had."""
     configs = find_configs(spec.model)
     if configs is None:
         return None
@@ -233,20 +272,27 @@ def estimate(spec: TrainingSpec) -> Footprint | None:
         sampling.units * trained_steps * (trained.forward + trained.backward),
     )
 
-    def stages(of: TrainingSpec) -> Mapping[str, Stages]:
-        return actor_stages(of, policy, cost, encoders or 0)
-
     rewards = {name: reward_parts(name, reward) for name, reward in spec.rewards.items()}
+
+    def chosen(of: TrainingSpec, on: Sequence[object]) -> tuple[Parallel, Mapping[str, Stages]]:
+        def stages(way: Parallel) -> Mapping[str, Stages]:
+            return actor_stages(of, policy, cost, encoders or 0, way)
+
+        way = choose(of, on, memory, stages, rewards)
+        return way, stages(way)
+
+    parallel, actors = chosen(spec, nodes or presumed_nodes(spec))
     return Footprint(
         parameters=_numbers(policy.network.parameters()) - _adapters(policy),
         trained_parameters=_numbers(policy.trainable().values()),
         rollout_flops=flops[0],
         training_flops=flops[1],
-        actors=stages(spec),
+        actors=actors,
         rewards=rewards,
-        host=moved_bytes(spec, policy) if spec.cluster.learner.offload_optimizer else 0,
+        host=moved_bytes(spec, policy, parallel) if spec.cluster.learner.offload_optimizer else 0,
+        parallel=parallel,
         encoders_known=encoders is not None,
-        layouts=compare(spec, flops, stages, rewards),
+        layouts=compare(spec, flops, lambda of: chosen(of, presumed_nodes(of))[1], rewards),
     )
 
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from flowgrpo_ray.algorithm.optimizer import MOMENTS
-from flowgrpo_ray.algorithm.parallel import PIECE, asked_for
+from flowgrpo_ray.algorithm.parallel import PIECE, cast_by_autocast
+from flowgrpo_ray.common.types import Parallel
 from flowgrpo_ray.estimate.dry_run import Cost
 from flowgrpo_ray.policies.base import DTYPES, Policy
 from flowgrpo_ray.rewards import resolve
@@ -38,26 +39,29 @@ class Costs(NamedTuple):
     evaluated: Cost  # and of one of an evaluation
     decoded: Cost  # a slice of images
     trained: Cost  # a velocity with its backward pass
+    in_shards: Cost  # the same with the weights that shards are gathered into
 
 
 def actor_stages(
-    spec: TrainingSpec, policy: Policy, costs: Costs, encoders: int
+    spec: TrainingSpec, policy: Policy, costs: Costs, encoders: int, parallel: Parallel
 ) -> dict[str, Stages]:
     """Bytes of one process of each section of ``cluster``; ``encoders`` are those of their
     weights."""
     reserved = {"reserved": RESERVED if spec.ranks.gpus else 0}
     start: Stages = {START: {"text encoders": encoders}}
     beside = _beside_the_network(spec, policy)
-    state, network = learner_state(spec, policy), _whole_network(policy)
+    state, network = learner_state(spec, policy, parallel), _whole_network(policy)
+    loading = _loaded_by_blocks(policy, parallel) if parallel.sharded else network
+    training = _training(spec, policy, costs, state, parallel)
     if spec.cluster.layout == "colocated":
-        held = {**state, **beside, "gathered weights": _gathered_weights(spec, policy)}
+        held = {**state, **beside, "gathered weights": _gathered_weights(policy, parallel)}
         idle = held if spec.advantages.std == "group" else {**held, "gradients": 0}
         found: dict[str, Stages] = {
             "workers": {
                 **start,
-                "loading": {**network, **beside},
+                "loading": {**loading, **beside},
                 **_sampling(spec, policy, costs, idle),
-                **_training(spec, policy, costs, held),
+                **{stage: {**beside, **parts} for stage, parts in training.items()},
             }
         }
     else:
@@ -69,8 +73,8 @@ def actor_stages(
                 **_sampling(spec, policy, costs, {**network, **beside}),
             },
             "learner": {
-                "loading": network,
-                **_training(spec, policy, costs, state),
+                "loading": loading,
+                **training,
                 "publishing": {**state, "gradients": 0, "gathered weights": largest},
             },
         }
@@ -105,31 +109,28 @@ def _sampling(spec: TrainingSpec, policy: Policy, costs: Costs, held: Parts) -> 
     }
 
 
-def _training(spec: TrainingSpec, policy: Policy, costs: Costs, held: Parts) -> Stages:
-    trainable = list(policy.trainable().values())
-    sharded = shards(spec) > 1
+def _training(
+    spec: TrainingSpec, policy: Policy, costs: Costs, held: Parts, parallel: Parallel
+) -> Stages:
+    gathered = _gathered_weights(policy, parallel)
+    sends, receives = _gradients(policy, parallel)
     training = {
-        "gathered weights": _gathered_weights(spec, policy),
-        "gathered gradients": _gathered_gradients(policy) if sharded else 0,
-        "activations": costs.trained.peak,
+        "gathered weights": gathered,
+        "gathered gradients": sends,
+        "activations": (costs.in_shards if parallel.sharded else costs.trained).peak,
         "latents": latent_bytes(spec, policy),
     }
-    added_up = 0 if sharded else _added_up(trainable, spec.ranks.count)
-    update = {**held, "gathered weights": 0, "gathered gradients": added_up}
+    kept = gathered if parallel.keep_weights else 0
+    update = {**held, "gathered weights": kept, "gathered gradients": receives}
     return {"training": {**held, **training}, "update": update}
 
 
 # --- of the learner
 
 
-def shards(spec: TrainingSpec) -> int:
-    """That the network is cut into."""
-    return asked_for(spec, spec.ranks.count).shards
-
-
-def learner_state(spec: TrainingSpec, policy: Policy) -> dict[str, int]:
+def learner_state(spec: TrainingSpec, policy: Policy, parallel: Parallel) -> dict[str, int]:
     """Bytes that a rank holds from its first update on, on its device."""
-    ranks = shards(spec)
+    ranks = parallel.shards
     trainable = list(policy.trainable().values())
     moved = spec.cluster.learner.offload_optimizer
     return {
@@ -140,11 +141,10 @@ def learner_state(spec: TrainingSpec, policy: Policy) -> dict[str, int]:
     }
 
 
-def moved_bytes(spec: TrainingSpec, policy: Policy) -> int:
+def moved_bytes(spec: TrainingSpec, policy: Policy, parallel: Parallel) -> int:
     """Of a rank's moments and averages, which ``offload_optimizer`` moves to the host."""
     copies = len(MOMENTS) + (1 if spec.ema else 0)
-    ranks = shards(spec)
-    return copies * _shard(policy.trainable().values(), ranks)
+    return copies * _shard(policy.trainable().values(), parallel.shards)
 
 
 def latent_bytes(spec: TrainingSpec, policy: Policy) -> int:
@@ -157,26 +157,49 @@ def latent_bytes(spec: TrainingSpec, policy: Policy) -> int:
     return sampling.micro_batch * kept * size * FLOAT32_BYTES
 
 
-def _blocks(policy: Policy) -> list[nn.Module]:
+def _groups(policy: Policy) -> list[list[nn.Parameter]]:
+    """Parameters that are gathered together: those of each block, then those outside."""
     kinds = policy.block_classes()
-    return [block for block in policy.network.modules() if isinstance(block, kinds)]
+    blocks = [list(m.parameters()) for m in policy.network.modules() if isinstance(m, kinds)]
+    inside = {id(parameter) for block in blocks for parameter in block}
+    return [*blocks, [p for p in policy.network.parameters() if id(p) not in inside]]
 
 
-def _gathered_weights(spec: TrainingSpec, policy: Policy) -> int:
-    """Whole at once of a sharded network."""
-    if shards(spec) == 1:
+def _loaded_by_blocks(policy: Policy, parallel: Parallel) -> Parts:
+    """Shards of what is there, and beside them whole what is being cut."""
+    held = most = 0
+    for group in _groups(policy):
+        held += _shard(group, parallel.shards)
+        most = max(most, held + _bytes(group))
+    return {"weights": most + _bytes(policy.network.buffers())}
+
+
+def _gathered_weights(policy: Policy, parallel: Parallel) -> int:
+    """Whole at once of a sharded network, each weight in the dtype that it is gathered in."""
+    if not parallel.sharded:
         return 0
-    sizes = [_bytes(block.parameters()) for block in _blocks(policy)]
-    outside = _bytes(policy.network.parameters()) - sum(sizes)
-    return outside + GATHERED_BLOCKS * max(sizes)
-
-
-def _gathered_gradients(policy: Policy) -> int:
-    """FSDP packs a block's gradients anew to send them."""
-    gradients = [
-        _bytes(p for p in block.parameters() if p.requires_grad) for block in _blocks(policy)
+    cast = cast_by_autocast(policy.network)
+    sizes = [
+        sum(p.numel() * (policy.dtype if id(p) in cast else p.dtype).itemsize for p in group)
+        for group in _groups(policy)
     ]
-    return _bytes(policy.trainable().values()) - sum(gradients) + 2 * max(gradients)
+    if parallel.keep_weights:
+        return sum(sizes) + max(sizes)  # as they come, in one piece for each block
+    return sizes[-1] + GATHERED_BLOCKS * max(sizes[:-1])
+
+
+def _gradients(policy: Policy, parallel: Parallel) -> tuple[int, int]:
+    """Bytes of gradients beside a rank's own: while it trains, and when an update adds them up.
+
+    FSDP packs a block's gradients anew to send them.
+    """
+    trainable = list(policy.trainable().values())
+    if not parallel.sharded:
+        return 0, _added_up(trainable, parallel.ranks)
+    *blocks, outside = (_bytes(p for p in group if p.requires_grad) for group in _groups(policy))
+    if parallel.keep_gradients:
+        return _bytes(trainable), _bytes(trainable) + max(*blocks, outside)
+    return outside + 2 * max(blocks), 0
 
 
 def _added_up(tensors: Iterable[Tensor], ranks: int) -> int:

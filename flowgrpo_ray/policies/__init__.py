@@ -28,11 +28,19 @@ def policy_class(family: str) -> type[Policy]:
 
 
 def load_policy(
-    spec: TrainingSpec, device: torch.device, parts: frozenset[str] | None = None
+    spec: TrainingSpec,
+    device: torch.device,
+    parts: frozenset[str] | None = None,
+    *,
+    on_host: bool = False,
 ) -> Policy:
-    """The spec's base model on ``device``, not yet tuned; all its parts, or those named."""
+    """The spec's base model on ``device``, not yet tuned; all its parts, or those named.
+
+    ``on_host`` leaves the network on the CPU, for whoever shards it.
+    """
     cls = policy_class(spec.model.family)
     parts = cls.PARTS if parts is None else parts
-    policy = cls(spec.model, spec.tuning, spec.sampling.guidance, device, parts)
+    guidance = spec.sampling.guidance
+    policy = cls(spec.model, spec.tuning, guidance, device, parts, on_host=on_host)
     policy.onednn = spec.cluster.cpu_linear == "onednn" and device.type == "cpu"
     return policy

@@ -41,7 +41,8 @@ class Policy(ABC):
     """A flow-matching text-to-image model as GRPO sees it. Shapes: ``b`` samples, ``*D`` latents.
 
     ``parts`` says what to load: ``"network"`` (the trainable denoiser), ``"decoder"`` (latents to
-    images) and ``"encoder"`` (prompts to conditions); a learner needs only the first.
+    images) and ``"encoder"`` (prompts to conditions); a learner needs only the first, ``on_host``
+    (on the CPU) where shards of it shall come to ``device``.
     """
 
     PARTS: ClassVar[frozenset[str]] = frozenset({"network", "decoder", "encoder"})
@@ -60,6 +61,8 @@ class Policy(ABC):
         guidance: float,
         device: torch.device,
         parts: frozenset[str] = PARTS,
+        *,
+        on_host: bool = False,
     ) -> None:
         self.model, self.tuning, self.guidance, self.device = model, tuning, guidance, device
         self.dtype = DTYPES[model.dtype]
@@ -69,7 +72,8 @@ class Policy(ABC):
         self.reference_network: nn.Module | None = None
         if "network" in parts:
             master = torch.float32 if tuning.kind == "full" else self.dtype
-            self.network = self.load_network(master).to(device).eval()
+            home = torch.device("cpu") if on_host else device
+            self.network = self.load_network(master).to(home).eval()
         if "encoder" in parts:
             self.load_encoder()
         if "decoder" in parts:

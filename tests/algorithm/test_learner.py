@@ -748,7 +748,7 @@ def ranks(tmp_path_factory) -> dict[int, dict[str, RankResult]]:
         (folder / f"{count}.pickle").write_bytes(pickle.dumps(theirs))
         found[count] = rank_results(0, count, listeners[count], folder)
     join_group(0, 1, meeting(), CPU)  # alone again
-    while not others.join():
+    while not others.join():  # pyright: ignore[reportOptionalMemberAccess]
         pass
     return found
 

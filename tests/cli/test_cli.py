@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from flowgrpo_ray import cli
+from flowgrpo_ray.common.types import Parallel
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.spec.file import load_spec, recipe_names
 
@@ -157,7 +158,8 @@ def footprint_of(worker: int, rank: int, stage: str = "training", reward: int = 
     workers = {"start": {"weights": 12 * gib}, stage: {"weights": (worker + rank) * gib}}
     actors = {"rollout": rollout, "learner": learner, "workers": workers}
     rewards = {"ocr": {"weights": reward * gib}, "sign_colour": {}}
-    return Footprint(1, 1, 1, 1, actors, rewards, 0, encoders_known=True, layouts=[])
+    whole = Parallel()
+    return Footprint(1, 1, 1, 1, actors, rewards, 0, whole, encoders_known=True, layouts=[])
 
 
 def verdicts(gpu: tuple[str, float] | None, footprint: Any, *overrides: str) -> list[str]:

@@ -27,8 +27,10 @@ from tiny_runs import (
 from torch import Tensor, nn
 
 from flowgrpo_ray.algorithm.learner import Learner
+from flowgrpo_ray.algorithm.parallel import cast_by_autocast
 from flowgrpo_ray.algorithm.sampling import batch_condition
 from flowgrpo_ray.common.errors import ModelError
+from flowgrpo_ray.common.types import Parallel
 from flowgrpo_ray.estimate import footprint, memory
 from flowgrpo_ray.estimate.dry_run import Cost, measure
 from flowgrpo_ray.estimate.gpus import gpus
@@ -126,8 +128,10 @@ def test_shapes_alone_cost_what_the_model_costs(tuning: str, dtype: str, checkpo
     spec = small_spec(
         *(TUNINGS[tuning], f"model.dtype={dtype}", "sampling.guidance=3"),
         f"cluster.learner.activation_checkpointing={str(checkpointing).lower()}",
+        "cluster.learner.count=2",
     )
-    sampled, evaluated, decoded, trained = footprint.costs(spec, skeleton(spec), configs_of(spec))
+    cost = footprint.costs(spec, skeleton(spec), configs_of(spec))
+    sampled, evaluated, decoded, trained, in_shards = cost
     real = tuned(spec)
     assert velocity_cost(spec, real, backward=False) == sampled == evaluated
     if checkpointing:
@@ -137,6 +141,12 @@ def test_shapes_alone_cost_what_the_model_costs(tuning: str, dtype: str, checkpo
     vae: nn.Module = real.vae  # type: ignore[attr-defined]
     images = measure(lambda: torch.from_numpy(real.decode(x)), vae, [x], backward=False)
     assert images._replace(kept=0) == decoded._replace(kept=0)
+    cast = cast_by_autocast(real.network) if tuning == "full" else set()
+    for parameter in real.network.parameters():  # as shards are gathered
+        if id(parameter) in cast:
+            parameter.data = parameter.data.to(real.dtype)
+    assert velocity_cost(spec, real, backward=True) == in_shards
+    assert (in_shards.peak < trained.peak) == (tuning == "full" and dtype == "bfloat16")
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
@@ -210,8 +220,8 @@ def test_a_learner_holds_after_an_update_what_the_estimate_says(
         weights = local_bytes([*network.parameters(), *network.buffers()])
         moments = sum(local_bytes(shelf.values()) for shelf in optimizer.moments.values())
         averages = local_bytes(optimizer.ema.values())
-    estimated = memory.learner_state(spec, skeleton(spec))
-    host = memory.moved_bytes(spec, skeleton(spec))
+    estimated = memory.learner_state(spec, skeleton(spec), Parallel())
+    host = memory.moved_bytes(spec, skeleton(spec), Parallel())
     assert (estimated["weights"], estimated["gradients"]) == (weights, gradients)
     if offload:
         assert (estimated["optimizer"], estimated["averages"]) == (0, 0)
@@ -229,6 +239,8 @@ class Block(nn.Module):
 
 class TwoBlocks:
     """A policy of two blocks of 35 numbers, 10 numbers outside and a buffer of 3."""
+
+    dtype = torch.float32
 
     def __init__(self, kind: str) -> None:
         self.network = nn.Sequential(Block(), Block(), nn.Linear(4, 2))
@@ -251,22 +263,39 @@ class TwoBlocks:
         return (11,)
 
 
-def stages_of(spec: TrainingSpec, policy: Any) -> dict[str, Any]:
-    """Of processes for which a velocity takes 1000 bytes with its backward pass, without 600 in
-    training and 700 in an evaluation, and decoding 500; text encoders 90."""
-    costs = memory.Costs(*(Cost(0, 0, 0, peak) for peak in (600, 700, 500, 1000)))
-    return memory.actor_stages(spec, policy, costs, 90)  # type: ignore[return-value]
+def stages_of(spec: TrainingSpec, policy: Any, parallel: Parallel | None = None) -> dict[str, Any]:
+    """Of processes for which a velocity takes 1000 bytes with its backward pass (of shards 900),
+    without 600 in training and 700 in an evaluation, and decoding 500; text encoders 90."""
+    costs = memory.Costs(*(Cost(0, 0, 0, peak) for peak in (600, 700, 500, 1000, 900)))
+    return memory.actor_stages(spec, policy, costs, 90, parallel or Parallel())  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_parts_of_a_learner_rank_by_hand(ranks: int):
+def shared(*, weights: bool = False, gradients: bool = False) -> Parallel:
+    """Shards on two ranks."""
+    return Parallel(True, ((0, 1),), weights, gradients)
+
+
+ALL, BLOCK = 80, 35  # numbers
+SHARED = [  # bytes of weights and of gradients while it trains, and of both in the update
+    (Parallel(), 4, (0, 0), (0, 0)),
+    (shared(), 4, (4 * (10 + 2 * BLOCK), 4 * (10 + 2 * BLOCK)), (0, 0)),
+    (shared(), 2, (2 * (10 + 2 * BLOCK), 4 * (10 + 2 * BLOCK)), (0, 0)),
+    (shared(weights=True), 2, (2 * (ALL + BLOCK), 4 * (10 + 2 * BLOCK)), (2 * (ALL + BLOCK), 0)),
+    (shared(gradients=True), 4, (4 * (10 + 2 * BLOCK), 4 * ALL), (0, 4 * (ALL + BLOCK))),
+]
+
+
+@pytest.mark.parametrize(("parallel", "itemsize", "training", "update"), SHARED)
+def test_parts_of_a_learner_rank_by_hand(
+    parallel: Parallel, itemsize: int, training: tuple[int, int], update: tuple[int, int]
+):
     """4 images, 4 trained steps of 5; a shard is rounded up: 3 of 5 rows."""
-    shares = [f"cluster.learner.count={ranks}", "cluster.learner.parallel=shard"]
-    spec = small_spec(*shares, "sampling.groups=8")
-    rows = {1: (5, 2), 2: (3, 1)}[ranks]
+    spec = small_spec("sampling.groups=8")
+    rows = (3, 1) if parallel.sharded else (5, 2)
     shard = 4 * (2 * rows[0] * (6 + 1) + rows[1] * (4 + 1))
-    gathered = 0 if ranks == 1 else 4 * (10 + 2 * 35)
-    found = stages_of(spec, TwoBlocks("full"))["learner"]
+    policy = TwoBlocks("full")
+    policy.dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
+    found = stages_of(spec, policy, parallel)["learner"]
     held = {
         "weights": shard + 12,
         "gradients": shard,
@@ -274,25 +303,24 @@ def test_parts_of_a_learner_rank_by_hand(ranks: int):
         "averages": shard,
         "reserved": 0,
     }
-    during = {
-        "gathered weights": gathered,
-        "gathered gradients": gathered,
-        "activations": 1000,
-        "latents": 4 * 4 * 5 * 11,
-    }
+    parts = ("gathered weights", "gathered gradients")
+    during = dict(zip(parts, training, strict=True))
+    during |= {"activations": 900 if parallel.sharded else 1000, "latents": 4 * 4 * 5 * 11}
     assert found["training"] == held | during
-    assert found["update"] == held | {"gathered weights": 0, "gathered gradients": 0}
+    assert found["update"] == held | dict(zip(parts, update, strict=True))
     assert sum(found["publishing"].values()) == 4 * shard + 12 + 4 * 30
-    assert sum(found["loading"].values()) == 4 * 80 + 12
+    # Sharded: when the second block is cut, beside both blocks' shards.
+    loading = 4 * (2 * 3 * 7 + BLOCK) if parallel.sharded else 4 * ALL
+    assert sum(found["loading"].values()) == loading + 12
 
 
 @pytest.mark.parametrize("parallel", ["replicate", "shard"])
 def test_parts_of_a_rank_with_lora_by_hand(parallel: str):
     """Two ranks; 14 trained numbers. A replica adds up all gradients in one: its own copy, and one
     of each rank."""
-    overrides = ["cluster.learner.count=2", f"cluster.learner.parallel={parallel}"]
-    spec = small_spec(LORA, "sampling.groups=8", *overrides)
-    found = stages_of(spec, TwoBlocks("lora"))["learner"]
+    spec = small_spec(LORA, "sampling.groups=8")
+    way = shared() if parallel == "shard" else Parallel(groups=((0,), (1,)))
+    found = stages_of(spec, TwoBlocks("lora"), way)["learner"]
     training, update = found["training"], found["update"]
     if parallel == "replicate":
         assert training["weights"] - 12 == 2 * 5 * (6 * 2 + 4) + 2 * 20 + 4 * 14
@@ -425,7 +453,8 @@ def test_flops_of_an_iteration():
     spec = small_spec(
         *("objective.kl={beta: 0.1}", "objective.epochs=2", "evaluation.micro_batch=8"),
     )
-    sampled, evaluated, decoded, trained = footprint.costs(spec, skeleton(spec), configs_of(spec))
+    cost = footprint.costs(spec, skeleton(spec), configs_of(spec))
+    sampled, evaluated, decoded, trained, _ = cost
     found = footprint.estimate(spec)
     assert found is not None
     assert found.rollout_flops == 4 * (5 + 4) * sampled.forward + 2 * decoded.forward
@@ -476,7 +505,7 @@ H100 = 79  # GiB that torch can use
 @cache
 def estimate_of(recipe: str) -> tuple[TrainingSpec, footprint.Footprint]:
     spec = load_spec(recipe)
-    found = footprint.estimate(spec)
+    found = footprint.estimate(spec, H100 * GIB)
     assert found is not None
     return spec, found
 
@@ -506,7 +535,7 @@ def test_every_recipe_has_an_estimate(name: str):
         chosen = recommended(found.layouts, H100 * GIB)
         assert chosen is not None
         assert chosen.layout == spec.cluster.layout
-        assert (chosen.parallel == "shard") == (memory.shards(spec) > 1)
+        assert (chosen.parallel == "shard") == found.parallel.sharded
         kinds = gpus(spec, found.actors, found.rewards)
         assert max(gpu.largest()[1] for gpu in kinds) < H100 * GIB
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tiny_runs import LORA, small_spec
 
+from flowgrpo_ray.algorithm.parallel import asked_for
 from flowgrpo_ray.estimate.layouts import (
     Layout,
     Work,
@@ -18,7 +19,6 @@ from flowgrpo_ray.estimate.layouts import (
     reason,
     recommended,
 )
-from flowgrpo_ray.estimate.memory import shards
 from flowgrpo_ray.spec.training import TrainingSpec
 
 GIB = 2**30
@@ -81,7 +81,7 @@ def test_shares_of_time_that_is_not_lost(
 
 def stages(spec: TrainingSpec) -> dict[str, Any]:
     """10 GiB for either part, 15 for both; what is sharded is an Nth, and 1 GiB gathered."""
-    part = 1 / shards(spec)
+    part = 1 / asked_for(spec, spec.ranks.count).shards
     size = {"workers": 15 * part, "learner": 10 * part, "rollout": 10}
     return {s: {"training": {"weights": int(size[s] * GIB)}} for s in spec.actors}
 
