@@ -209,12 +209,13 @@ def update(learner: Learner, batches: Sequence[Batch], of: Sequence[Batch] = ())
     return learner.step(kept(of or batches), steps)
 
 
-def in_shards(*, keep: bool = True, copies: int = 1) -> Parallel:
-    """This process's group under FSDP, also if it is alone; ``copies`` of the network in it."""
+def in_shards(*, weights: bool = True, gradients: bool = True, copies: int = 1) -> Parallel:
+    """This process's group under FSDP, also if it is alone; ``copies`` of the network in it, and
+    what it keeps whole."""
     import torch.distributed as dist
 
     groups = np.arange(dist.get_world_size()).reshape(copies, -1).tolist()
-    return Parallel(True, tuple(map(tuple, groups)), keep_weights=keep, keep_gradients=keep)
+    return Parallel(True, tuple(map(tuple, groups)), weights, gradients)
 
 
 def gradients(learner: Learner) -> dict[str, torch.Tensor]:

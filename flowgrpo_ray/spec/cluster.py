@@ -69,8 +69,8 @@ class LearnerSpec(ActorsSpec):
     parallel: Literal["auto", "replicate", "shard"] = Field(
         default="auto",
         description="how several ranks hold the network: each all of it, gradients added up once "
-        "per update (`replicate`); or each a share, gathered in every forward (`shard`, FSDP2). "
-        "`auto` replicates what is tuned with LoRA and shards full tuning",
+        "per update (`replicate`); or each a share, gathered for its work (`shard`, FSDP2). "
+        "`auto` replicates what fits the ranks' GPUs by the estimate, and on the CPU",
     )
     activation_checkpointing: bool = Field(
         default=False, description="recompute each block's activations in the backward pass"

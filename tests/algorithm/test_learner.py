@@ -696,6 +696,8 @@ CASES = {
     "full-guard-kl": (TUNINGS["full"], guard("1e-3", TRUE_KL)),
     "full-sharded": FULL_KL,
     "full-lean": FULL_KL,
+    "full-weights": FULL_KL,
+    "full-gradients": FULL_KL,
     "full-copies": FULL_KL,
     "lora-grpo-kl": (LORA, KL),
     "lora-dppo": (LORA, DPPO),
@@ -707,11 +709,14 @@ OTHERS = {
     "overflow": (LORA, "model.dtype=float16"),
     "full-bfloat16": (*FULL_KL, "model.dtype=bfloat16"),
 }
+LEAN = {"weights": False, "gradients": False}
 PARALLEL = {
     "full-sharded": {},
     "full-bfloat16": {},
-    "full-lean": {"keep": False},
-    "full-lean-frugal": {"keep": False},
+    "full-lean": LEAN,
+    "full-weights": {"gradients": False},
+    "full-gradients": {"weights": False},
+    "full-lean-frugal": LEAN,
     "full-copies": {"copies": 2},
 }
 GROUPS = {2: CASES.keys() - {"full-copies"} | OTHERS.keys()}
@@ -824,12 +829,16 @@ def test_shards_meet_once_an_update_where_they_stay_whole(ranks, case, count, sh
     assert ranks[count][case].sent == expected
 
 
-def test_lean_shards_meet_in_every_forward_and_backward(ranks):
-    """Which costs no memory: blocks twice a micro-step, what lies outside of them once."""
-    (outside, *blocks), gradients = groups_of("full-lean", 2)
-    step = [("_allgather_base_", size) for size in (outside, *blocks, *blocks)]
-    step += [("_reduce_scatter_base_", size) for size in gradients]
-    assert sorted(ranks[2]["full-lean"].sent) == sorted(4 * step)
+@pytest.mark.parametrize("case", ["full-lean", "full-weights", "full-gradients"])
+def test_shards_meet_in_every_micro_step_for_what_is_not_kept_whole(ranks, case):
+    """There are four. Weights: of blocks in each forward and backward, outside of them once."""
+    keeps = {"weights": True, "gradients": True} | PARALLEL[case]
+    (outside, *blocks), gradients = groups_of(case, 2)
+    gathered = [outside, *blocks] if keeps["weights"] else 4 * [outside, *blocks, *blocks]
+    reduced = gradients if keeps["gradients"] else 4 * gradients
+    expected = [("_allgather_base_", size) for size in gathered]
+    expected += [("_reduce_scatter_base_", size) for size in reduced]
+    assert sorted(ranks[2][case].sent) == sorted(expected)
 
 
 @pytest.mark.parametrize("case", ["full-lean", "lora-grpo-kl"])
@@ -854,12 +863,12 @@ def test_a_state_moves_between_several_ranks_and_one_exactly(ranks, case, count)
 HALF = ("model.dtype=bfloat16", grpo("1e-3"), "sampling.guidance=3.0")
 
 
-@pytest.mark.parametrize("keep", [True, False], ids=["kept", "lean"])
+@pytest.mark.parametrize("keep", [{}, LEAN], ids=["kept", "lean"])
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_weights_gathered_in_half_precision_give_the_bits_that_autocast_gives(tuning, keep):
     """The ratio of shards to a worker's float32 weights is exactly 1, after updates and loads."""
     overrides = (TUNINGS[tuning], *HALF)
-    learner = Learner(small_spec(*overrides), CPU, parallel=in_shards(keep=keep))
+    learner = Learner(small_spec(*overrides), CPU, parallel=in_shards(**keep))
     first = learner.state()
     for version in range(3):
         if version == 2:  # while the weights of the last update are gathered

@@ -22,7 +22,7 @@ import torch
 from waiting import PATIENCE_S
 
 from flowgrpo_ray.common.errors import ClusterError, ContractError, RewardError
-from flowgrpo_ray.common.types import MicrobatchStats, WeightsTicket, WorkUnit
+from flowgrpo_ray.common.types import MicrobatchStats, Parallel, WeightsTicket, WorkUnit
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.ledger import Ledger
 from flowgrpo_ray.run.metrics import Scores, Signal, count_groups, signals
@@ -343,7 +343,8 @@ def test_learner_ranks_meet_where_the_first_listens_already(ray_cluster: None) -
         socket.create_server(address)
     early = ranks[1].join.remote(address)
     socket.create_connection(address).close()
-    ray.get([early, ranks[0].join.remote(address)], timeout=PATIENCE_S)
+    agreed = ray.get([early, ranks[0].join.remote(address)], timeout=PATIENCE_S)
+    assert agreed == 2 * [Parallel(groups=((0,), (1,)))], "each has the whole network, on a CPU"
     for rank in ranks:
         ray.kill(rank)
 
