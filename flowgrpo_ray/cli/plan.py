@@ -168,12 +168,11 @@ def advice(spec: TrainingSpec, gpu: Gpu, *, sharded: bool) -> Iterator[str]:
     phase, _ = gpu.largest()
     stages = set(phase.split(" and "))
     holds = {"update", "training", "publishing"} & stages
-    trains = "rollout worker" not in gpu.actors or len(gpu.actors) > 1
     if "training" in stages and not learner.activation_checkpointing:
         yield "cluster.learner.activation_checkpointing=true"
     if holds and not learner.offload_optimizer:
         yield "cluster.learner.offload_optimizer=true"
-    if holds and trains:
+    if holds:
         if sharded:
             yield f"a larger cluster.{list(spec.actors)[-1]}.count"
         elif spec.ranks.count > 1:
@@ -184,12 +183,12 @@ def advice(spec: TrainingSpec, gpu: Gpu, *, sharded: bool) -> Iterator[str]:
         yield "a smaller sampling.micro_batch"
     if "evaluation" in stages:
         yield "a smaller evaluation.micro_batch"
-    if full and spec.objective.kl and len(gpu.actors) > trains:
+    if full and spec.objective.kl and gpu.actors.keys() - {"learner rank"}:
         yield "objective.kl=null"
     if full and holds:
         yield "tuning.kind=lora"
-    for name in gpu.rewards:
-        if "dtype" not in spec.rewards[name].options:
+    for name, (_, parts) in gpu.rewards.items():
+        if parts and "dtype" not in spec.rewards[name].options:
             yield f"rewards.{name}.options.dtype=float16"
     yield "a GPU with more memory, or one for each actor"
 
