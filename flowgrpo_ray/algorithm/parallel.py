@@ -18,7 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.nn.modules.conv import _ConvNd
 
 from flowgrpo_ray.common.loopback import is_loopback
@@ -89,6 +94,8 @@ def shard(policy: Policy, parallel: Parallel) -> None:
     for module in (*blocks, network):
         fully_shard(module, mesh=mesh, mp_policy=precision)
     assert isinstance(network, FSDPModule)
+    for method in policy.ways_in:
+        register_fsdp_forward_method(network, method)
     if parallel.keep_weights:
         network.set_reshard_after_forward(False)
         network.set_reshard_after_backward(False)

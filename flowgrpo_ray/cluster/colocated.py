@@ -61,6 +61,10 @@ class ColocatedWorker(RolloutWorker, LearnerRank):
         self.join_group(address)
         self.on_host = self.parallel.sharded
         self.start()
+        if self.parallel.sharded and hasattr(self, "learner"):  # the network itself reads prompts
+            from flowgrpo_ray.algorithm.parallel import gather_weights
+
+            gather_weights(self.policy.network)
         return self.parallel
 
     def load_model(self) -> None:

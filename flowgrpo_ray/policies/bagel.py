@@ -39,6 +39,7 @@ class BagelPolicy(Policy):
     """BAGEL-7B-MoT in its published files. Latents are ``[b, 16, H / 8, W / 8]``."""
 
     config_files = (CONFIG,)
+    ways_in = ("read",)
     lora_targets = (
         "self_attn.q_proj_moe_gen",
         "self_attn.k_proj_moe_gen",

@@ -49,6 +49,7 @@ class Policy(ABC):
     lora_targets: ClassVar[tuple[str, ...]]
     pipeline: ClassVar[str] = ""  # the model's class in diffusers, if it has one
     call_arguments: ClassVar[tuple[str, ...]] = ()  # of that pipeline's call, for the model card
+    ways_in: ClassVar[tuple[str, ...]] = ()  # methods of the network that compute, beside forward
     config_files: ClassVar[tuple[str, ...]]  # that say what the parts are made of
 
     network: nn.Module

@@ -300,6 +300,29 @@ def test_a_sharded_learner_has_the_gradient_of_the_plain_network(folder, tuning)
     assert sum(g.abs().sum() for g in plain.values()) > 0
 
 
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_a_sharded_worker_reads_prompts_before_it_samples(folder, tuning):
+    """With the network's other way in, whose layers FSDP must not take for roots of their own."""
+    from flowgrpo_ray.algorithm.learner import Learner
+    from flowgrpo_ray.algorithm.parallel import gather_weights
+
+    spec = spec_of(folder, TUNINGS[tuning], "sampling.guidance=1.0", dtype="bfloat16")
+    worker = tuned(folder, TUNINGS[tuning], "sampling.guidance=1.0", dtype="bfloat16")
+    of, prompts = unit(schedule(worker)), encode(worker)
+    with alone():
+        learner = Learner(spec, CPU, parallel=in_shards())
+        gather_weights(learner.policy.network)
+        read = encode(learner.policy)
+        ticket = learner.announce(0, averaged=False)
+        trajectory, _ = rollout(learner.policy, of, read, SIZE, ticket)
+        ones = np.ones(len(trajectory.latents), np.float32)
+        assert learner.accumulate(of, trajectory, read, ones, ones > 0).log_ratio_max == 0
+        assert learner.step(len(ones), 2).grad_norm
+    assert all(np.array_equal(read[n]["past"], prompts[n]["past"]) for n in prompts)
+    plain, _ = rollout(worker, of, prompts, SIZE, UNTRAINED)
+    assert np.array_equal(trajectory.latents, plain.latents)
+
+
 # --- loading
 
 
