@@ -315,14 +315,11 @@ def rank_results(
     return results
 
 
-def other_rank(index: int, addresses: Mapping[int, tuple[str, int]], folder: Path) -> None:
-    """The process of another rank, in every group that is large enough for it."""
+def other_rank(index: int, ranks: int, address: tuple[str, int], folder: Path) -> None:
+    """The process of another rank than the first."""
     torch.set_num_threads(1)
     import flowgrpo_ray.algorithm.learner  # noqa: F401
 
-    load_policy(
-        small_spec(), CPU, frozenset({"network"})
-    )  # what it imports, before it meets others
-    for ranks, address in addresses.items():
-        if index + 1 < ranks:
-            rank_results(index + 1, ranks, address, folder)
+    # What it imports, before it meets others.
+    load_policy(small_spec(), CPU, frozenset({"network"}))
+    rank_results(index + 1, ranks, address, folder)

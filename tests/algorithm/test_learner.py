@@ -721,22 +721,49 @@ PARALLEL = {
 }
 GROUPS = {2: CASES.keys() - {"full-copies"} | OTHERS.keys()}
 GROUPS[4] = {"full-guard-kl", "full-sharded", "full-copies", "lora-grpo-kl"}
-TOGETHER = [(name, ranks) for ranks in GROUPS for name in CASES if name in GROUPS[ranks]]
+SLOW_FOUR = {2: (), 4: pytest.mark.slow}  # marks: four processes take minutes on two cores
+TOGETHER = [
+    pytest.param(name, count, marks=SLOW_FOUR[count])
+    for count, names in GROUPS.items()
+    for name in CASES
+    if name in names
+]
+Results = dict[int, dict[str, RankResult]]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> dict[int, dict[str, RankResult]]:
-    """By the number of gloo ranks and case: what they make of the same micro-batches."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    listeners = {ranks: meeting() for ranks in GROUPS}
-    addresses = {ranks: listener.getsockname() for ranks, listener in listeners.items()}
+def ranks(tmp_path_factory) -> Results:
+    return on_ranks(2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory) -> Results:
+    return on_ranks(4, tmp_path_factory.mktemp("four"))
+
+
+@pytest.fixture
+def results(count: int, request: pytest.FixtureRequest) -> Results:
+    """Those of one rank and of ``count``."""
+    return request.getfixturevalue({2: "ranks", 4: "four_ranks"}[count])
+
+
+def on_ranks(count: int, folder: Path) -> Results:
+    """By the number of gloo ranks, 1 or ``count``, and case: what they make of the same
+    micro-batches."""
+    listener = meeting()
     # Their imports take longer than their work: they start before there is any.
     others = torch.multiprocessing.spawn(
-        other_rank, (addresses, folder), nprocs=max(GROUPS) - 1, join=False, daemon=True
+        other_rank,
+        (count, listener.getsockname(), folder),
+        nprocs=count - 1,
+        join=False,
+        daemon=True,
     )
     cases, found = {}, {1: {}}
     known: dict[tuple[str, ...], tuple[Case, RankResult]] = {}
     for name, overrides in (CASES | OTHERS).items():
+        if name not in GROUPS[count]:
+            continue
         if overrides not in known:
             spec = small_spec(*overrides, OPTIMIZER + "grad_norm: 0.5}")
             batches = draw_batches(spec, 2 if name == "overflow" else 4)
@@ -748,10 +775,8 @@ def ranks(tmp_path_factory) -> dict[int, dict[str, RankResult]]:
         case, found[1][name] = known[overrides]
         cases[name] = replace(case, load=found[1][name].state, parallel=PARALLEL.get(name))
     torch.distributed.destroy_process_group()
-    for count, names in GROUPS.items():
-        theirs = {name: cases[name] for name in sorted(names)}
-        (folder / f"{count}.pickle").write_bytes(pickle.dumps(theirs))
-        found[count] = rank_results(0, count, listeners[count], folder)
+    (folder / f"{count}.pickle").write_bytes(pickle.dumps(cases))
+    found[count] = rank_results(0, count, listener, folder)
     join_group(0, 1, meeting(), CPU)  # alone again
     while not others.join():  # pyright: ignore[reportOptionalMemberAccess]
         pass
@@ -769,12 +794,12 @@ def test_an_overflow_on_one_rank_is_one_of_all(ranks):
 
 
 @pytest.mark.parametrize(("case", "count"), TOGETHER)
-def test_several_ranks_train_as_one_process(ranks, case, count):
+def test_several_ranks_train_as_one_process(results, case, count):
     """The ranks' gradients are summed in another order: rounding, and nothing else.
 
     Measured: gradients to 9e-8 of the largest, weights after two updates to 1.5e-8.
     """
-    one, several = ranks[1][case], ranks[count][case]
+    one, several = results[1][case], results[count][case]
     top = max(np.abs(g).max() for g in one.gradient.values())
     assert largest_difference(one.gradient, several.gradient) < 1e-6 * top
     assert several.grad_norms == pytest.approx(one.grad_norms, rel=1e-5)
@@ -813,11 +838,11 @@ def groups_of(case: str, ranks: int) -> tuple[list[int], list[int]]:
         ("full-sharded", 2, 2),
         ("lora-sharded", 2, 2),
         ("full-bfloat16", 2, 2),
-        ("full-sharded", 4, 4),
-        ("full-copies", 4, 2),
+        pytest.param("full-sharded", 4, 4, marks=SLOW_FOUR[4]),
+        pytest.param("full-copies", 4, 2, marks=SLOW_FOUR[4]),
     ],
 )
-def test_shards_meet_once_an_update_where_they_stay_whole(ranks, case, count, shards):
+def test_shards_meet_once_an_update_where_they_stay_whole(results, case, count, shards):
     """Four micro-steps on two ranks: each block is gathered in the first of them, its gradient
     reduced after the last; between copies of the network, the shards' gradients alone."""
     gathered, gradients = groups_of(case, shards)
@@ -826,7 +851,7 @@ def test_shards_meet_once_an_update_where_they_stay_whole(ranks, case, count, sh
         expected.append(("_reduce_scatter_base_", size))
         if count > shards:
             expected.append(("allreduce_", size // shards))
-    assert ranks[count][case].sent == expected
+    assert results[count][case].sent == expected
 
 
 @pytest.mark.parametrize("case", ["full-lean", "full-weights", "full-gradients"])
@@ -852,8 +877,8 @@ def test_what_saves_memory_changes_no_bit(ranks, case):
 
 
 @pytest.mark.parametrize(("case", "count"), TOGETHER)
-def test_a_state_moves_between_several_ranks_and_one_exactly(ranks, case, count):
-    one, several = ranks[1][case], ranks[count][case]
+def test_a_state_moves_between_several_ranks_and_one_exactly(results, case, count):
+    one, several = results[1][case], results[count][case]
     assert state_digests(several.reloaded) == state_digests(one.state), "from one rank to several"
     learner = Learner(small_spec(*CASES[case]), CPU)
     learner.load_state(several.state)
