@@ -126,8 +126,8 @@ FROM_ROWS = {
 
 # What the driver knows at any time.
 ITERATIONS = gauge("iterations", "", "iterations that the run is to have")
-WEIGHTS_VERSION = gauge("weights_version", "{worker}", "weights that a rollout worker holds")
-IN_FLIGHT = gauge("units_in_flight", "{worker}", "micro-batches given to a rollout worker")
+WEIGHTS_VERSION = gauge("weights_version", "{worker}", "weights that a worker samples with")
+IN_FLIGHT = gauge("units_in_flight", "{worker}", "micro-batches given to a worker")
 CHECKPOINT_TIME = gauge("checkpoint_time_seconds", "", "when the last one was saved, unix time")
 CHECKPOINT_ITERATION = gauge("checkpoint_iteration", "", "of the last checkpoint")
 QUEUE = gauge("reward_queue", "{reward}", "calls that wait for their answer")

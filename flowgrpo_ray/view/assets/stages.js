@@ -135,10 +135,10 @@ function renderCluster() {
       "div",
       { class: "tables" },
       rewards.length ? titled("Rewards", table(["Deployment", "State", "Replicas", "Queue", "Calls", "Failures", "Mean answer"], rewards.map(deployment))) : null,
-      workers.length ? titled("Rollout workers", table(["Worker", "Weights of iteration", "In flight"], workers.map(worker))) : null,
+      workers.length ? titled("Workers", table(["Worker", "Weights of iteration", "In flight"], workers.map(worker))) : null,
     ),
     definitions([
-      ["Learner ranks", count(live("learners"))],
+      ["Ranks that train", count(live("learners"))],
       ["Started", isNumber(live("started")) ? moment(live("started")) : null],
       ["Ray", live("ray.address")],
       ["Ray job", live("ray.job")],
