@@ -1,10 +1,10 @@
 """Which stage of an iteration holds the others up, and what would change that.
 
 Where sampling, scoring and training overlap, an iteration takes as long as its slowest stage; with
-``advantages.std: global`` and no lag training waits for all of the others. A stage's load is the
-time that one of its actors works when the work is shared out evenly. What an iteration would take
-after a change is an estimate: as if it got shorter by what the slowest stage does, and never
-shorter than any stage.
+``advantages.std: global`` and no lag training waits for all of the others, and sampling for it. A
+stage's load is the time that one of its actors works when the work is shared out evenly. What an
+iteration would take after a change is an estimate: as if it got shorter by what the slowest stage
+does, and never shorter than any stage.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from flowgrpo_ray.spec.training import TrainingSpec
 STEADY = 3  # iterations in a row before it is worth telling
 EVEN = 1.1  # below this many times the next load, the split is even
 FULL = 0.9  # of the cores' seconds: more processes would only share them
+SPLIT = {"sampling", "training"}  # stages whose actors could be divided otherwise
 BOTH = "sampling and training"
 KINDS = {
     "sampling": ("rollout", "rollout workers"),
@@ -82,7 +83,7 @@ class Advice:
     """What to change, as a sentence and as keys of the spec; nothing where nothing helps."""
 
     says: str
-    change: Mapping[str, int] = field(default_factory=dict)
+    change: Mapping[str, int | str] = field(default_factory=dict)
     seconds: float | None = None  # that an iteration would then take, by estimate
 
     def describe(self, found: Bottleneck, actors: int) -> str:
@@ -103,9 +104,14 @@ class Planner:
 
     def advise(self, found: Bottleneck, stages: Mapping[str, Stage], seconds: float) -> Advice:
         """``stages``: all of them, by name; ``seconds`` of the iteration."""
+        full = self._full(found.stage, stages, seconds)
+        if found.stage in SPLIT and self._take_turns and not full:
+            says = "Sampling and training take turns (advantages.std: global), each waits for the "
+            says += "other: with cluster.layout: colocated every process does both."
+            return Advice(says, {"cluster.layout": "colocated"})
         if found.load < EVEN * found.next_load:
             return Advice(f"The split is even: {found.next_stage} would need more actors as well.")
-        if full := self._full(found.stage, stages, seconds):
+        if full:
             return Advice(full)
         here = stages[found.stage].actors
         counts = self._more(found, stages[found.stage])
@@ -121,6 +127,11 @@ class Planner:
         says = f"{self._told(found.stage, stages, to)} would {effect}: about {then:.1f} s an "
         says += f"iteration instead of {seconds:.1f}, by estimate."
         return Advice(says, {self._key(name): count for name, count in to.items()}, then)
+
+    @property
+    def _take_turns(self) -> bool:
+        """Whether no stage begins before the one before it has ended."""
+        return self._spec.advantages.std == "global" and not self._spec.sampling.max_lag
 
     def _kind(self, stage: str) -> ActorsSpec | RewardSpec:
         return self._spec.actors[KINDS[stage][0]] if stage in KINDS else self._spec.rewards[stage]
@@ -173,10 +184,9 @@ class Planner:
     def _move(self, found: Bottleneck, stages: Mapping[str, Stage]) -> dict[str, int] | None:
         """Counts with GPUs of the learner given to the rollout workers, or the other way round."""
         gpus = self._spec.cluster.learner.gpus
-        split = {"sampling", "training"}
-        if found.stage not in split or not gpus or gpus != self._spec.cluster.rollout.gpus:
+        if found.stage not in SPLIT or not gpus or gpus != self._spec.cluster.rollout.gpus:
             return None
-        (giver,) = split - {found.stage}
+        (giver,) = SPLIT - {found.stage}
         best, most = None, found.load / EVEN
         for moved in range(1, stages[giver].actors):
             change = ((giver, -moved), (found.stage, moved))

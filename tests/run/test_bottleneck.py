@@ -4,6 +4,7 @@ import pytest
 
 from flowgrpo_ray.cluster.stages import StageReader
 from flowgrpo_ray.run.bottleneck import (
+    BOTH,
     Adviser,
     Bottleneck,
     Planner,
@@ -18,7 +19,7 @@ from flowgrpo_ray.spec.file import load_spec
 AMPLE = Room({"CPU": 64, "GPU": 8}, cores=640)
 
 
-def spec_of(*, gpus=0, of_rollout=None, learners=1, workers=4, updates=1, **rollout):
+def spec_of(*more, gpus=0, of_rollout=None, learners=1, workers=4, updates=1, **rollout):
     """32 micro-batches in an iteration: of 4 images, two for a group."""
     of_rollout = gpus if of_rollout is None else of_rollout
     settings = [
@@ -28,6 +29,7 @@ def spec_of(*, gpus=0, of_rollout=None, learners=1, workers=4, updates=1, **roll
         f"cluster.rollout={{count: {workers}, cpus: 1, gpus: {of_rollout}}}",
         "rewards={ocr: {weight: 1, cpus: 2}, sign_colour: {weight: 0}}",
         *[f"cluster.rollout.{key}={value}" for key, value in rollout.items()],
+        *more,
     ]
     return load_spec("tiny-ocr", settings)
 
@@ -106,6 +108,26 @@ def test_more_rollout_workers():
         "cluster.rollout.count 4 -> 12 would remove it: about 4.0 s an iteration instead of 8.0, "
         "by estimate."
     )
+
+
+def test_stages_that_take_turns_want_the_other_layout():
+    """More actors of the slower one would shorten its turn, and wait as long."""
+    together, stages = "advantages={std: global}", stages_of(sampling=24, ranks=2)
+    found = advice(spec_of(together, gpus=1, learners=2), stages)
+    assert found.change == {"cluster.layout": "colocated"}
+    assert "take turns (advantages.std: global)" in found.says
+    for others in ((), (together, "sampling.max_lag=1")):
+        assert advice(spec_of(*others, gpus=1, learners=2), stages).change != found.change
+    few = Room({"CPU": 8}, cores=2)
+    assert "No count of actors" in advice(spec_of(together), stages, room=few).says
+
+
+def test_workers_that_sample_and_train_are_as_many_as_share_an_update_evenly():
+    spec = spec_of("cluster.layout=colocated", "cluster.workers={count: 2, gpus: 1}")
+    stages = {BOTH: Stage(24, 2), "ocr": Stage(5, 2, 32)}
+    assert advice(spec, stages).change == {"cluster.workers.count": 8}  # and no GPU is left
+    found = advice(spec, {BOTH: Stage(640, 32), "ocr": Stage(5, 2, 32)})
+    assert "an update has 32 micro-batches" in found.says
 
 
 def test_workers_that_may_join_have_another_key():
