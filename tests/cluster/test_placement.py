@@ -68,22 +68,19 @@ def test_actors_without_a_gpu_have_bundles_of_their_own():
 def test_no_room_is_told_in_seconds_and_holds_nothing(
     ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ):
-    """The cluster has four CPUs, and another run has three of them."""
+    """The cluster has four CPUs, some of which other tests may hold; this is to need five."""
     import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
 
-    other = placement_group([{"CPU": 3}])
-    assert other.wait(30)
+    free = ray.available_resources().get("CPU", 0.0)
     monkeypatch.setattr(placement, "PLACE_S", 1.0)
-    spec = load_spec("tiny-ocr", ["cluster.rollout.cpus=0.4", "cluster.learner.cpus=0.6"])
+    spec = load_spec("tiny-ocr", ["cluster.rollout.cpus=2", "cluster.learner.cpus=1"])
     began = time.monotonic()
     with pytest.raises(ClusterError) as told:
         asyncio.run(placement.place(spec))
     assert time.monotonic() - began < 20
-    for part in ("1 x (CPU 0.6), 2 x (CPU 0.4)", "free are CPU 1 (node by node)", "ray status"):
+    for part in ("1 x (CPU 1), 2 x (CPU 2)", "free are CPU ", "(node by node)", "ray status"):
         assert part in str(told.value)
-    remove_placement_group(other)
-    wait_until(lambda: ray.available_resources().get("CPU") == 4, "its removal")
+    wait_until(lambda: ray.available_resources().get("CPU", 0.0) >= free, "what was held")
 
 
 SEATS = """
