@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,7 +52,7 @@ def settings(recipe: Any, units: int, section: str, *counts: int) -> list[str]:
     return [*made, f"cluster.rollout.count={samplers}", f"cluster.learner.count={ranks}"]
 
 
-async def busy(recipe: Any, spec: Sequence[str], rounds: int) -> list[float]:
+async def busy(spec: Sequence[str], rounds: int) -> list[float]:
     """Share of its time that a worker computes, of each iteration after one to warm up."""
     async with simulated.trainer(spec) as trainer:
         await simulated.iterate(trainer, rounds)
@@ -69,8 +70,6 @@ def share(row: dict[str, Any]) -> float:
 
 def measure(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each number of workers."""
-    from dataclasses import replace
-
     from flowgrpo_ray.estimate.layouts import best_split
 
     recipe = proportions(name)
@@ -82,12 +81,12 @@ def measure(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]
         units = workers * arguments.units * recipe.updates
         row: dict[str, Any] = {"recipe": name, "workers": workers}
         spec = settings(recipe, units, "colocated", workers)
-        row["colocated"] = asyncio.run(busy(recipe, spec, arguments.rounds))
+        row["colocated"] = asyncio.run(busy(spec, arguments.rounds))
         if workers > 1:
             samplers, ranks, expected = best_split(replace(recipe, units=units, block=1), workers)
             spec = settings(recipe, units, "separate", samplers, ranks)
             row |= {"split": (samplers, ranks), "expected": expected}
-            row["separate"] = asyncio.run(busy(recipe, spec, arguments.rounds))
+            row["separate"] = asyncio.run(busy(spec, arguments.rounds))
         yield row
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -76,8 +75,7 @@ class Learner:
             policy.tune(spec.seed, with_reference=False)
         self.policy = policy
         if spec.cluster.learner.activation_checkpointing:
-            network: Any = self.policy.network
-            network.enable_gradient_checkpointing()
+            self.policy.checkpoint_activations()
         if sharded:
             shard(self.policy, self.parallel)
         self.parameters = self.policy.trainable()

@@ -83,15 +83,14 @@ def shard(policy: Policy, parallel: Parallel) -> None:
     groups = torch.tensor(parallel.groups)
     names = ("copies", "shards") if len(groups) > 1 else ("shards",)
     mesh = DeviceMesh(policy.device.type, groups.squeeze(0), mesh_dim_names=names)
-    network, kinds, cast = policy.network, policy.block_classes(), cast_by_autocast(policy.network)
+    network, cast = policy.network, cast_by_autocast(policy.network)
     precision = MixedPrecisionPolicy(
         param_dtype=policy.dtype,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
         param_dtype_override_fn=lambda p: policy.dtype if id(p) in cast else p.dtype,
     )
-    blocks = [module for module in network.modules() if isinstance(module, kinds)]
-    for module in (*blocks, network):
+    for module in (*policy.blocks_of(network), network):
         fully_shard(module, mesh=mesh, mp_policy=precision)
     assert isinstance(network, FSDPModule)
     for method in policy.ways_in:

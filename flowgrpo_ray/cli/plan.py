@@ -14,6 +14,7 @@ from rich.table import Table
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.estimate.preflight import check_run
 from flowgrpo_ray.run.cost import cost_of
+from flowgrpo_ray.spec.cluster import NAMES
 from flowgrpo_ray.spec.training import TrainingSpec, required_resources
 
 if TYPE_CHECKING:
@@ -99,13 +100,6 @@ def gpu_memory(gpu: str) -> float:
     return memory
 
 
-def largest(stages: Mapping[str, Mapping[str, int]]) -> tuple[str, int]:
-    """The stage that needs the most, and its bytes."""
-    totals = {stage: sum(parts.values()) for stage, parts in stages.items()}
-    stage = max(totals, key=lambda name: totals[name])
-    return stage, totals[stage]
-
-
 def not_counted(footprint: Footprint) -> Iterator[str]:
     """What takes memory of a GPU and has no known size."""
     if not footprint.encoders_known:
@@ -151,10 +145,9 @@ def verdicts(
 
 def shared(spec: TrainingSpec, footprint: Footprint, gpu: tuple[str, float] | None) -> str:
     """How those that train together hold the network, and what that assumes."""
-    from flowgrpo_ray.estimate.gpus import NAMES
     from flowgrpo_ray.estimate.parallel import PER_NODE
 
-    found = f"{spec.ranks.count} {NAMES[list(spec.actors)[-1]]}s: {footprint.parallel}"
+    found = f"{spec.ranks.count} {NAMES[spec.trains]}s: {footprint.parallel}"
     if not spec.ranks.gpus or spec.cluster.learner.parallel == "replicate":
         return found
     assumed = [] if gpu else [f"GPUs of {ASSUMED} GiB (name yours with --gpu)"]
@@ -174,7 +167,7 @@ def advice(spec: TrainingSpec, gpu: Gpu, *, sharded: bool) -> Iterator[str]:
         yield "cluster.learner.offload_optimizer=true"
     if holds:
         if sharded:
-            yield f"a larger cluster.{list(spec.actors)[-1]}.count"
+            yield f"a larger cluster.{spec.trains}.count"
         elif spec.ranks.count > 1:
             yield "cluster.learner.parallel=shard"
         else:
@@ -248,11 +241,12 @@ def _counts(spec: TrainingSpec, work: Work, footprint: Footprint | None) -> Tabl
 
 def _memory(footprint: Footprint) -> Table:
     """Parts of the largest stage of each kind of process, and what the other stages need."""
-    from flowgrpo_ray.estimate.gpus import NAMES
-
     title = f"memory ({footprint.parameters / 1e6:,.2f} M parameters, "
     title += f"{footprint.trained_parameters / 1e6:,.2f} M trained)"
-    small = all(largest(stages)[1] < GIB for stages in footprint.actors.values())
+    from flowgrpo_ray.estimate.gpus import totals
+
+    sizes = {section: totals(stages) for section, stages in footprint.actors.items()}
+    small = max(max(of.values()) for of in sizes.values()) < GIB
     unit, size_of = ("MiB", 2**20) if small else ("GiB", GIB)
     table = Table(title=title, title_justify="left", min_width=len(title))
     table.add_column("")
@@ -262,15 +256,16 @@ def _memory(footprint: Footprint) -> Table:
         table.add_row(label, f"{size / size_of:,.2f}")
 
     for section, stages in footprint.actors.items():
-        actor, (top, total) = NAMES[section], largest(stages)
+        actor, of = NAMES[section], sizes[section]
+        top = max(of, key=lambda stage: of[stage])
         table.add_section()
-        add(f"{actor}, {top}", total)
+        add(f"{actor}, {top}", of[top])
         for part, size in stages[top].items():
             if size:
                 add(f"  {part}", size)
-        for stage, parts in stages.items():
+        for stage, size in of.items():
             if stage != top:
-                add(f"{actor}, {stage}", sum(parts.values()))
+                add(f"{actor}, {stage}", size)
     for name, parts in footprint.rewards.items():
         if parts:
             add(f"reward {name}, a replica", sum(parts.values()))

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import ray
@@ -160,6 +161,16 @@ class Calls:
             self._advanced = time.monotonic()
 
 
+@dataclass(frozen=True)
+class RunOnRay:
+    """What the groups of actors of one run share."""
+
+    spec: TrainingSpec
+    placement: Placement
+    ledger: Ledger
+    losses: Losses
+
+
 class ActorGroup:
     """The actors of one kind, each with a name and a record of its calls.
 
@@ -168,17 +179,10 @@ class ActorGroup:
 
     kind: ClassVar[str]
 
-    def __init__(
-        self,
-        spec: TrainingSpec,
-        placement: Placement,
-        ledger: Ledger,
-        losses: Losses,
-        actor_class: type,
-    ) -> None:
-        self.spec, self.actors = spec, spec.actors[self.kind]
-        self._placement, self._class = placement, actor_class
-        self._ledger, self._losses = ledger, losses
+    def __init__(self, run: RunOnRay, actor_class: type) -> None:
+        self.spec, self.actors = run.spec, run.spec.actors[self.kind]
+        self._placement, self._class = run.placement, actor_class
+        self._ledger, self._losses = run.ledger, run.losses
 
     def name_of(self, rank: int) -> str:
         """What its actor is called."""

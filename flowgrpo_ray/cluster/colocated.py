@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 from ray import ObjectRef
 
-from flowgrpo_ray.cluster.actors import Calls, LearnerLostError, Losses
+from flowgrpo_ray.cluster.actors import Calls, LearnerLostError, RunOnRay
 from flowgrpo_ray.cluster.learner_group import Contribution, LearnerGroup, LearnerRank
-from flowgrpo_ray.cluster.placement import Placement
 from flowgrpo_ray.cluster.rollout import RolloutWorker
 from flowgrpo_ray.cluster.samplers import IN_FLIGHT, Pool, Waiting, Worker
 from flowgrpo_ray.common.types import (
@@ -35,7 +34,6 @@ from flowgrpo_ray.common.types import (
     WeightsTicket,
     WorkUnit,
 )
-from flowgrpo_ray.run.ledger import Ledger
 from flowgrpo_ray.spec.training import TrainingSpec
 
 
@@ -118,15 +116,8 @@ class WorkerPool(Pool):
 
     kind = "workers"
 
-    def __init__(
-        self,
-        spec: TrainingSpec,
-        placement: Placement,
-        ledger: Ledger,
-        losses: Losses,
-        worker_class: type = ColocatedWorker,
-    ) -> None:
-        super().__init__(spec, placement, ledger, losses, worker_class)
+    def __init__(self, run: RunOnRay, worker_class: type) -> None:
+        super().__init__(run, worker_class)
         self._adopted = asyncio.Event()
         self.loaded = asyncio.Event()
 
@@ -172,16 +163,8 @@ class WorkerGroup(LearnerGroup):
 
     kind = "workers"
 
-    def __init__(
-        self,
-        spec: TrainingSpec,
-        placement: Placement,
-        ledger: Ledger,
-        losses: Losses,
-        pool: WorkerPool,
-        worker_class: type = ColocatedWorker,
-    ) -> None:
-        super().__init__(spec, placement, ledger, losses, worker_class)
+    def __init__(self, run: RunOnRay, worker_class: type, pool: WorkerPool) -> None:
+        super().__init__(run, worker_class)
         self._pool = pool
 
     async def _start(self) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from ray import ObjectRef
 
-from flowgrpo_ray.cluster.actors import Losses, all_or_none
+from flowgrpo_ray.cluster.actors import Losses, RunOnRay, all_or_none
 from flowgrpo_ray.cluster.colocated import ColocatedWorker, WorkerGroup, WorkerPool
 from flowgrpo_ray.cluster.learner_group import Contribution, LearnerGroup, LearnerRank
 from flowgrpo_ray.cluster.linear import settled
@@ -21,7 +21,7 @@ from flowgrpo_ray.cluster.live import Display
 from flowgrpo_ray.cluster.placement import place
 from flowgrpo_ray.cluster.rollout import RolloutWorker
 from flowgrpo_ray.cluster.rollout_pool import RolloutPool
-from flowgrpo_ray.cluster.samplers import Sampled
+from flowgrpo_ray.cluster.samplers import Pool, Sampled
 from flowgrpo_ray.common.errors import ContractError
 from flowgrpo_ray.common.types import WeightsTicket, WorkUnit
 from flowgrpo_ray.rewards import weighted_total
@@ -30,6 +30,7 @@ from flowgrpo_ray.run.metrics import Scores, Signal
 from flowgrpo_ray.serving import deploy
 from flowgrpo_ray.serving.args import args_of
 from flowgrpo_ray.serving.client import Patience, RewardClient, Traffic
+from flowgrpo_ray.spec.cluster import NAMES
 from flowgrpo_ray.spec.prompts import Prompt, plan_iteration
 from flowgrpo_ray.spec.training import TrainingSpec
 
@@ -50,7 +51,7 @@ class Crew:
     """Learner ranks, rollout workers and the clients of the reward deployments."""
 
     learners: LearnerGroup
-    rollouts: RolloutPool | WorkerPool
+    rollouts: Pool
     rewards: RewardClient
     sigmas: tuple[float, ...]  # the model's noise levels in training
     eval_sigmas: tuple[float, ...]
@@ -79,20 +80,20 @@ class Crew:
         """
         self.placement = await place(self.spec)
         self.spec = await settled(self.spec, self.placement.group, self.display.note)
-        shared = (self.spec, self.placement, self.ledger, self.losses)
+        run = RunOnRay(self.spec, self.placement, self.ledger, self.losses)
         if self.spec.cluster.layout == "colocated":
-            self.rollouts = WorkerPool(*shared, self._kinds.workers)
-            self.learners = WorkerGroup(*shared, self.rollouts, self._kinds.workers)
+            self.rollouts = pool = WorkerPool(run, self._kinds.workers)
+            self.learners = WorkerGroup(run, self._kinds.workers, pool)
             learners = self.learners.start()
         else:
-            self.rollouts = RolloutPool(*shared, self._kinds.rollout)
-            self.learners = LearnerGroup(*shared, self._kinds.learner)
+            self.rollouts = RolloutPool(run, self._kinds.rollout)
+            self.learners = LearnerGroup(run, self._kinds.learner)
             learners = self._after_encoding(self.learners.start)
         rewards = self._after_encoding(self._start_rewards)
         await all_or_none(rewards, learners, self._start_rollouts())
         if (count := self.spec.ranks.count) > 1:
-            kind = "workers" if self.spec.cluster.layout == "colocated" else "learner ranks"
-            self.display.note(f"{count} {kind}: {self.learners.parallel}")
+            name = NAMES[self.spec.trains]
+            self.display.note(f"{count} {name}s: {self.learners.parallel}")
 
     async def _after_encoding(self, start: Callable[[], Awaitable[None]]) -> None:
         if self.spec.shares_gpus:

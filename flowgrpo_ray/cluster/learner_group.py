@@ -20,12 +20,11 @@ from flowgrpo_ray.cluster.actors import (
     Calls,
     HangError,
     LearnerLostError,
-    Losses,
+    RunOnRay,
     awaited,
     seen,
     set_up_process,
 )
-from flowgrpo_ray.cluster.placement import Placement
 from flowgrpo_ray.common.errors import ContractError
 from flowgrpo_ray.common.types import (
     Condition,
@@ -38,7 +37,6 @@ from flowgrpo_ray.common.types import (
     WeightsTicket,
     WorkUnit,
 )
-from flowgrpo_ray.run.ledger import Ledger
 from flowgrpo_ray.serving.ray_private import actor_id
 from flowgrpo_ray.spec.training import TrainingSpec
 
@@ -155,15 +153,8 @@ class LearnerGroup(ActorGroup):
 
     kind = "learner"
 
-    def __init__(
-        self,
-        spec: TrainingSpec,
-        placement: Placement,
-        ledger: Ledger,
-        losses: Losses,
-        rank_class: type = LearnerRank,
-    ) -> None:
-        super().__init__(spec, placement, ledger, losses, rank_class)
+    def __init__(self, run: RunOnRay, rank_class: type) -> None:
+        super().__init__(run, rank_class)
         self.ranks: list[Any] = []
         self.calls: list[Calls] = []
         self._row: list[Contribution] = []

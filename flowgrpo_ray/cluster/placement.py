@@ -95,14 +95,6 @@ async def place(spec: TrainingSpec) -> Placement:
     return Placement(group, seats)
 
 
-def sorted_nodes() -> list[str]:
-    """The cluster's nodes in an order that only depends on them."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    return [
-        n["NodeID"] for n in sorted(alive, key=lambda n: (n["NodeManagerAddress"], n["NodeID"]))
-    ]
-
-
 def _no_room(bundles: Sequence[Bundle]) -> str:
     asked: dict[str, int] = {}
     for bundle in bundles:

@@ -1,9 +1,8 @@
 """The driver's side of the rollout workers: which there are, and which weights they hold.
 
-Units go to whichever worker is free. A
-worker loads the weights of a unit's ticket right before the first unit that needs them, and answers
-with the digest of what it loaded. One that dies, hangs or goes away with its machine is replaced,
-and its units are sampled again: a unit is a pure function, so only time is lost.
+A worker loads the weights of a unit's ticket right before the first unit that needs them, and
+answers with the digest of what it loaded. One that dies, hangs or goes away with its machine is
+replaced, and its units are sampled again: a unit is a pure function, so only time is lost.
 """
 
 from __future__ import annotations
@@ -14,15 +13,11 @@ from collections.abc import Sequence
 from ray import ObjectRef
 from ray.exceptions import ObjectLostError, RayActorError
 
-from flowgrpo_ray.cluster.actors import LOST, HangError, LearnerLostError, Losses, seen
-from flowgrpo_ray.cluster.placement import Placement
-from flowgrpo_ray.cluster.rollout import RolloutWorker
+from flowgrpo_ray.cluster.actors import LOST, HangError, LearnerLostError, RunOnRay, seen
 from flowgrpo_ray.cluster.samplers import Pool, Worker
 from flowgrpo_ray.common.errors import ClusterError, ContractError
 from flowgrpo_ray.common.types import WeightsTicket
-from flowgrpo_ray.run.ledger import Ledger
 from flowgrpo_ray.serving.ray_private import actor_id
-from flowgrpo_ray.spec.training import TrainingSpec
 
 KEPT = 3  # published weights that can still be asked for: of training, its past, the averaged
 
@@ -32,15 +27,8 @@ class RolloutPool(Pool):
 
     kind = "rollout"
 
-    def __init__(
-        self,
-        spec: TrainingSpec,
-        placement: Placement,
-        ledger: Ledger,
-        losses: Losses,
-        worker_class: type = RolloutWorker,
-    ) -> None:
-        super().__init__(spec, placement, ledger, losses, worker_class)
+    def __init__(self, run: RunOnRay, worker_class: type) -> None:
+        super().__init__(run, worker_class)
         self._weights: dict[WeightsTicket, ObjectRef] = {}
         self._starting: dict[int, asyncio.Task[None]] = {}
         self._none_up: asyncio.TimerHandle | None = None

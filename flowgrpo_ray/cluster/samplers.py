@@ -16,11 +16,8 @@ from typing import Any
 
 from ray import ObjectRef
 
-from flowgrpo_ray.cluster.actors import LOST, ActorGroup, Calls, HangError, Losses, seen
-from flowgrpo_ray.cluster.placement import Placement
+from flowgrpo_ray.cluster.actors import LOST, ActorGroup, Calls, HangError, RunOnRay, seen
 from flowgrpo_ray.common.types import WeightsTicket, WorkUnit
-from flowgrpo_ray.run.ledger import Ledger
-from flowgrpo_ray.spec.training import TrainingSpec
 
 IN_FLIGHT = 2  # units given to a worker at once, so that it never waits for the driver
 
@@ -66,15 +63,8 @@ class Waiting:
 class Pool(ActorGroup):
     """Workers that encode prompts and sample units; those planned first go first."""
 
-    def __init__(
-        self,
-        spec: TrainingSpec,
-        placement: Placement,
-        ledger: Ledger,
-        losses: Losses,
-        worker_class: type,
-    ) -> None:
-        super().__init__(spec, placement, ledger, losses, worker_class)
+    def __init__(self, run: RunOnRay, worker_class: type) -> None:
+        super().__init__(run, worker_class)
         self.up: dict[int, Worker] = {}  # by rank
         self.encoded = asyncio.Event()  # are all prompts, so that the model may be loaded
         self._encoder: dict[str, int] = {}  # the rank that encoded a prompt
@@ -82,6 +72,10 @@ class Pool(ActorGroup):
         self._waiting: list[Waiting] = []  # in order
         self._turns = itertools.count()
         self._failure: Exception | None = None  # why there is no further worker
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Wait until workers are up, ready to encode."""
 
     @abstractmethod
     async def load_models(self) -> None:

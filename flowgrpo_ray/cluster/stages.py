@@ -27,7 +27,7 @@ class StageReader:
         self, rows: Mapping[str, Account], seconds: float, rewards: Mapping[str, RewardStats]
     ) -> tuple[dict[str, Any], str | None]:
         """For timings.jsonl, and maybe an advice. ``rows``: of every kind of actor."""
-        stages = {name: _stage(rows[kind]) for name, (kind, _) in KINDS.items() if kind in rows}
+        stages = {name: _stage(rows[kind]) for name, kind in KINDS.items() if kind in rows}
         stages |= {n: Stage(s.busy_s, len(s.replicas), s.calls) for n, s in rewards.items()}
         slowest = find_bottleneck(stages)
         advice = Planner(self._spec, self._room()).advise(slowest, stages, seconds)

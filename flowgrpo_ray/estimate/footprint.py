@@ -7,7 +7,7 @@ through the policy's own ``velocity`` and ``decode``, so no model needs a formul
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from flowgrpo_ray.estimate.memory import (
     Stages,
     actor_stages,
     moved_bytes,
+    numbers_in,
     reward_parts,
 )
 from flowgrpo_ray.estimate.parallel import choose, presumed_nodes, unmeasured, ways
@@ -185,8 +186,7 @@ def costs(spec: TrainingSpec, policy: Policy, configs: Configs) -> Costs:
         x = torch.empty(decoded_at_once(spec, policy), *policy.latent_shape(spec.sampling.size))
         decoded = measure(lambda: _tensor(policy.decode(x)), vae, [x], backward=False)
         if spec.cluster.learner.activation_checkpointing:
-            network: Any = policy.network
-            network.enable_gradient_checkpointing()
+            policy.checkpoint_activations()
         trained = _velocity_cost(spec, policy, configs, batch, backward=True)
     in_shards = trained
     if (
@@ -209,8 +209,7 @@ def _cost_in_shards(spec: TrainingSpec, configs: Configs) -> Cost:
     with without_data(gpu=spec.ranks.gpus > 0):
         give_shapes(policy.network)
         if spec.cluster.learner.activation_checkpointing:
-            network: Any = policy.network
-            network.enable_gradient_checkpointing()
+            policy.checkpoint_activations()
         return _velocity_cost(spec, policy, configs, spec.sampling.micro_batch, backward=True)
 
 
@@ -242,26 +241,56 @@ def _tensor(images: Any) -> Tensor:
 # --- the whole
 
 
+@dataclass(frozen=True)
+class Sized:
+    """The network of a spec and what it costs, whichever way it is shared out."""
+
+    policy: Policy  # with shapes alone
+    cost: Costs
+    encoders: int | None  # bytes, if known
+    rewards: Mapping[str, Parts | None]
+    memory: float | None  # bytes of a GPU
+
+    def on(
+        self, spec: TrainingSpec, nodes: Sequence[object]
+    ) -> tuple[Parallel, Mapping[str, Stages]]:
+        """How ranks of ``spec``, or of it in another layout, hold the network on these machines,
+        and the stages of each process."""
+
+        def stages(way: Parallel) -> Mapping[str, Stages]:
+            return actor_stages(spec, self.policy, self.cost, self.encoders or 0, way)
+
+        way = choose(spec, nodes, self.memory, stages, self.rewards)
+        return way, stages(way)
+
+
+def size_up(spec: TrainingSpec, memory: float | None) -> Sized | None:
+    """For GPUs of ``memory`` bytes; ``None`` if the model's configs are not to be had."""
+    configs = find_configs(spec.model)
+    if configs is None:
+        return None
+    policy = skeleton(spec, configs)
+    encoders, cost = encoder_bytes(spec.model), costs(spec, policy, configs)
+    rewards = {name: reward_parts(name, reward) for name, reward in spec.rewards.items()}
+    return Sized(policy, cost, encoders, rewards, memory)
+
+
 def decide(spec: TrainingSpec, places: Sequence[tuple[object, float | None]]) -> Parallel:
     """How ranks hold the network that are at these ``places``: machine, and bytes of their GPU."""
     nodes, memory = [node for node, _ in places], [size for _, size in places if size]
     if not memory or len(ways(spec, nodes)) == 1:
         return ways(spec, nodes)[0]
-    found = estimate(spec, min(memory), nodes)
-    return found.parallel if found else unmeasured(spec, nodes)
+    sized = size_up(spec, min(memory))
+    return sized.on(spec, nodes)[0] if sized else unmeasured(spec, nodes)
 
 
-def estimate(
-    spec: TrainingSpec, memory: float | None = None, nodes: Sequence[object] | None = None
-) -> Footprint | None:
-    """The footprint of ``spec`` on GPUs of ``memory`` bytes, its ranks on these machines; ``None``
-    if its model's configs are not to be had."""
-    configs = find_configs(spec.model)
-    if configs is None:
+def estimate(spec: TrainingSpec, memory: float | None = None) -> Footprint | None:
+    """The footprint of ``spec`` on GPUs of ``memory`` bytes, its ranks on as few machines as there
+    may be; ``None`` if its model's configs are not to be had."""
+    sized = size_up(spec, memory)
+    if sized is None:
         return None
-    policy = skeleton(spec, configs)
-    encoders = encoder_bytes(spec.model)
-    cost = costs(spec, policy, configs)
+    policy, cost, rewards = sized.policy, sized.cost, sized.rewards
     sampling, trained = spec.sampling, cost.trained
     sampled_steps = sampling.steps + (sampling.trained_steps if spec.objective.kl else 0)
     per_image = cost.sampled.forward * sampled_steps / sampling.micro_batch
@@ -271,34 +300,20 @@ def estimate(
         round(sampling.images * per_image),
         sampling.units * trained_steps * (trained.forward + trained.backward),
     )
-
-    rewards = {name: reward_parts(name, reward) for name, reward in spec.rewards.items()}
-
-    def chosen(of: TrainingSpec, on: Sequence[object]) -> tuple[Parallel, Mapping[str, Stages]]:
-        def stages(way: Parallel) -> Mapping[str, Stages]:
-            return actor_stages(of, policy, cost, encoders or 0, way)
-
-        way = choose(of, on, memory, stages, rewards)
-        return way, stages(way)
-
-    parallel, actors = chosen(spec, nodes or presumed_nodes(spec))
+    parallel, actors = sized.on(spec, presumed_nodes(spec))
     return Footprint(
-        parameters=_numbers(policy.network.parameters()) - _adapters(policy),
-        trained_parameters=_numbers(policy.trainable().values()),
+        parameters=numbers_in(policy.network.parameters()) - _adapters(policy),
+        trained_parameters=numbers_in(policy.trainable().values()),
         rollout_flops=flops[0],
         training_flops=flops[1],
         actors=actors,
         rewards=rewards,
         host=moved_bytes(spec, policy, parallel) if spec.cluster.learner.offload_optimizer else 0,
         parallel=parallel,
-        encoders_known=encoders is not None,
-        layouts=compare(spec, flops, lambda of: chosen(of, presumed_nodes(of))[1], rewards),
+        encoders_known=sized.encoders is not None,
+        layouts=compare(spec, flops, lambda of: sized.on(of, presumed_nodes(of))[1], rewards),
     )
 
 
-def _numbers(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() for t in tensors)
-
-
 def _adapters(policy: Policy) -> int:
-    return _numbers(policy.trainable().values()) if policy.tuning.kind == "lora" else 0
+    return numbers_in(policy.trainable().values()) if policy.tuning.kind == "lora" else 0

@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from flowgrpo_ray.estimate.memory import START, Parts, Stages
-from flowgrpo_ray.spec.cluster import ActorsSpec
+from flowgrpo_ray.spec.cluster import NAMES, ActorsSpec
 from flowgrpo_ray.spec.training import TrainingSpec
 
-NAMES = {"rollout": "rollout worker", "learner": "learner rank", "workers": "worker"}
 GIB = 2**30
 EPSILON = 1e-6  # shares are floats
 

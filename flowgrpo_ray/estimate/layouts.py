@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from flowgrpo_ray.estimate.gpus import GIB, gpus
 from flowgrpo_ray.estimate.memory import Parts, Stages
-from flowgrpo_ray.spec.cluster import WorkersSpec
+from flowgrpo_ray.spec.cluster import WorkersSpec, even_shares
 from flowgrpo_ray.spec.training import TrainingSpec
 
 
@@ -75,7 +75,7 @@ def _rounds(units: int, workers: int) -> int:
 def best_split(work: Work, count: int) -> tuple[int, int, float]:
     """Rollout workers and learner ranks of ``count`` GPUs, and the share that does not wait."""
     per_update = work.units // work.updates
-    splits = [(count - ranks, ranks) for ranks in range(1, count) if per_update % ranks == 0]
+    splits = [(count - ranks, ranks) for ranks in even_shares(per_update, count - 1)]
     samplers, ranks = max(splits, key=lambda split: busy_separate(work, *split))
     return samplers, ranks, busy_separate(work, samplers, ranks)
 
@@ -122,18 +122,13 @@ def compare(
         parallel = of.cluster.learner.parallel
         found.append(Layout(of.cluster.layout, parallel, counts, busy, needs))
 
-    for parallel in ("replicate", "shard"):
-        work = work_of(spec, flops)
-        if count == 1:
-            add(_separate(spec, 1, 1, parallel, whole=False), 1.0)
-        else:
-            samplers, ranks, busy = best_split(work, count)
-            add(_separate(spec, samplers, ranks, parallel), busy)
+    work, whole = work_of(spec, flops), count > 1
+    samplers, ranks, busy = best_split(work, count) if whole else (1, 1, 1.0)
+    for parallel in ("replicate", "shard") if whole else ("replicate",):  # or nothing to shard
+        add(_separate(spec, samplers, ranks, parallel, whole=whole), busy)
         workers = _colocated(spec, parallel)
         used = workers.ranks.count
         add(workers, busy_colocated(work, used) * used / count)
-        if count == 1:
-            break  # there is nothing to shard
     return found
 
 
@@ -159,7 +154,7 @@ def _share(spec: TrainingSpec) -> float:
 
 
 def _separate(
-    spec: TrainingSpec, samplers: int, ranks: int, parallel: str, *, whole: bool = True
+    spec: TrainingSpec, samplers: int, ranks: int, parallel: str, *, whole: bool
 ) -> TrainingSpec:
     """``whole``: one process a GPU, else the two share one."""
     cluster, gpu = spec.cluster, _share(spec) / (1 if whole else 2)
@@ -175,7 +170,7 @@ def _separate(
 
 
 def _colocated(spec: TrainingSpec, parallel: str) -> TrainingSpec:
-    count = max(n for n in range(1, spec.gpus + 1) if spec.per_update % n == 0)
+    count = even_shares(spec.per_update, spec.gpus)[-1]
     cluster = spec.cluster
     changed = {
         "layout": "colocated",
@@ -217,7 +212,7 @@ def reason(chosen: Layout, layouts: Sequence[Layout], spec: TrainingSpec) -> str
         why = "both layouts use the GPUs equally well, and this one needs less memory"
     elif chosen.layout == "separate":
         why = f"with cluster.layout: colocated {lost}, as its workers cannot share the work evenly"
-    elif spec.advantages.std == "global" and not spec.sampling.max_lag:
+    elif spec.takes_turns:
         why = f"with advantages.std: global separate sides take turns, and {lost}"
     else:
         why = f"separate sides wait for each other, and {lost}"

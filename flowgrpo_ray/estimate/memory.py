@@ -159,8 +159,7 @@ def latent_bytes(spec: TrainingSpec, policy: Policy) -> int:
 
 def _groups(policy: Policy) -> list[list[nn.Parameter]]:
     """Parameters that are gathered together: those of each block, then those outside."""
-    kinds = policy.block_classes()
-    blocks = [list(m.parameters()) for m in policy.network.modules() if isinstance(m, kinds)]
+    blocks = [list(block.parameters()) for block in policy.blocks_of(policy.network)]
     inside = {id(parameter) for block in blocks for parameter in block}
     return [*blocks, [p for p in policy.network.parameters() if id(p) not in inside]]
 
@@ -204,7 +203,7 @@ def _gradients(policy: Policy, parallel: Parallel) -> tuple[int, int]:
 
 def _added_up(tensors: Iterable[Tensor], ranks: int) -> int:
     """Bytes that ``add_up`` takes: all gradients in one, and a piece of each rank's."""
-    numbers = _numbers(tensors) if ranks > 1 else 0
+    numbers = numbers_in(tensors) if ranks > 1 else 0
     return (numbers + ranks * min(numbers, PIECE)) * FLOAT32_BYTES
 
 
@@ -243,5 +242,5 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.itemsize
 
 
-def _numbers(tensors: Iterable[Tensor]) -> int:
+def numbers_in(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() for t in tensors)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from flowgrpo_ray.common.types import Parallel
-from flowgrpo_ray.estimate.gpus import NAMES, gpus
+from flowgrpo_ray.estimate.gpus import gpus
 from flowgrpo_ray.estimate.memory import Parts, Stages
+from flowgrpo_ray.spec.cluster import NAMES
 from flowgrpo_ray.spec.training import TrainingSpec
 
 PER_NODE = 8  # GPUs of one machine, where none is known
@@ -50,7 +51,7 @@ def choose(
     """The first of ``ways`` that fits ``memory`` bytes of a GPU, or the last; without a memory the
     first. ``stages`` are those of each process."""
     found = ways(spec, nodes)
-    section = NAMES[list(spec.actors)[-1]]
+    section = NAMES[spec.trains]
     for way in found if memory is not None else found[:1]:
         kinds = [gpu for gpu in gpus(spec, stages(way), rewards) if section in gpu.actors]
         if memory is None or all(gpu.largest()[1] <= memory for gpu in kinds):

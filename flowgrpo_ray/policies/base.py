@@ -211,9 +211,8 @@ class Policy(ABC):
             torch._dynamo.config.recompile_limit = 64
             torch._dynamo.config.fail_on_recompile_limit_hit = True
             for network in networks:
-                for block in network.modules():
-                    if isinstance(block, self.block_classes()):
-                        block.compile(dynamic=False)
+                for block in self.blocks_of(network):
+                    block.compile(dynamic=False)
 
     def _tune(self, seed: int, with_reference: bool) -> None:
         self.with_reference = with_reference
@@ -249,6 +248,15 @@ class Policy(ABC):
                 yield
             finally:
                 switch(self.network, trained=True)
+
+    def blocks_of(self, network: nn.Module) -> list[nn.Module]:
+        """The repeated blocks of ``network`` or of its copy, in order."""
+        return [module for module in network.modules() if isinstance(module, self.block_classes())]
+
+    def checkpoint_activations(self) -> None:
+        """Recompute each block's activations in the backward pass."""
+        network: Any = self.network
+        network.enable_gradient_checkpointing()
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, in the network's own order."""

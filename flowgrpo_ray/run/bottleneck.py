@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flowgrpo_ray.spec.cluster import ActorsSpec
+from flowgrpo_ray.spec.cluster import NAMES, ActorsSpec, even_shares
 from flowgrpo_ray.spec.sections import RewardSpec
 from flowgrpo_ray.spec.training import TrainingSpec
 
@@ -21,11 +21,7 @@ EVEN = 1.1  # below this many times the next load, the split is even
 FULL = 0.9  # of the cores' seconds: more processes would only share them
 SPLIT = {"sampling", "training"}  # stages whose actors could be divided otherwise
 BOTH = "sampling and training"
-KINDS = {
-    "sampling": ("rollout", "rollout workers"),
-    "training": ("learner", "learner ranks"),
-    BOTH: ("workers", "workers"),
-}
+KINDS = {"sampling": "rollout", "training": "learner", BOTH: "workers"}  # sections of cluster
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ class Advice:
     def describe(self, found: Bottleneck, actors: int) -> str:
         """Two sentences for the console."""
         reward = found.stage not in KINDS
-        who = f"{actors} {'replicas' if reward else KINDS[found.stage][1]}"
+        who = f"{actors} {'replicas' if reward else NAMES[KINDS[found.stage]] + 's'}"
         return (
             f"{'reward-' if reward else ''}{found.stage} is the bottleneck: {found.load:.1f} s of "
             f"work for each of {who}, {found.next_load:.1f} s for {found.next_stage}. {self.says}"
@@ -105,7 +101,7 @@ class Planner:
     def advise(self, found: Bottleneck, stages: Mapping[str, Stage], seconds: float) -> Advice:
         """``stages``: all of them, by name; ``seconds`` of the iteration."""
         full = self._full(found.stage, stages, seconds)
-        if found.stage in SPLIT and self._take_turns and not full:
+        if found.stage in SPLIT and self._spec.takes_turns and not full:
             says = "Sampling and training take turns (advantages.std: global), each waits for the "
             says += "other: with cluster.layout: colocated every process does both."
             return Advice(says, {"cluster.layout": "colocated"})
@@ -128,19 +124,14 @@ class Planner:
         says += f"iteration instead of {seconds:.1f}, by estimate."
         return Advice(says, {self._key(name): count for name, count in to.items()}, then)
 
-    @property
-    def _take_turns(self) -> bool:
-        """Whether no stage begins before the one before it has ended."""
-        return self._spec.advantages.std == "global" and not self._spec.sampling.max_lag
-
     def _kind(self, stage: str) -> ActorsSpec | RewardSpec:
-        return self._spec.actors[KINDS[stage][0]] if stage in KINDS else self._spec.rewards[stage]
+        return self._spec.actors[KINDS[stage]] if stage in KINDS else self._spec.rewards[stage]
 
     def _key(self, stage: str) -> str:
         if stage not in KINDS:
             return f"rewards.{stage}.replicas"
         joining = stage == "sampling" and self._spec.cluster.rollout.max_count
-        return f"cluster.{KINDS[stage][0]}.{'max_count' if joining else 'count'}"
+        return f"cluster.{KINDS[stage]}.{'max_count' if joining else 'count'}"
 
     def _full(self, slowest: str, stages: Mapping[str, Stage], seconds: float) -> str | None:
         """What to say if processes without a GPU keep all cores busy."""
@@ -161,8 +152,7 @@ class Planner:
     def _allowed(self, name: str, stage: Stage) -> Sequence[int]:
         """Numbers of actors that the work of a stage can be shared out to."""
         if name in ("training", BOTH):
-            micro_batches = self._spec.per_update
-            return [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
+            return even_shares(self._spec.per_update, self._spec.per_update)
         return range(1, (self._spec.sampling.units if name == "sampling" else stage.calls) + 1)
 
     def _more(self, found: Bottleneck, stage: Stage) -> Sequence[int]:
@@ -204,7 +194,7 @@ class Planner:
         if len(to) > 1:
             (giver,) = to.keys() - {slowest}
             gpus = more * self._spec.cluster.learner.gpus
-            route = f"from {KINDS[giver][0]} to {KINDS[slowest][0]}"
+            route = f"from {KINDS[giver]} to {KINDS[slowest]}"
             return f"Moving {gpus:g} GPU{'s' * (gpus > 1)} {route} ({', '.join(keys)})"
         if slowest in KINDS:
             return keys[0]

@@ -7,6 +7,9 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+# What an actor of each section is called.
+NAMES = {"rollout": "rollout worker", "learner": "learner rank", "workers": "worker"}
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -109,6 +112,11 @@ class WorkersSpec(Strict):
     threads: int | None = Field(default=None, ge=1, description="torch threads of each, on the CPU")
 
 
+def even_shares(micro_batches: int, most: int) -> list[int]:
+    """Counts, ``most`` the largest, of ranks that share an update's micro-batches out evenly."""
+    return [n for n in range(1, most + 1) if micro_batches % n == 0]
+
+
 class ClusterSpec(Strict):
     """What runs where. The number of rollout workers never changes a result; that of learner ranks,
     and the kind of device, only its last bits."""
@@ -196,7 +204,7 @@ class ClusterSpec(Strict):
         kinds = (self.rollout, self.learner)
         gpus, cpus = (sum(k.count * getattr(k, what) for k in kinds) for what in ("gpus", "cpus"))
         most = self.gpus or sum(kind.count for kind in kinds)
-        count = max(n for n in range(1, most + 1) if micro_batches % n == 0)
+        count = even_shares(micro_batches, most)[-1]
         workers = ActorsSpec(
             count=count,
             cpus=round(cpus / count, 4),

@@ -112,9 +112,8 @@ class TrainingSpec(Strict):
                 f"{sampling.groups} in micro-batches of {sampling.micro_batch})"
             )
         if self.per_update % self.ranks.count:
-            section = list(self.actors)[-1]
             raise ValueError(
-                f"cluster.{section}.count = {self.ranks.count} does not divide the "
+                f"cluster.{self.trains}.count = {self.ranks.count} does not divide the "
                 f"{self.per_update} micro-batches of an update ({sampling.units} micro-batches in "
                 f"{updates} updates)"
             )
@@ -139,9 +138,14 @@ class TrainingSpec(Strict):
         return next(iter(self.actors.values()))
 
     @property
+    def trains(self) -> str:
+        """The section of the actors that train."""
+        return list(self.actors)[-1]
+
+    @property
     def ranks(self) -> ActorsSpec:
         """The actors that train."""
-        return list(self.actors.values())[-1]
+        return self.actors[self.trains]
 
     @property
     def gpus(self) -> int:
@@ -158,6 +162,11 @@ class TrainingSpec(Strict):
         """Whether any process of the run takes a part of a GPU, the rest of which others have."""
         kinds = [*self.actors.values(), *self.rewards.values()]
         return any(0 < kind.gpus < 1 for kind in kinds)
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether nothing is trained before all is sampled, nor sampled before all is trained."""
+        return self.advantages.std == "global" and not self.sampling.max_lag
 
     @property
     def computes_on_cpu(self) -> bool:

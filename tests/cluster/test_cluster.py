@@ -380,7 +380,7 @@ def test_the_learner_never_fetches_a_row_without_gradient(
     ranks: int, called: list[list[int]]
 ) -> None:
     """Rows of one unit for each rank; of units 0 to 5, only 0 and 3 have a gradient."""
-    from flowgrpo_ray.cluster.actors import Calls
+    from flowgrpo_ray.cluster.actors import Calls, RunOnRay
     from flowgrpo_ray.cluster.learner_group import Contribution, LearnerGroup
 
     class Rank:
@@ -395,7 +395,7 @@ def test_the_learner_never_fetches_a_row_without_gradient(
 
     async def accumulate() -> list[Rank]:
         spec = stream_spec(groups=6)
-        group = LearnerGroup(spec, ANY, Ledger({"learner": ranks}), ANY)
+        group = LearnerGroup(RunOnRay(spec, ANY, Ledger({"learner": ranks}), ANY), ANY)
         group.ranks = [Rank() for _ in range(ranks)]
         group.calls = [Calls("learner", f"learner-{n}", 9, group._ledger) for n in range(ranks)]
         for unit in plan_iteration(spec, 1, 256, (1.0, 0.8, 0.6, 0.3, 0.0)).units:

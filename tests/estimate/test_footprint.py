@@ -240,6 +240,7 @@ class Block(nn.Module):
 class TwoBlocks:
     """A policy of two blocks of 35 numbers, 10 numbers outside and a buffer of 3."""
 
+    blocks_of = Policy.blocks_of
     dtype = torch.float32
 
     def __init__(self, kind: str) -> None:
