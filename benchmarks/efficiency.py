@@ -43,7 +43,7 @@ class Compute:
         torch.set_num_threads(1)
         self.spec = spec = load_spec("tiny-ocr", settings)
         self.policy = load_policy(spec, torch.device("cpu"))
-        self.policy.tune(spec.seed, with_reference=spec.objective.kl is not None)
+        self.policy.tune(spec.seed, with_reference=spec.objective.compares_reference)
         self.reader = build("ocr", spec.rewards["ocr"].options)
         size = spec.sampling.size
         self.shape = self.policy.latent_shape(size)

@@ -151,7 +151,7 @@ def sample(
 ) -> tuple[list[tuple[WorkUnit, Trajectory]], Condition, WeightsTicket, dict[str, Any]]:
     """The group's trajectories, after one micro-batch that is not timed."""
     policy = load_policy(spec, device, frozenset({"network", "decoder"}))
-    policy.tune(spec.seed, with_reference=spec.objective.kl is not None)
+    policy.tune(spec.seed, with_reference=spec.objective.compares_reference)
     condition = random_condition(policy, configs)
     size = spec.sampling.size
     sigmas = policy.sigmas(spec.sampling.steps, size)
@@ -196,7 +196,7 @@ def update(
         for index, (unit, trajectory) in enumerate(sampled):
             mine = advantages[index * batch : (index + 1) * batch]
             learner.accumulate(unit, trajectory, conditions, mine, np.ones(batch, bool))
-        learner.step(spec.sampling.images, spec.sampling.trained_steps)
+        learner.step(spec.sampling.images, spec.points)
     stages = [estimated.actors["learner"][stage] for stage in ("training", "update")]
     row = watch.row(spec.sampling.images, estimated.training_flops, stages)
     return log_rho, row

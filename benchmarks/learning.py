@@ -5,7 +5,7 @@
     python benchmarks/learning.py collect --runs runs/learning    # -> benchmarks/learning.json
     python benchmarks/learning.py draw                            # -> docs/images/*.png
 
-Every run is `flowgrpo-ray train tiny-ocr` with the overrides below, so it can be repeated by hand.
+Every run is `flowgrpo-ray train` of a recipe with the overrides below: it can be repeated by hand.
 A curve over iterations depends on the seed alone; seconds depend on the machine and on what else
 it does, so they are measured apart, the algorithms taking turns, on an idle machine.
 """
@@ -17,6 +17,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def _window(length: int) -> str:
     return f"sampling.window={{kind: random, length: {length}, within: [0, 4]}}"
 
 
-# name -> (iterations, overrides of tiny-ocr: window 2, KL, clip 1e-3)
+NFT, AWM = "tiny-ocr-nft", "tiny-ocr-awm"  # recipes; all other curves are of tiny-ocr
+
+# name -> (iterations, overrides of the recipe; tiny-ocr's: window 2, KL, clip 1e-3)
 CURVES: dict[str, tuple[int, list[str]]] = {
     "flow-grpo": (60, [ALL_STEPS, PUBLISHED_KL]),
     "fast-1": (60, [_window(1)]),
@@ -43,12 +46,19 @@ CURVES: dict[str, tuple[int, list[str]]] = {
     "fast-3": (60, [_window(3)]),
     "cps": (60, ["sampling.kernel=cps", "sampling.likelihood=squared_error"]),
     "guard": (60, [GUARD]),
+    "nft": (40, []),
+    "awm": (40, []),
 }
+RECIPES = {"nft": NFT, "awm": AWM, "nft-long": NFT, "awm-long": AWM}
 # the same, of one seed only
 ONCE: dict[str, tuple[int, list[str]]] = {
     "plain-long": (120, [ALL_STEPS, NO_KL]),
     "guard-long": (120, [ALL_STEPS, GUARD]),
     "flow-grpo-strong-kl": (60, [ALL_STEPS]),
+    "fast-long": (200, []),
+    "fast-guard-long": (200, [GUARD]),
+    "nft-long": (200, []),
+    "awm-long": (200, []),
 }
 LABELS = {
     "flow-grpo": "Flow-GRPO, all 9 steps, KL",
@@ -59,6 +69,12 @@ LABELS = {
     "guard": "Guard, window 2, no KL",
     "plain-long": "Flow-GRPO, all 9 steps, no KL",
     "guard-long": "GRPO-Guard, all 9 steps, no KL",
+    "nft": "DiffusionNFT",
+    "awm": "AWM",
+    "fast-long": "Fast, window 2, KL",
+    "fast-guard-long": "Guard, window 2, no KL",
+    "nft-long": "DiffusionNFT",
+    "awm-long": "AWM",
 }
 
 
@@ -67,7 +83,8 @@ def train(name: str, seed: int, runs: Path, iterations: int, overrides: list[str
     folder = runs / f"{name}-{seed}"
     if not (folder / "summary.json").exists():
         settings = [f"name={folder.name}", f"seed={seed}", f"iterations={iterations}", *overrides]
-        command = [sys.executable, "-m", "flowgrpo_ray", "train", "tiny-ocr", "--runs", str(runs)]
+        recipe = RECIPES.get(name, "tiny-ocr")
+        command = [sys.executable, "-m", "flowgrpo_ray", "train", recipe, "--runs", str(runs)]
         command += ["--resume"] if (folder / "checkpoints").exists() else []
         for setting in settings:
             command += ["--set", setting]
@@ -81,7 +98,8 @@ def run(runs: Path, only: list[str], seeds: list[int]) -> None:
     for seed in seeds:
         for name, (iterations, overrides) in (CURVES | (ONCE if seed == 0 else {})).items():
             if not only or name in only:
-                train(name, seed, runs, iterations, ["evaluation.every=5", *overrides])
+                every = 10 if iterations > 120 else 5
+                train(name, seed, runs, iterations, [f"evaluation.every={every}", *overrides])
 
 
 def rows(file: Path, kind: str) -> list[dict[str, Any]]:
@@ -89,10 +107,12 @@ def rows(file: Path, kind: str) -> list[dict[str, Any]]:
     return [row for row in lines if row["kind"] == kind]
 
 
-def time(runs: Path, rounds: int) -> None:
+def time(runs: Path, rounds: int, only: list[str]) -> None:
     """Seconds per iteration, `rounds` short runs of each algorithm taking turns."""
+    names = [name for name in CURVES if not only or name in only]
     for round_ in range(rounds):
-        for name, (_, overrides) in CURVES.items():
+        for name in names:
+            _, overrides = CURVES[name]
             short = ["evaluation.every=10", "evaluation.prompts=1", *overrides]
             train(name, round_, runs, 10, short)
     seconds = {
@@ -101,10 +121,10 @@ def time(runs: Path, rounds: int) -> None:
             for round_ in range(rounds)
             for row in rows(runs / f"{name}-{round_}" / "timings.jsonl", "train")[2:]
         ]
-        for name in CURVES
+        for name in names
     }
     found = {name: round(statistics.median(values), 3) for name, values in seconds.items()}
-    _update_data({"seconds_per_iteration": found})
+    _update_data("seconds_together" if only else "seconds_per_iteration", found)
     print(json.dumps(found, indent=1))
 
 
@@ -116,7 +136,7 @@ def collect(runs: Path) -> None:
             file = runs / f"{name}-{seed}" / "metrics.jsonl"
             if file.with_name("summary.json").exists():
                 found.setdefault(name, {})[str(seed)] = _curve(file)
-    _update_data({"runs": found})
+    _update_data("runs", found)
 
 
 def _curve(file: Path) -> dict[str, Any]:
@@ -128,6 +148,8 @@ def _curve(file: Path) -> dict[str, Any]:
         "sign_colour": [round(m["sign_colour"], 4) for m in means],
     }
     # Over the second half, where every step has been through its window often.
+    if "window" not in trained[0] or trained[0]["window"] is None:
+        return curve  # of finished images
     later = [row["log_ratio"]["per_step"] for row in trained[len(trained) // 2 :]]
     steps = sorted({step for row in later for step in row["step"]})
     for moment in ("mean", "std"):
@@ -143,9 +165,11 @@ def _curve(file: Path) -> dict[str, Any]:
     return curve
 
 
-def _update_data(part: dict[str, Any]) -> None:
+def _update_data(key: str, part: dict[str, Any]) -> None:
+    """What was measured anew takes the place of what was before, and all else stays."""
     data = json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else {}
-    DATA.write_text(json.dumps(data | part, sort_keys=True) + "\n", encoding="utf-8")
+    data[key] = data.get(key, {}) | part
+    DATA.write_text(json.dumps(data, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # --- pictures
@@ -159,7 +183,16 @@ COLOURS = {
     "guard": "#2e8b57",
     "plain-long": "#c0392b",
     "guard-long": "#2e8b57",
+    "nft": "#8e44ad",
+    "awm": "#d81b60",
+    "fast-long": "#3182bd",
+    "fast-guard-long": "#2e8b57",
+    "nft-long": "#8e44ad",
+    "awm-long": "#d81b60",
 }
+SIX = ("flow-grpo", "fast-1", "fast-2", "fast-3", "cps", "guard")
+FOUR = ("fast-2", "guard", "nft", "awm")
+LONG = ("fast-long", "fast-guard-long", "nft-long", "awm-long")
 
 
 def draw() -> None:
@@ -170,24 +203,41 @@ def draw() -> None:
         {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
     )
     data = json.loads(DATA.read_text(encoding="utf-8"))
-    _draw_curves(data)
+    _draw_curves(data, SIX, data["seconds_per_iteration"], "learning.png")
+    _draw_curves(data, FOUR, data["seconds_together"], "objectives.png")
+    _draw_long(data)
     _draw_over_optimization(data)
 
 
-def _draw_curves(data: dict[str, Any]) -> None:
+def _draw_curves(
+    data: dict[str, Any], names: Sequence[str], each: dict[str, float], file: str
+) -> None:
     from matplotlib import pyplot
 
     figure, (by_iteration, by_time, colour) = pyplot.subplots(1, 3, figsize=(14, 4.4))
-    for name in CURVES:
-        seconds = data["seconds_per_iteration"][name]
+    for name in names:
         _band(by_iteration, data, name, "ocr")
-        _band(by_time, data, name, "ocr", seconds)
+        _band(by_time, data, name, "ocr", each[name])
         _band(colour, data, name, "sign_colour")
     by_iteration.set(xlabel="iteration", title="OCR of held-out prompts", ylim=(0.25, 1.02))
     by_time.set(xlabel="seconds of training", title="the same against time", ylim=(0.25, 1.02))
     colour.set(xlabel="iteration", title="colour of held-out prompts (watched)")
     by_iteration.legend(fontsize=8, loc="lower right")
-    _save(figure, "learning.png")
+    _save(figure, file)
+
+
+def _draw_long(data: dict[str, Any]) -> None:
+    """Does it over-optimize: 200 iterations, one seed."""
+    from matplotlib import pyplot
+
+    figure, (trained, watched) = pyplot.subplots(1, 2, figsize=(11, 4))
+    for name in LONG:
+        _band(trained, data, name, "ocr")
+        _band(watched, data, name, "sign_colour")
+    trained.set(xlabel="iteration", title="trained: OCR, held out")
+    watched.set(xlabel="iteration", title="watched: colour, held out")
+    trained.legend(fontsize=8, loc="lower right")
+    _save(figure, "objectives-long.png")
 
 
 def _draw_over_optimization(data: dict[str, Any]) -> None:
@@ -237,7 +287,7 @@ if __name__ == "__main__":
     if options.what == "run":
         run(options.runs, options.only, options.seeds)
     elif options.what == "time":
-        time(options.runs, options.rounds)
+        time(options.runs, options.rounds, options.only)
     elif options.what == "collect":
         collect(options.runs)
     else:

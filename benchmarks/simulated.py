@@ -117,9 +117,9 @@ class SimulatedLearner:
         self, unit: WorkUnit, trajectory: Trajectory, advantages: Any, keep: Any, *conditions: Any
     ) -> MicrobatchStats:
         zero = np.zeros(len(unit.schedule.stochastic_steps))
-        return MicrobatchStats(int(keep.sum()), zero, zero, 0, 0, 0, 0, 0, work("accumulate"))
+        return MicrobatchStats(int(keep.sum()), zero, zero, 0, True, 0, {}, work("accumulate"))
 
-    def step(self, samples: int, steps: int) -> StepStats:
+    def step(self, samples: int, points: int, last: bool) -> StepStats:
         return StepStats(1.0, 1e-4, 0.0)
 
     def state(self) -> LearnerState:

@@ -61,7 +61,7 @@ def _section(path: str, schema: Schema, known: Schema, used: set[str]) -> Iterat
     for variant in variants:
         says = variant.get("description")
         if path and says:
-            kind = variant["properties"].get("kind", {}).get("const")
+            kind = variant["properties"].get("kind", {}).get("const", "module:Class")
             yield (f"`kind: {kind}`: {says}\n" if len(variants) > 1 else f"{says}\n")
         yield "| key | values | default | meaning |\n| --- | --- | --- | --- |"
         kind_first = sorted(variant["properties"].items(), key=lambda item: item[0] != "kind")
@@ -69,7 +69,7 @@ def _section(path: str, schema: Schema, known: Schema, used: set[str]) -> Iterat
             place = f"{path}.{key}" if path else key
             target = _object(value, known)
             name = f"{place}.NAME" if _is_map(value) else place
-            if target:
+            if target and (name, target) not in below:
                 below.append((name, target))
             default = _default(key, value, variant, _variants(target, known) if target else [])
             meaning = _meaning(place, name if target else None, value, used)
@@ -108,11 +108,11 @@ def _map_values(value: Schema) -> Schema:
 
 def _object(value: Schema, known: Schema) -> Schema | None:
     """The section that a value opens, if it is one."""
-    if "oneOf" in value:
-        return value
     if _is_map(value):
         return _resolve(_map_values(value), known)
     for option in (value, *value.get("anyOf", [])):
+        if "oneOf" in option:
+            return option
         if "$ref" in option:
             return _resolve(option, known)
     return None
@@ -126,6 +126,8 @@ def _values(value: Schema) -> str:
     """What may stand at a key."""
     if "anyOf" in value:
         return " or ".join(map(_values, value["anyOf"]))
+    if "pattern" in value:
+        return "`module:Class`" if value["pattern"] == ":" else "text"
     if "const" in value or "enum" in value:
         return " ".join(f"`{item}`" for item in value.get("enum", [value.get("const")]))
     if value.get("type") == "array":
@@ -148,8 +150,11 @@ def _default(key: str, value: Schema, parent: Schema, section: Sequence[Schema])
     if key in parent.get("required", []):
         return "**required**"
     default = value.get("default")
-    if section and default is not None:
-        return f"its defaults, `kind: {default['kind']}`" if len(section) > 1 else "its defaults"
+    if len(section) > 1 and default is not None:
+        return f"its defaults, `kind: {default['kind']}`"
+    own = {k: v.get("default") for of in section for k, v in of["properties"].items()}
+    if section and default == own:
+        return "its defaults"
     return "`{}`" if "default" not in value else f"`{json.dumps(default)}`"
 
 

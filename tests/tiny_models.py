@@ -360,7 +360,7 @@ def train_once(
     for batch in mine:
         batch.into(learner)
     gradient = {name: g.numpy().copy() for name, g in gradients(learner).items()}
-    learner.step(kept(of), len(of[0].unit.schedule.stochastic_steps))
+    learner.step(kept(of), len(of[0].unit.points))
     return gradient, learner.state()
 
 

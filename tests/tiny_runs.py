@@ -25,6 +25,7 @@ from flowgrpo_ray.common.types import (
     Condition,
     Float32,
     LearnerState,
+    Noising,
     Parallel,
     Schedule,
     Trajectory,
@@ -108,15 +109,16 @@ def unit(
     samples: tuple[int, ...] = (0, 1, 0, 1),
     *,
     index: int = 0,
+    noising: Noising | None = None,
 ) -> WorkUnit:
     """A micro-batch of the training stream."""
-    return WorkUnit(7, "train", 1, index, prompts, samples, of)
+    return WorkUnit(7, "train", 1, index, prompts, samples, of, noising=noising)
 
 
 def sampler(spec: TrainingSpec) -> Policy:
     """What a rollout worker holds: a tuned policy without text encoders."""
     policy = load_policy(spec, CPU, frozenset({"network", "decoder"}))
-    policy.tune(spec.seed, with_reference=spec.objective.kl is not None)
+    policy.tune(spec.seed, with_reference=spec.objective.compares_reference)
     return policy
 
 
@@ -173,11 +175,11 @@ def draw_batch(
     ticket: WeightsTicket = UNTRAINED,
     masked: Sequence[int] = (),
     *,
-    keep_means: bool = False,
+    keep_old: bool = False,
 ) -> Batch:
     """Sample ``of`` and invent advantages for it; samples ``masked`` stay out of the update."""
     given = conditions(policy.guidance)
-    trajectory, _ = rollout(policy, of, given, SIZE, ticket, keep_means=keep_means)
+    trajectory, _ = rollout(policy, of, given, SIZE, ticket, keep_old=keep_old)
     keep = np.array([i not in masked for i in range(of.batch)])
     advantages = np.random.default_rng(of.index).normal(size=of.batch).astype(np.float32)
     return Batch(of, trajectory, np.where(keep, advantages, 0).astype(np.float32), keep)
@@ -187,13 +189,15 @@ def draw_batches(spec: TrainingSpec, count: int = 4) -> list[Batch]:
     """Micro-batches under the untrained weights: other samples in each, one of them masked."""
     policy = sampler(spec)
     pairs = [((0, 0, 1, 1), (2 * i, 2 * i + 1) * 2) for i in range(count)]
-    of = schedule(range(1, 3), likelihood=spec.sampling.likelihood)
+    window = range(1, 3) if spec.objective.stochastic else range(0)
+    of = schedule(window, likelihood=spec.sampling.likelihood)
     unequal = np.array(of.sigma, np.float32) ** 1.5  # the tiny model's own steps are all equal
     of = replace(of, sigma=tuple(unequal.tolist()))
-    means = spec.objective.compares_means
+    old, noising = spec.objective.keeps_old, spec.objective.noising
+    units = [unit(of, *pair, index=i, noising=noising) for i, pair in enumerate(pairs)]
     return [
-        draw_batch(policy, unit(of, *pair, index=i), masked=[i] if i == 1 else (), keep_means=means)
-        for i, pair in enumerate(pairs)
+        draw_batch(policy, each, masked=[i] if i == 1 else (), keep_old=old)
+        for i, each in enumerate(units)
     ]
 
 
@@ -205,7 +209,7 @@ def update(learner: Learner, batches: Sequence[Batch], of: Sequence[Batch] = ())
     """One optimizer update from this rank's ``batches``, which are a part of ``of`` all ranks."""
     for batch in batches:
         batch.into(learner)
-    steps = len(batches[0].unit.schedule.stochastic_steps)
+    steps = len(batches[0].unit.points)
     return learner.step(kept(of or batches), steps)
 
 
@@ -290,7 +294,7 @@ def train_and_reload(case: Case, mine: Sequence[Batch]) -> RankResult:
     for batch in mine:
         batch.into(learner)
     gradient = {name: g.numpy().copy() for name, g in gradients(learner).items()}
-    steps = len(of[0].unit.schedule.stochastic_steps)
+    steps = len(of[0].unit.points)
     norms = [learner.step(kept(of), steps).grad_norm]
     with Collectives() as seen:
         norms.append(update(learner, mine, of).grad_norm)

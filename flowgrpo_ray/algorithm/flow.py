@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowgrpo_ray.algorithm.objectives.surrogate import mean_over_latent
+
 Scalar = float | Tensor
 
 
@@ -60,11 +62,6 @@ class Gaussian:
         # In this form the terms of the std are exactly 0 where both share it.
         of_std = (ratio**2 - 1) / 2 - ratio.log()
         return mean_over_latent((mean - other.mean) ** 2 / (2 * other_std**2)) + of_std
-
-
-def mean_over_latent(x: Tensor) -> Tensor:
-    """``[B, *D] -> [B]``."""
-    return x.flatten(1).mean(1)
 
 
 def ode(x: Tensor, v: Tensor, sigma: Scalar, sigma_next: Scalar) -> Gaussian:

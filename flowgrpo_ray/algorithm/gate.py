@@ -1,14 +1,16 @@
-"""The ratio contract: before an iteration's first update nothing tells sampler and learner apart.
+"""The on-policy contract: before the first update nothing tells sampler and learner apart.
 
-What was sampled under the published weights, replayed under the same ones, has ``|log rho| = 0``,
-or as little as this hardware cannot reproduce. More means that the two sides differ in something,
-and every update would follow that; it ends the run, and the message says in what they differ.
+What was sampled under the published weights, replayed under the same ones, has a gate quantity
+(``|log rho|``, or ``|v - v_old|``) of 0, or as little as this hardware cannot reproduce. More means
+that the two sides differ in something, and every update would follow that; it ends the run, and the
+message says in what they differ.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from flowgrpo_ray.algorithm.objectives.base import Gate
 from flowgrpo_ray.common.errors import ContractError
 from flowgrpo_ray.common.types import Trajectory, WeightsTicket, WorkUnit
 
@@ -16,19 +18,22 @@ FLOOR_MARGIN = 4.0  # the floor is measured on one micro-batch; later ones may l
 KEPT = 3  # published versions that samples may come from: of training, its past, before a resume
 
 
-class RatioGate:
+class OnPolicyGate:
     """Of one learner rank. ``max_lag``: versions that samples may be older than the published."""
 
-    def __init__(self, dtype: str, max_lag: int) -> None:
-        self.floor = 0.0  # what ``|log rho|`` may be
+    def __init__(self, of: Gate, dtype: str, max_lag: int) -> None:
+        self._of = of
+        self.floor = 0.0  # what the quantity may be
         self.armed = False  # from publishing to the first update
+        self.exact = True  # the published weights are those that are trained
         self.published = WeightsTicket(version=-1, digest="")
         self._dtype, self._max_lag = dtype, max_lag
         self._digests: dict[int, str] = {}  # of the last published versions
 
-    def expect(self, ticket: WeightsTicket) -> None:
-        """What is trained next was sampled under these weights, or lags behind them."""
-        self.published, self.armed = ticket, True
+    def expect(self, ticket: WeightsTicket, *, exact: bool = True) -> None:
+        """What is trained next was sampled under these weights, or lags behind them. ``exact``:
+        they are those that are trained."""
+        self.published, self.armed, self.exact = ticket, True, exact
         self.remember(ticket)
 
     def remember(self, ticket: WeightsTicket) -> None:
@@ -37,21 +42,21 @@ class RatioGate:
         for old in list(self._digests)[:-KEPT]:
             del self._digests[old]
 
-    def check(self, log_ratio: Tensor, unit: WorkUnit, trajectory: Trajectory) -> None:
-        """``ContractError`` where ``log_ratio [b]`` of a unit is above the floor, or it was sampled
-        otherwise than it is trained.
+    def check(self, quantity: Tensor, unit: WorkUnit, trajectory: Trajectory) -> None:
+        """``ContractError`` where the ``quantity [b]`` of a unit is above the floor, or it was
+        sampled otherwise than it is trained.
 
-        Samples that lag behind the published weights are held against their version alone.
+        Samples of other weights than those that are trained are held against their version alone.
         """
-        worst = float(log_ratio.abs().max())
+        worst = float(quantity.abs().max())
         causes = self._mismatches(unit, trajectory)
         lags = trajectory.provenance.weights_version < self.published.version
-        if not causes and (lags or worst <= self.floor):
+        if not causes and (lags or not self.exact or worst <= self.floor):
             return
         raise ContractError(
-            f"importance ratio: max |log rho| = {worst:.3g} before the first update, in "
-            f"micro-batch {unit.index} of iteration {unit.iteration}; it must be at most "
-            f"{self.floor:.3g}. Cause: " + ("; ".join(causes) or _UNKNOWN_CAUSE)
+            f"{self._of.title.lower()}: max |{self._of.symbol}| = {worst:.3g} before the first "
+            f"update, in micro-batch {unit.index} of iteration {unit.iteration}; it must be at "
+            f"most {self.floor:.3g}. Cause: " + ("; ".join(causes) or _UNKNOWN_CAUSE)
         )
 
     def _mismatches(self, unit: WorkUnit, trajectory: Trajectory) -> list[str]:

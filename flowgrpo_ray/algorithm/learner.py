@@ -1,31 +1,24 @@
-"""The GRPO update: gradients accumulate over micro-batches, then one optimizer step.
+"""The update: gradients accumulate over micro-batches, then one optimizer step.
 
 A learner is one rank. It knows no Ray: it takes trajectories and advantages, and gives weights.
-Micro-batches are replayed whole, as they were sampled; before the first update of an iteration the
-ratio gate holds the replayed log-probabilities against the sampled ones.
+What the loss is, the objective says. Micro-batches are replayed whole, as they were sampled; before
+the first update of an iteration the gate holds what is replayed against what was sampled.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flowgrpo_ray.algorithm.gate import FLOOR_MARGIN, RatioGate
-from flowgrpo_ray.algorithm.objective import (
-    clipped,
-    clipped_loss,
-    diverged,
-    guard_log_ratio,
-    kl_to_reference,
-    masked_loss,
-)
-from flowgrpo_ray.algorithm.optimizer import LossScale, Optimizer
+from flowgrpo_ray.algorithm.gate import FLOOR_MARGIN, OnPolicyGate
+from flowgrpo_ray.algorithm.objectives import Term
+from flowgrpo_ray.algorithm.optimizer import LossScale, Optimizer, Shelf
 from flowgrpo_ray.algorithm.parallel import (
     add_up,
     asked_for,
@@ -34,7 +27,7 @@ from flowgrpo_ray.algorithm.parallel import (
     reshard,
     shard,
 )
-from flowgrpo_ray.algorithm.sampling import Replayed, batch_condition, replay
+from flowgrpo_ray.algorithm.sampling import batch_condition, points, velocities
 from flowgrpo_ray.algorithm.weights import digest, full, gather, load_arrays, to_arrays
 from flowgrpo_ray.common.types import (
     Condition,
@@ -49,8 +42,9 @@ from flowgrpo_ray.common.types import (
 )
 from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.policies.base import Policy
-from flowgrpo_ray.spec.sections import KlSpec, Objective
 from flowgrpo_ray.spec.training import TrainingSpec
+
+Held = Literal["last", "averaged", "follower"]  # sets of weights; the last one is trained
 
 
 class Learner:
@@ -66,7 +60,7 @@ class Learner:
     ) -> None:
         """``policy``: a tuned one to train, on the CPU if it will be sharded; default: the spec's,
         loaded here. ``parallel`` is the same on all ranks; default: what the spec asks for."""
-        self.spec, self.device = spec, device
+        self.spec, self.device, self.objective = spec, device, spec.objective
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.parallel = parallel or asked_for(spec, self.world)
         sharded = self.parallel.sharded
@@ -80,11 +74,12 @@ class Learner:
             shard(self.policy, self.parallel)
         self.parameters = self.policy.trainable()
         home = torch.device("cpu") if spec.cluster.learner.offload_optimizer else None
-        self.optimizer = Optimizer(self.parameters, spec.optimizer, spec.ema, home)
+        follower = self.objective.follower
+        self.optimizer = Optimizer(self.parameters, spec.optimizer, spec.ema, home, follower)
         self.scale = LossScale(self.policy.dtype)
-        self.gate = RatioGate(self.policy.dtype_name, spec.sampling.max_lag)
+        self.gate = OnPolicyGate(self.objective.gate, self.policy.dtype_name, spec.sampling.max_lag)
         self._arrays: dict[str, Float32] = {}  # of the last one, where a checkpoint needs them
-        self._averaged = False  # parameters and averages have changed places
+        self._held: Held = "last"  # the set that is in the parameters, and they in its place
 
     # --- weights
 
@@ -95,13 +90,14 @@ class Learner:
 
         ``averaged`` publishes the EMA weights, for evaluation: nothing is trained on their samples.
         """
-        averages = self.optimizer.ema
-        source = averages if averaged and averages else self.parameters
-        found, arrays = gather(source, keep=self.rank == 0)
+        self._hold("last")
+        sets = {"last": self.parameters, **self._shelves}
+        found, arrays = gather(sets[self._sampling(averaged=averaged)], keep=self.rank == 0)
         ticket = WeightsTicket(version, found)
         if averaged:
             return ticket, arrays
-        self.gate.expect(ticket)
+        trained = digest(self.parameters) if self.objective.samples_with_follower else found
+        self.gate.expect(ticket, exact=trained == found)
         if self.spec.sampling.max_lag:
             self._arrays = arrays
         return ticket, arrays
@@ -109,31 +105,53 @@ class Learner:
     def announce(self, version: int, *, averaged: bool) -> WeightsTicket:
         """A ticket for the weights that this process itself samples with next; collective.
 
-        They are in the parameters: for ``averaged`` these change places with the averages, exactly,
-        until the next call or checkpoint. Sharded ones are gathered, so that ranks sample alone.
+        They are in the parameters: where they are not the trained ones, these change places with
+        them, exactly, until they are trained again. Sharded ones are gathered, so that ranks sample
+        alone.
         """
         if self.parallel.sharded:
             reshard(self.policy.network)
-        self._hold_averages(averaged)
+        wanted = self._sampling(averaged=averaged)
+        trained = None
+        if wanted == "follower":
+            self._hold("last")
+            trained = digest(self.parameters)
+        self._hold(wanted)
         ticket = WeightsTicket(version, digest(self.parameters))
         if self.parallel.sharded:
             gather_weights(self.policy.network)
         if not averaged:
-            self.gate.expect(ticket)
+            self.gate.expect(ticket, exact=trained in (None, ticket.digest))
         return ticket
 
-    @torch.no_grad()
-    def _hold_averages(self, averaged: bool) -> None:
-        """Have the parameters hold the averages (EMA), if there are any, and these the parameters;
-        or neither."""
-        if averaged == self._averaged:
+    def _sampling(self, *, averaged: bool) -> Held:
+        """The set that samples are drawn with."""
+        if averaged:
+            return "averaged" if self.optimizer.ema else "last"
+        return "follower" if self.objective.samples_with_follower else "last"
+
+    @property
+    def _shelves(self) -> dict[Held, Shelf]:
+        return {"averaged": self.optimizer.ema, "follower": self.optimizer.follower}
+
+    def _hold(self, wanted: Held) -> None:
+        """Have the parameters hold one set of weights, exactly."""
+        if wanted == self._held:
             return
-        self._averaged = averaged
-        for name in self.optimizer.ema:
-            parameter, average = self.parameters[name].detach(), self.optimizer.ema[name]
-            last = parameter.clone()
-            parameter.copy_(average)
-            self.optimizer.ema[name] = last
+        if self.parallel.sharded:
+            reshard(self.policy.network)
+        for name in (self._held, wanted):
+            if name != "last":
+                self._exchange(self._shelves[name])
+        self._held = wanted
+
+    @torch.no_grad()
+    def _exchange(self, shelf: Shelf) -> None:
+        """The parameters and a shelf change places."""
+        for name, parameter in self.parameters.items():
+            kept, last = shelf[name], parameter.detach().clone()
+            parameter.detach().copy_(kept)
+            shelf[name] = last
 
     # --- one iteration
 
@@ -147,63 +165,51 @@ class Learner:
     ) -> MicrobatchStats:
         """Add the gradient of one micro-batch.
 
-        ``advantages [b]`` are 0 and ``keep [b]`` False for samples that stay out of the update. The
-        loss is summed over samples and steps; ``step`` divides.
+        ``keep [b]`` is False for samples that stay out of the update; their ``advantages [b]`` do
+        not count. The loss is summed over samples and points; ``step`` divides.
         """
         started = time.perf_counter()
         advantage = torch.tensor(advantages, device=self.device)
         kept = torch.tensor(keep, device=self.device)
         condition = batch_condition(self.policy, conditions, unit.prompts)
-        ratios: list[Tensor] = []
-        low = high = 0
-        policy_loss = kl_sum = 0.0
-        for replayed in replay(self.policy, trajectory, unit.schedule, condition):
-            sigma, step = unit.schedule.sigma, replayed.step
-            dt = sigma[step + 1] - sigma[step]
-            term = surrogate(self.spec.objective, replayed, advantage, dt)
-            loss = term.loss * unit.batch
-            policy_loss += loss.item()
-            if self.spec.objective.kl is not None:
-                kl = self._kl(self.spec.objective.kl, replayed, dt, kept)
-                kl_sum += kl.item()
-                loss = loss + self.spec.objective.kl.beta * kl
+        tally = Tally(kept)
+        anchors = self._anchors(unit, trajectory, condition)
+        self._hold("last")
+        for point in points(self.policy, trajectory, unit, condition, anchors):
+            term = self.objective.terms(point, advantage)
+            loss = policy_loss = (term.loss * kept).mean() * term.weight * unit.batch
+            for name, weight in self.objective.penalties.items():
+                loss = loss + weight * (term.statistics[name] * kept).sum()
             if self.gate.armed:
-                self.gate.check(term.log_ratio.detach(), unit, trajectory)
+                self.gate.check(term.gate.detach(), unit, trajectory)
             (loss * self.scale.value).backward()
-            ratios.append(term.log_ratio.detach()[kept].double())
-            low += int(term.low[kept].sum())
-            high += int(term.high[kept].sum())
-        log_ratios = torch.stack(ratios)  # [K, samples]
-        return MicrobatchStats(
-            samples=log_ratios.shape[1],
-            log_ratio_sum=log_ratios.sum(1).cpu().numpy(),
-            log_ratio_square_sum=log_ratios.square().sum(1).cpu().numpy(),
-            log_ratio_max=log_ratios.abs().max().item() if log_ratios.numel() else 0.0,
-            clipped_low=low,
-            clipped_high=high,
-            policy_loss_sum=policy_loss,
-            kl_sum=kl_sum,
-            seconds=time.perf_counter() - started,
-        )
+            tally.add(term, policy_loss)
+        return tally.stats(time.perf_counter() - started, gated=self.gate.exact)
 
-    def _kl(self, spec: KlSpec, replayed: Replayed, dt: float, kept: Tensor) -> Tensor:
-        """KL of one step to the untrained model, summed over the samples that are kept."""
-        assert replayed.reference is not None, "rollout workers keep the reference with KL"
-        return (kl_to_reference(replayed.new, replayed.reference, dt, spec.form) * kept).sum()
+    def _anchors(
+        self, unit: WorkUnit, trajectory: Trajectory, condition: dict[str, Tensor]
+    ) -> list[Tensor] | None:
+        """What the weights that follow predict at each point, where they did not sample."""
+        if self.objective.follower is None or self.objective.samples_with_follower:
+            return None
+        self._hold("follower")
+        return velocities(self.policy, trajectory, unit, condition)
 
-    def step(self, samples: int, steps: int) -> StepStats:
-        """Update the weights with the accumulated gradient, the mean over ``samples`` x ``steps``.
+    def step(self, samples: int, points: int, *, last: bool = True) -> StepStats:
+        """Update the weights with the accumulated gradient, the mean over ``samples`` x ``points``.
 
-        ``samples`` counts those of all ranks. With none there is no update.
+        ``samples`` counts those of all ranks. With none there is no update. After the ``last`` one
+        of an iteration weights that follow do so.
         """
         started = time.perf_counter()
+        self._hold("last")
         self.gate.armed = False
         norm = None
         overflow = False
         scale = self.scale.value
         if samples > 0:
             gradients, ranks = self._gradients()
-            torch._foreach_mul_(gradients, ranks / (samples * steps * scale))
+            torch._foreach_mul_(gradients, ranks / (samples * points * scale))
             limit = self.spec.optimizer.grad_norm
             whole = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
             norm = float(full(whole))
@@ -211,6 +217,8 @@ class Learner:
         if norm is not None and not overflow:
             self.optimizer.step()
         self.optimizer.zero_grad()
+        if last:
+            self.optimizer.follow()
         return StepStats(
             grad_norm=None if overflow else norm,
             learning_rate=self.spec.optimizer.learning_rate,
@@ -230,22 +238,21 @@ class Learner:
             add_up(gradients)
         return gradients, 1
 
-    # --- the ratio contract
+    # --- the on-policy contract
 
     def measure_floor(
         self, unit: WorkUnit, trajectory: Trajectory, conditions: Mapping[int, Condition]
     ) -> float:
-        """``max |log rho|`` of a fresh trajectory: what this hardware cannot reproduce.
-
-        ``rho`` is the ratio that the objective clips.
-        """
+        """The gate quantity of a fresh trajectory, at most: what this hardware cannot reproduce."""
         condition = batch_condition(self.policy, conditions, unit.prompts)
         advantage = torch.zeros(unit.batch, device=self.device)
+        anchors = self._anchors(unit, trajectory, condition)
+        self._hold(self._sampling(averaged=False))
         floor = 0.0
         with torch.enable_grad():  # as in the update: kernels may differ
-            for replayed in replay(self.policy, trajectory, unit.schedule, condition):
-                term = surrogate(self.spec.objective, replayed, advantage, dt=-1.0)
-                floor = max(floor, float(term.log_ratio.detach().abs().max()))
+            for point in points(self.policy, trajectory, unit, condition, anchors):
+                gate = self.objective.terms(point, advantage).gate.detach()
+                floor = max(floor, float(gate.abs().max()))
         self.gate.floor = floor * FLOOR_MARGIN
         return floor
 
@@ -253,13 +260,14 @@ class Learner:
 
     def state(self) -> LearnerState:
         """All that a checkpoint holds; collective, with arrays on rank 0 alone."""
-        self._hold_averages(False)
+        self._hold("last")
         keep = self.rank == 0
         moments = self.optimizer.moments.items()
         lags = self.spec.sampling.max_lag > 0
         return LearnerState(
             weights=to_arrays(self.parameters, keep=keep),
             ema=to_arrays(self.optimizer.ema, keep=keep),
+            follower=to_arrays(self.optimizer.follower, keep=keep),
             **{name: to_arrays(shelf, keep=keep) for name, shelf in moments},
             updates=self.optimizer.updates,
             loss_scale=self.scale.value,
@@ -277,8 +285,12 @@ class Learner:
         if self.parallel.sharded:
             reshard(self.policy.network)
         load_arrays(self.parameters, state.weights)
-        assert self.optimizer.ema.keys() == state.ema.keys()
-        self.optimizer.ema.load(state.ema)
+        for shelf, arrays in (
+            (self.optimizer.ema, state.ema),
+            (self.optimizer.follower, state.follower),
+        ):
+            assert shelf.keys() == arrays.keys()
+            shelf.load(arrays)
         for name, shelf in self.optimizer.moments.items():
             shelf.load(getattr(state, name))
         self.optimizer.updates = state.updates
@@ -291,28 +303,31 @@ class Learner:
         return behaviour
 
 
-@dataclass(frozen=True)
-class Surrogate:
-    """What an objective makes of one stochastic step of a micro-batch."""
+class Tally:
+    """Statistics of one micro-batch, over its points and the samples that are ``kept``."""
 
-    loss: Tensor  # scalar, mean over the samples
-    log_ratio: Tensor  # [b], of the ratio that the objective works on
-    low: Tensor  # bool [b], without gradient because the ratio is too low
-    high: Tensor  # bool [b], because it is too high
+    def __init__(self, kept: Tensor) -> None:
+        self._kept = kept
+        self._gates: list[Tensor] = []
+        self._sums: dict[str, float] = {}
+        self._policy_loss = 0.0
 
+    def add(self, term: Term, policy_loss: Tensor) -> None:
+        self._gates.append(term.gate.detach()[self._kept].double())
+        self._policy_loss += policy_loss.item()
+        for name, values in term.statistics.items():
+            total = (values.detach() * self._kept).sum().item()
+            self._sums[name] = self._sums.get(name, 0.0) + total
 
-def surrogate(objective: Objective, step: Replayed, advantage: Tensor, dt: float) -> Surrogate:
-    """The policy loss of one step; ``advantage [b]``, ``dt`` the step's (negative) length."""
-    log_ratio, weight = step.log_ratio, 1.0
-    if objective.kind == "flow_dppo":
-        assert step.old is not None, "rollout workers keep means for Flow-DPPO"
-        divergence = step.new.kl(step.old).detach()
-        masked = diverged(log_ratio.detach(), advantage, divergence, objective.max_divergence)
-        loss = masked_loss(log_ratio, advantage, masked)
-        return Surrogate(loss, log_ratio, masked & (advantage < 0), masked & (advantage > 0))
-    if objective.kind == "grpo_guard":
-        assert step.old is not None, "rollout workers keep means for GRPO-Guard"
-        log_ratio, weight = guard_log_ratio(step.new, step.old, step.x_next), 1 / abs(dt)
-    bounds = (objective.clip_low, objective.clip_high)
-    loss = clipped_loss(log_ratio, advantage, *bounds) * weight
-    return Surrogate(loss, log_ratio, *clipped(log_ratio.detach(), advantage, *bounds))
+    def stats(self, seconds: float, *, gated: bool) -> MicrobatchStats:
+        gates = torch.stack(self._gates)  # [K, samples]
+        return MicrobatchStats(
+            samples=gates.shape[1],
+            gate_sum=gates.sum(1).cpu().numpy(),
+            gate_square_sum=gates.square().sum(1).cpu().numpy(),
+            gate_max=gates.abs().max().item() if gates.numel() else 0.0,
+            gated=gated,
+            policy_loss_sum=self._policy_loss,
+            sums=self._sums,
+            seconds=seconds,
+        )

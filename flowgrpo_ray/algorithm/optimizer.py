@@ -1,4 +1,5 @@
-"""AdamW, the averaged weights (EMA) and the scale of float16 losses, over one rank's shards.
+"""AdamW, the weights that follow (EMA, an objective's own), and the scale of float16 losses, over
+one rank's shards.
 
 With a ``home`` (the host's memory) AdamW's moments and the averages visit the parameters' device
 in pieces, around the same fused update: the numbers are those without it.
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from flowgrpo_ray.algorithm.objectives.noised import Follower
 from flowgrpo_ray.algorithm.weights import like
 from flowgrpo_ray.common.errors import ContractError
 from flowgrpo_ray.common.types import Float32
@@ -82,14 +84,15 @@ class Optimizer:
         settings: OptimizerSpec,
         averaging: EmaSpec | None,
         home: torch.device | None = None,
+        following: Follower | None = None,
     ) -> None:
-        self.parameters, self.averaging = parameters, averaging
+        self.parameters, self.averaging, self.following = parameters, averaging, following
         self.updates = 0
         self.moments = {moment: Shelf(parameters, home) for moment in MOMENTS}
-        self.ema = Shelf(parameters, home)
-        if averaging is not None:
-            for name, parameter in parameters.items():
-                self.ema[name] = parameter.detach().clone()
+        self.ema, self.follower = Shelf(parameters, home), Shelf(parameters, home)
+        for shelf, wanted in ((self.ema, averaging), (self.follower, following)):
+            for name, parameter in parameters.items() if wanted else ():
+                shelf[name] = parameter.detach().clone()
         pieces = [list(parameters)] if home is None else list(_pieces(parameters))
         self.pieces = [(names, self._adamw(names, settings)) for names in pieces]
 
@@ -135,8 +138,18 @@ class Optimizer:
         if self.averaging is None or self.updates % self.averaging.every:
             return
         decay = min((1 + self.updates) / (10 + self.updates), self.averaging.decay)
+        self._move(self.ema, 1 - decay)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """The follower's turn, after an iteration."""
+        if self.following is not None:
+            self._move(self.follower, 1 - self.following.decay(self.updates))
+
+    def _move(self, shelf: Shelf, share: float) -> None:
+        """By a ``share`` of the way to the parameters; by all of it exactly to them."""
         for name, parameter in self.parameters.items():
-            self.ema[name] = self.ema[name].lerp_(parameter.detach(), 1 - decay)
+            shelf[name] = shelf[name].lerp_(parameter.detach(), share)
 
     def zero_grad(self) -> None:
         """Free the gradients."""

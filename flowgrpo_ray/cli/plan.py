@@ -176,8 +176,8 @@ def advice(spec: TrainingSpec, gpu: Gpu, *, sharded: bool) -> Iterator[str]:
         yield "a smaller sampling.micro_batch"
     if "evaluation" in stages:
         yield "a smaller evaluation.micro_batch"
-    if full and spec.objective.kl and gpu.actors.keys() - {"learner rank"}:
-        yield "objective.kl=null"
+    if full and spec.objective.compares_reference and gpu.actors.keys() - {"learner rank"}:
+        yield spec.objective.without_tie
     if full and holds:
         yield "tuning.kind=lora"
     for name, (_, parts) in gpu.rewards.items():
@@ -218,6 +218,7 @@ def _cost_lines(cost: Mapping[str, Any]) -> Iterator[str]:
 
 def _counts(spec: TrainingSpec, work: Work, footprint: Footprint | None) -> Table:
     n = spec.iterations
+    of_what = "of the KL reference" if spec.objective.stochastic else "to compare with"
     table = Table(title=f"{spec.name} (spec {spec.digest()})", title_justify="left")
     for column in ("", "per iteration", f"in {n} iterations"):
         table.add_column(column, justify="left" if not column else "right")
@@ -226,7 +227,7 @@ def _counts(spec: TrainingSpec, work: Work, footprint: Footprint | None) -> Tabl
         ("micro-batches", work.micro_batches),
         ("forwards of one image, sampling", work.rollout_forwards),
         ("forwards and backwards, training", work.trained_forwards),
-        ("forwards of the KL reference", work.reference_forwards),
+        (f"forwards {of_what}", work.reference_forwards),
         ("optimizer updates", work.updates),
     ):
         table.add_row(label, f"{count:,}", f"{count * n:,}")

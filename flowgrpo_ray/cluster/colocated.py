@@ -98,6 +98,8 @@ class ColocatedWorker(RolloutWorker, LearnerRank):
         keep: np.ndarray,
         *conditions: Condition,
     ) -> MicrobatchStats:
+        if self.spec.objective.samples_with_follower:
+            self.loaded = None  # the trained ones come in its place
         return super().accumulate(unit, self._own(trajectory), advantages, keep, *conditions)
 
     def measure_floor(self, unit: WorkUnit, trajectory: Any, *conditions: Condition) -> float:
@@ -106,9 +108,9 @@ class ColocatedWorker(RolloutWorker, LearnerRank):
     def _own(self, trajectory: Trajectory | Kept) -> Trajectory:
         return self.give(trajectory) if isinstance(trajectory, Kept) else trajectory
 
-    def step(self, samples: int, steps: int) -> StepStats:
+    def step(self, samples: int, points: int, last: bool) -> StepStats:
         self.loaded = None  # those are changed now
-        return super().step(samples, steps)
+        return super().step(samples, points, last)
 
 
 class WorkerPool(Pool):

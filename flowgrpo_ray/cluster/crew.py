@@ -132,7 +132,7 @@ class Crew:
         return ticket
 
     async def measure_floor(self) -> float:
-        """What this hardware cannot reproduce of a ratio of 1; the clip range must lie above."""
+        """What this hardware cannot reproduce of the gate's 0; a clip range must lie above."""
         ticket = await self.publish(0)
         units = plan_iteration(self.spec, 0, len(self.prompts["train"]), self.sigmas).units
         probe = [
@@ -140,18 +140,16 @@ class Crew:
             for unit in units[: self.spec.ranks.count]
         ]
         floor = await self.learners.measure_floor(probe)
-        objective = self.spec.objective
-        clips = objective.kind != "flow_dppo"
-        clip = min(objective.clip_low, objective.clip_high) if clips else float("inf")
-        if floor >= clip:
+        bounds, symbol = self.spec.objective.bounds, self.spec.objective.gate.symbol
+        if bounds and not bounds.masks and floor >= min(bounds.values):
             raise ContractError(
-                f"max |log rho| of a fresh trajectory is {floor:.3g} on this hardware, not below "
-                f"the clip range {clip:.3g} of objective.clip_low / clip_high: updates would "
+                f"max |{symbol}| of a fresh trajectory is {floor:.3g} on this hardware, not below "
+                f"the clip range {min(bounds.values):.3g} of {bounds.keys}: updates would "
                 "follow rounding errors. Widen the clip range, use model.dtype: float32, or put "
                 "rollout and learner on one kind of device"
             )
         if floor:
-            self.display.note(f"on this hardware |log rho| of fresh samples is up to {floor:.3g}")
+            self.display.note(f"on this hardware |{symbol}| of fresh samples is up to {floor:.3g}")
         return floor
 
     def prompts_of(self, unit: WorkUnit) -> list[str]:

@@ -74,25 +74,28 @@ class Trainer:
     # --- one iteration
 
     async def iterate(self, iteration: int) -> None:
-        """One iteration of Flow-GRPO, as the module's docstring tells it."""
+        """One iteration, as the module's docstring tells it."""
         self.journal.begin_iteration()
         ticket = await self.crew.publish(iteration)
         with self._stream(iteration, ticket) as stream:
-            numbers = range(len(stream.plan.updates))
+            numbers = [*range(len(stream.plan.updates))] * self.spec.objective.epochs
+            ends = [False] * (len(numbers) - 1) + [True]
             updates = [
-                await self._update(stream, number)
-                for _ in range(self.spec.objective.epochs)
-                for number in numbers
+                await self._update(stream, number, last=last)
+                for number, last in zip(numbers, ends, strict=True)
             ]
         self.journal.iterated(Iterated(iteration, ticket, stream, updates))
 
-    async def _update(self, stream: Stream, number: int) -> tuple[list[MicrobatchStats], StepStats]:
-        """One optimizer step on the units of an update, as they become ready in plan order."""
+    async def _update(
+        self, stream: Stream, number: int, *, last: bool
+    ) -> tuple[list[MicrobatchStats], StepStats]:
+        """One optimizer step on the units of an update, as they become ready in plan order; the
+        ``last`` one of the iteration or another."""
         samples = 0
         async for unit, sampled, signal in stream.update(number):
             samples += int(signal.keep.sum())
             self.crew.learners.accumulate(self.crew.contribution(unit, sampled, signal))
-        return await self.crew.learners.step(samples, len(stream.plan.schedule.stochastic_steps))
+        return await self.crew.learners.step(samples, len(stream.plan.points), last=last)
 
     def _stream(self, iteration: int, ticket: WeightsTicket) -> Stream:
         """The units of an iteration on their way.

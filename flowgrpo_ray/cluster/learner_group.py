@@ -121,8 +121,8 @@ class LearnerRank:
         by_prompt = dict(zip(unit.distinct_prompts, conditions, strict=True))
         return self.learner.measure_floor(unit, trajectory, by_prompt)
 
-    def step(self, samples: int, steps: int) -> StepStats:
-        return self.learner.step(samples, steps)
+    def step(self, samples: int, points: int, last: bool) -> StepStats:
+        return self.learner.step(samples, points, last=last)
 
     def state(self) -> LearnerState | None:
         state = self.learner.state()
@@ -212,7 +212,7 @@ class LearnerGroup(ActorGroup):
         return tickets[0], calls[0][1]
 
     async def measure_floor(self, probe: Sequence[Contribution]) -> float:
-        """The largest ``|log rho|`` over one freshly sampled micro-batch per rank."""
+        """The largest gate quantity over one freshly sampled micro-batch per rank."""
         here = [self._for_rank(*one) for one in enumerate(probe)]
         answers = [
             of.answer("accumulate", rank.measure_floor.remote(p.unit, p.trajectory, *p.conditions))
@@ -243,18 +243,20 @@ class LearnerGroup(ActorGroup):
             answer.add_done_callback(seen)
             self._running.append(answer)
 
-    async def step(self, samples: int, steps: int) -> tuple[list[MicrobatchStats], StepStats]:
+    async def step(
+        self, samples: int, points: int, *, last: bool
+    ) -> tuple[list[MicrobatchStats], StepStats]:
         """Finish the queued micro-batches and update; their statistics in plan order.
 
         Ranks compute in step, so a row that is not full is filled with idle copies.
         """
         while self._row:
-            last = self._row[-1]
-            none = np.zeros_like(last.keep)
-            self.accumulate(replace(last, advantages=none.astype(np.float32), keep=none))
+            copied = self._row[-1]
+            none = np.zeros_like(copied.keep)
+            self.accumulate(replace(copied, advantages=none.astype(np.float32), keep=none))
         running, self._running = self._running, []
         updates = [
-            of.answer("step", rank.step.remote(samples, steps), _seconds)
+            of.answer("step", rank.step.remote(samples, points, last), _seconds)
             for of, rank in zip(self.calls, self.ranks, strict=True)
         ]
         answers = await self._of_all([*running, *updates])

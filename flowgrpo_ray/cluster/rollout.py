@@ -64,7 +64,7 @@ class RolloutWorker:
             return
         parts = frozenset({"network", "decoder"})
         self.policy = load_policy(self.spec, self.device, parts, on_host=self.on_host)
-        self.policy.tune(self.spec.seed, with_reference=self.spec.objective.kl is not None)
+        self.policy.tune(self.spec.seed, with_reference=self.spec.objective.compares_reference)
         self.parameters = self.policy.trainable()
         self.policy.latent_shape(self.spec.sampling.size)  # an impossible size fails here, early
 
@@ -112,7 +112,7 @@ class RolloutWorker:
             by_prompt,
             self.spec.sampling.size,
             ticket,
-            keep_means=self.spec.objective.compares_means,
+            keep_old=self.spec.objective.keeps_old,
         )
         images = self.policy.images(x, self.spec.sampling.size)
         return trajectory, images, time.perf_counter() - started

@@ -56,7 +56,7 @@ class Stream:
     ``std: global`` the whole iteration, which is the one barrier that the maths needs. Groups
     without spread are replaced at the end of their update where the spec asks for it (``refill``).
     With workers that sample and train no update ends before all units are sampled: it would change
-    the weights that they are sampled with.
+    the weights that they are sampled with. None begins, if other weights are trained than sampled.
     """
 
     def __init__(self, source: Source, plan: IterationPlan, ticket: WeightsTicket) -> None:
@@ -66,6 +66,8 @@ class Stream:
         self._units: dict[int, asyncio.Future[tuple[Sampled, Scores]]] = {}
         self._drawn: dict[int, asyncio.Event] = {}
         self._colocated = source.spec.cluster.layout == "colocated"
+        apart = source.spec.objective.samples_with_follower
+        self._sampled_first = self._colocated and (apart or self._advantages.refill > 0)
         self._signals: dict[int, asyncio.Future[dict[int, Signal]]] = {}
         self._scope: dict[int, Sequence[Hashable]] = {}  # keys of the units that it is compared to
         self._complete: list[list[Block]] = []  # of each update that is, refills included
@@ -82,7 +84,7 @@ class Stream:
 
     async def _update(self, number: int) -> AsyncIterator[tuple[WorkUnit, Sampled, Signal]]:
         together = self._advantages.std == "global"
-        early = together or (self._colocated and self._advantages.refill > 0)
+        early = together or self._sampled_first
         if early and not self._complete:
             updates = range(len(self.plan.updates))
             self._complete = [[block async for block in self._grow(n)] for n in updates]

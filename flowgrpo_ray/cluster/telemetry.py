@@ -97,6 +97,9 @@ class Telemetry:
                     self._export.add(metric, value, tags)
                 else:
                     gauges.append((metric, tags, value))
+        if kind == "metrics.train":
+            numbers = self._spec.objective.numbers(row)
+            gauges += [(table.OBJECTIVE, *of) for of in table.OBJECTIVE.read(numbers)]
         self._last[kind] = gauges
         self._beat()
 

@@ -1,4 +1,4 @@
-"""What a submitted job takes along: its spec, its prompt files and the user's reward classes.
+"""What a submitted job takes along: its spec, its prompt files and the user's classes.
 
 Everything else a run needs is on the cluster: this program, models, environments of rewards.
 """
@@ -66,8 +66,9 @@ def _take(path: str, folder: Path) -> str:
 
 
 def _own_modules(spec: TrainingSpec) -> Iterator[Path]:
-    """The file or package folder of each reward class that is not an installed one."""
+    """The file or package folder of each class of the user's that is not an installed one."""
     paths = {reward.reward or name for name, reward in spec.rewards.items()}
+    paths.add(spec.objective.kind)
     for top in sorted({path.partition(":")[0].split(".")[0] for path in paths if ":" in path}):
         found = importlib.util.find_spec(top)
         assert found is not None, "the spec was checked: the class could be imported"

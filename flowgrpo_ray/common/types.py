@@ -55,18 +55,32 @@ class Parallel:
 
 
 @dataclass(frozen=True)
+class Noising:
+    """Noise levels at which finished images are trained, ``count`` for each image.
+
+    ``draw``: ``uniform`` in ``within``, ``stratified`` over it, or ``steps``: those of sampling.
+    """
+
+    count: int
+    draw: str
+    within: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Noise levels and where noise is added: all that defines an iteration's transitions.
 
     ``sigma`` (``T + 1`` float32 values, 1 to 0) comes from the policy's own shift; ``eta`` (``T``
     values) is the kernel's noise level of each step, and 0 makes it an ODE step. The stochastic
-    steps are contiguous. ``likelihood`` says what counts as the log-probability of a step.
+    steps are contiguous. ``likelihood`` says what counts as the log-probability of a step, and
+    ``solver`` how steps without noise go.
     """
 
     kernel: str
     sigma: tuple[float, ...]
     eta: tuple[float, ...]
     likelihood: str = "gaussian"
+    solver: str = "euler"
 
     def __post_init__(self) -> None:
         if len(self.sigma) != len(self.eta) + 1:
@@ -87,6 +101,11 @@ class Schedule:
         if noisy != list(range(noisy[0], noisy[-1] + 1)):
             raise ValueError(f"stochastic steps must be contiguous: eta = {self.eta}")
         return range(noisy[0], noisy[-1] + 1)
+
+    def stops(self, noising: Noising) -> list[float]:
+        """The noise levels of this sampling that ``noising`` may draw from."""
+        low, high = noising.within
+        return [sigma for sigma in self.sigma[:-1] if low <= sigma <= high]
 
     @property
     def sigma_max(self) -> float:
@@ -110,10 +129,16 @@ class WorkUnit:
     samples: tuple[int, ...]
     schedule: Schedule
     same_latent: bool = False  # the samples of a prompt share their initial noise
+    noising: Noising | None = None  # where finished images are trained, if they are
 
     @property
     def batch(self) -> int:
         return len(self.prompts)
+
+    @property
+    def points(self) -> tuple[int, ...]:
+        """Where each image is trained: its stochastic steps, or the numbers of its noise levels."""
+        return tuple(range(self.noising.count) if self.noising else self.schedule.stochastic_steps)
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -138,13 +163,17 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One micro-batch around its K stochastic steps; it stays one batch up to the learner."""
+    """One micro-batch around the K points at which it is trained; it stays one up to the learner.
 
-    latents: Float32  # [b, K + 1, *D]
-    log_probs: Float32  # [b, K]
+    Points are stochastic steps, and predictions there are means of the next latents; or they are
+    noise levels of the finished images, which alone are kept, and predictions are velocities.
+    """
+
+    latents: Float32  # [b, K + 1, *D], or [b, 1, *D]: the finished ones
+    log_probs: Float32  # [b, K] of stochastic steps, or [b, 0]
     provenance: Provenance
-    means: Float32 | None = None  # [b, K, *D], of the sampling policy; for Guard and Flow-DPPO
-    reference_means: Float32 | None = None  # [b, K, *D], of the untrained model; for KL
+    old: Float32 | None = None  # [b, K, *D], predictions of the sampling policy
+    reference: Float32 | None = None  # [b, K, *D], of the untrained model
 
 
 @dataclass(frozen=True)
@@ -159,17 +188,17 @@ class WeightsTicket:
 class MicrobatchStats:
     """Sums over the samples of one micro-batch that have a gradient, ready to be added up.
 
-    The ``log_ratio`` arrays hold one value per stochastic step, ``[K]``.
+    ``gate`` is the objective's quantity that was 0 before any update; its arrays hold one value
+    per point, ``[K]``. ``sums`` are the objective's statistics, over points as well.
     """
 
     samples: int
-    log_ratio_sum: Float64
-    log_ratio_square_sum: Float64
-    log_ratio_max: float  # of the absolute value, over all steps
-    clipped_low: int  # or masked, where the objective masks
-    clipped_high: int
+    gate_sum: Float64
+    gate_square_sum: Float64
+    gate_max: float  # of the absolute value, over all points
+    gated: bool  # whether the weights that sampled are those that the iteration began to train
     policy_loss_sum: float
-    kl_sum: float
+    sums: Mapping[str, float]
     seconds: float
 
 
@@ -199,6 +228,7 @@ class LearnerState:
     updates: int
     loss_scale: float = 1.0  # and since how many updates it held, for float16
     scale_held: int = 0
+    follower: dict[str, Float32] = field(default_factory=dict)  # where the objective has one
     # With max_lag 1: the weights that the last iteration began with; the next is sampled with them.
     behaviour: dict[str, Float32] = field(default_factory=dict)
     behaviour_version: int = -1

@@ -54,7 +54,7 @@ class Work:
     micro_batches: int
     rollout_forwards: int  # network evaluations of one image, guidance counted
     trained_forwards: int  # each with its backward pass
-    reference_forwards: int
+    reference_forwards: int  # by which an objective compares: the untrained model's and others
     updates: int
     evaluation_forwards: int
 
@@ -79,13 +79,14 @@ def count_work(spec: TrainingSpec, held_out: int) -> Work:
     """Count an iteration of ``spec``, and an evaluation on ``held_out`` prompts."""
     sampling = spec.sampling
     passes = policy_class(spec.model.family).passes(sampling.guidance)
-    stochastic = sampling.images * sampling.trained_steps * passes
+    trained = sampling.images * spec.points * passes
+    beside = spec.objective.forwards(sampling.trained_steps)
     return Work(
         images=sampling.images,
         micro_batches=sampling.units,
         rollout_forwards=sampling.images * sampling.steps * passes,
-        trained_forwards=stochastic * spec.objective.epochs,
-        reference_forwards=stochastic if spec.objective.kl else 0,
+        trained_forwards=trained * spec.objective.epochs,
+        reference_forwards=sampling.images * beside * passes,
         updates=spec.objective.updates * spec.objective.epochs,
         evaluation_forwards=held_out * spec.evaluation.steps * passes,
     )
@@ -292,10 +293,10 @@ def estimate(spec: TrainingSpec, memory: float | None = None) -> Footprint | Non
         return None
     policy, cost, rewards = sized.policy, sized.cost, sized.rewards
     sampling, trained = spec.sampling, cost.trained
-    sampled_steps = sampling.steps + (sampling.trained_steps if spec.objective.kl else 0)
+    sampled_steps = sampling.steps + spec.objective.forwards(sampling.trained_steps)
     per_image = cost.sampled.forward * sampled_steps / sampling.micro_batch
     per_image += cost.decoded.forward / decoded_at_once(spec, policy)
-    trained_steps = sampling.trained_steps * spec.objective.epochs
+    trained_steps = spec.points * spec.objective.epochs
     flops = (
         round(sampling.images * per_image),
         sampling.units * trained_steps * (trained.forward + trained.backward),

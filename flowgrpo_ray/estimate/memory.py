@@ -91,10 +91,10 @@ def _whole_network(policy: Policy) -> Parts:
 def _beside_the_network(spec: TrainingSpec, policy: Policy) -> Parts:
     """What sampling needs as well."""
     vae: nn.Module = policy.vae  # type: ignore[attr-defined]
-    copied = spec.tuning.kind == "full" and spec.objective.kl is not None
+    copied = spec.tuning.kind == "full" and spec.objective.compares_reference
     frozen = [*policy.trainable().values(), *policy.network.buffers()] if copied else []
     return {
-        "frozen copy for the KL": _bytes(frozen),
+        "frozen copy of the base model": _bytes(frozen),
         "autoencoder": _bytes([*vae.parameters(), *vae.buffers()]),
     }
 
@@ -137,22 +137,27 @@ def learner_state(spec: TrainingSpec, policy: Policy, parallel: Parallel) -> dic
         "weights": _shard(policy.network.parameters(), ranks) + _bytes(policy.network.buffers()),
         "gradients": _shard(trainable, ranks),
         "optimizer": 0 if moved else len(MOMENTS) * _shard(trainable, ranks),
-        "averages": 0 if moved or not spec.ema else _shard(trainable, ranks),
+        "averages": 0 if moved else averages(spec) * _shard(trainable, ranks),
     }
+
+
+def averages(spec: TrainingSpec) -> int:
+    """Sets of weights that follow the trained ones."""
+    return (spec.ema is not None) + (spec.objective.follower is not None)
 
 
 def moved_bytes(spec: TrainingSpec, policy: Policy, parallel: Parallel) -> int:
     """Of a rank's moments and averages, which ``offload_optimizer`` moves to the host."""
-    copies = len(MOMENTS) + (1 if spec.ema else 0)
+    copies = len(MOMENTS) + averages(spec)
     return copies * _shard(policy.trainable().values(), parallel.shards)
 
 
 def latent_bytes(spec: TrainingSpec, policy: Policy) -> int:
-    """Of a micro-batch's trajectory in float32: latents, and the means that its objective needs."""
+    """Of a micro-batch's trajectory in float32: latents, and predictions that its objective
+    needs."""
     sampling = spec.sampling
-    steps = sampling.trained_steps
-    means = spec.objective.compares_means + (spec.objective.kl is not None)
-    kept = steps + 1 + steps * means
+    predictions = spec.objective.keeps_old + spec.objective.compares_reference
+    kept = sampling.trained_steps + 1 + spec.points * predictions
     size = math.prod(policy.latent_shape(sampling.size))
     return sampling.micro_batch * kept * size * FLOAT32_BYTES
 

@@ -162,7 +162,7 @@ class BagelPolicy(Policy):
             )
         return (CHANNELS, size[0] * PATCH // PIXELS, size[1] * PATCH // PIXELS)
 
-    def velocity(self, x: Tensor, sigma: float, condition: dict[str, Tensor]) -> Tensor:
+    def velocity(self, x: Tensor, sigma: float | Tensor, condition: dict[str, Tensor]) -> Tensor:
         """Guided at all noise levels, as Flow-GRPO's recipe is; BAGEL's own demonstration stops
         guiding at 0.4."""
         v = self._evaluate(x, sigma, condition)
@@ -171,11 +171,11 @@ class BagelPolicy(Policy):
             v = guide(v.float(), self._evaluate(x, sigma, no_prompt).float(), self.guidance)
         return v
 
-    def _evaluate(self, x: Tensor, sigma: float, prompt: dict[str, Tensor]) -> Tensor:
+    def _evaluate(self, x: Tensor, sigma: float | Tensor, prompt: dict[str, Tensor]) -> Tensor:
         """One call of the network."""
         rows, columns = (torch.arange(side // PATCH, device=x.device) for side in x.shape[2:])
         places = (rows[:, None] * GRID + columns).flatten()
-        time = torch.full((len(x),), sigma, device=x.device)
+        time = self.levels(sigma, x)
         with self.autocast():
             v = self.network(pack(x.to(self.dtype)), time, places, **prompt)
         return unpack(v, x.shape)

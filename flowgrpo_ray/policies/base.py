@@ -118,8 +118,11 @@ class Policy(ABC):
         """``*D`` of one image of ``size`` (height, width) pixels; ``SpecError`` if impossible."""
 
     @abstractmethod
-    def velocity(self, x: Tensor, sigma: float, condition: dict[str, Tensor]) -> Tensor:
-        """The guided velocity ``noise - data`` at ``x [b, *D]``, through ``self.network``."""
+    def velocity(self, x: Tensor, sigma: float | Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """The guided velocity ``noise - data`` at ``x [b, *D]``, through ``self.network``.
+
+        ``sigma`` is one noise level for all samples, or ``[b]``.
+        """
 
     @abstractmethod
     def decode(self, x: Tensor) -> Images:
@@ -152,6 +155,13 @@ class Policy(ABC):
         return 2 if guidance > 1 else 1
 
     # --- what all models share
+
+    @staticmethod
+    def levels(sigma: float | Tensor, x: Tensor) -> Tensor:
+        """A noise level for each of ``x [b, ...]``: ``[b]`` float32."""
+        if isinstance(sigma, Tensor):
+            return sigma
+        return torch.full((len(x),), sigma, device=x.device)
 
     def collate(self, conditions: Sequence[Condition]) -> dict[str, Tensor]:
         """``velocity``'s condition from those of single prompts, on the CPU: ``{name: [b, ...]}``.

@@ -54,7 +54,7 @@ class FluxPolicy(PackedPolicy):
             conditions.append({"embeds": as_array(embeds[0]), "pooled": as_array(pooled[0])})
         return conditions
 
-    def velocity(self, x: Tensor, sigma: float, condition: dict[str, Tensor]) -> Tensor:
+    def velocity(self, x: Tensor, sigma: float | Tensor, condition: dict[str, Tensor]) -> Tensor:
         from diffusers import FluxPipeline
 
         b, _, h, w = x.shape

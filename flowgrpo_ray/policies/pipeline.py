@@ -166,9 +166,9 @@ class PackedPolicy(PipelinePolicy):
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
         return tuple(scheduler.sigmas.tolist())
 
-    def timestep(self, x: Tensor, sigma: float) -> Tensor:
+    def timestep(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         """``[b]``: sigma, rounded as the pipelines do by way of the timestep."""
-        timestep = torch.full((len(x),), sigma, device=x.device) * TIMESTEPS
+        timestep = self.levels(sigma, x) * TIMESTEPS
         return timestep.to(self.dtype) / TIMESTEPS
 
     def pack(self, x: Tensor) -> Tensor:

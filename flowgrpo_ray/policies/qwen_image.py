@@ -61,7 +61,7 @@ class QwenImagePolicy(PackedPolicy):
                 collated[f"{name}_mask"] = mask
         return collated
 
-    def velocity(self, x: Tensor, sigma: float, condition: dict[str, Tensor]) -> Tensor:
+    def velocity(self, x: Tensor, sigma: float | Tensor, condition: dict[str, Tensor]) -> Tensor:
         """``u + g (c - u)`` of two passes, each token of it rescaled to the length of ``c``."""
         v = conditional = self._predict(x, sigma, condition, "embeds")
         if self.guidance > 1:
@@ -70,7 +70,9 @@ class QwenImagePolicy(PackedPolicy):
             v = v * (_length(conditional) / _length(v))
         return self.unpack(v, x)
 
-    def _predict(self, x: Tensor, sigma: float, condition: dict[str, Tensor], of: str) -> Tensor:
+    def _predict(
+        self, x: Tensor, sigma: float | Tensor, condition: dict[str, Tensor], of: str
+    ) -> Tensor:
         """One pass of the network: the velocity as tokens ``[b, h w / 4, 4 C]``."""
         with self.autocast():
             return self.network(

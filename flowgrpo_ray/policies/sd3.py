@@ -56,17 +56,17 @@ class SD3Policy(PipelinePolicy):
             )
         return (network.in_channels, size[0] // self.factor, size[1] // self.factor)
 
-    def velocity(self, x: Tensor, sigma: float, condition: dict[str, Tensor]) -> Tensor:
+    def velocity(self, x: Tensor, sigma: float | Tensor, condition: dict[str, Tensor]) -> Tensor:
         embeds, pooled = condition["embeds"], condition["pooled"]
-        guided = self.guidance > 1
+        levels, guided = self.levels(sigma, x), self.guidance > 1
         if guided:  # one batch of both, unconditional first, as the pipeline does
-            x = torch.cat([x, x])
+            x, levels = torch.cat([x, x]), torch.cat([levels, levels])
             embeds = torch.cat([condition["negative_embeds"], embeds])
             pooled = torch.cat([condition["negative_pooled"], pooled])
         with self.autocast():
             v = self.network(
                 hidden_states=x.to(self.dtype),
-                timestep=torch.full((len(x),), sigma, device=x.device) * TIMESTEPS,
+                timestep=levels * TIMESTEPS,
                 encoder_hidden_states=embeds.to(self.dtype),
                 pooled_projections=pooled.to(self.dtype),
                 return_dict=False,

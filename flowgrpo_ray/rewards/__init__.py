@@ -8,15 +8,14 @@ built, so that a spec can be checked without them.
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from flowgrpo_ray.common.errors import SpecError
+from flowgrpo_ray.common.own_classes import import_class, nearest
 
 BUILTIN: dict[str, str] = {
     "ocr": "flowgrpo_ray.rewards.ocr:OcrReward",
@@ -55,30 +54,10 @@ class Reward(Protocol):
 
 def resolve(reward: str) -> type:
     """The class that `reward` names: a key of `BUILTIN`, or an import path `module:Class`."""
-    path = BUILTIN.get(reward, reward)
-    module_name, _, class_name = path.partition(":")
-    if not all(map(str.isidentifier, [*module_name.split("."), class_name])):
-        raise SpecError(
-            f"unknown reward {reward!r}{nearest(reward, BUILTIN)}; "
-            f"built in: {', '.join(BUILTIN)}; your own class: 'module:Class'"
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise SpecError(
-            f"reward {reward!r}: cannot import {module_name!r}: {error}. For a module in this "
-            "folder set PYTHONPATH=$PWD"
-        ) from error
-    found = getattr(module, class_name, None)
-    if not inspect.isclass(found):
-        classes = [name for name, _ in inspect.getmembers(module, inspect.isclass)]
-        raise SpecError(
-            f"reward {reward!r}: {module_name!r} has no class {class_name!r}"
-            f"{nearest(class_name, classes)}"
-        )
+    found = import_class("reward", reward, BUILTIN)
     if not any("__call__" in vars(base) for base in found.__mro__):
         raise SpecError(
-            f"reward {reward!r}: {class_name} scores nothing: a reward is a class with __call__"
+            f"reward {reward!r}: {found.__name__} scores nothing: a reward is a class with __call__"
         )
     return found
 
@@ -154,9 +133,3 @@ def weighted_total(scores: Mapping[str, np.ndarray], weights: Mapping[str, float
 
 def _accept(prompt: str, metadata: Mapping[str, Any]) -> None:
     """The prompt check of a reward that has none of its own."""
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`, did you mean 'x'?`, or nothing when no known name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {near[0]!r}?" if near else ""

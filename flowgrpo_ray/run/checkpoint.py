@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 PREFIX = "iteration-"
 ARRAYS = ("weights", "ema", "exp_avg", "exp_avg_sq")
-BEHAVIOUR = "behaviour"  # an array set that is there with max_lag 1
+FOLLOWER = "follower"  # an array set that some objectives have
+BEHAVIOUR = "behaviour"  # and one that is there with max_lag 1
 NUMBERS = ("updates", "loss_scale", "scale_held", "behaviour_version")
 
 
@@ -86,7 +87,8 @@ def _write(partial: Path, state: LearnerState, progress: Progress) -> None:
     """All files of a checkpoint, on disk."""
     from safetensors.numpy import save_file
 
-    for name in [*ARRAYS, *([BEHAVIOUR] if state.behaviour else [])]:
+    more = [name for name in (FOLLOWER, BEHAVIOUR) if getattr(state, name)]
+    for name in [*ARRAYS, *more]:
         save_file(getattr(state, name), partial / f"{name}.safetensors")
     numbers = {name: getattr(state, name) for name in NUMBERS}
     _write_json(partial / "state.json", {**numbers, **asdict(progress)})
@@ -126,7 +128,11 @@ def load_checkpoint(path: Path) -> tuple[LearnerState, Progress]:
         if odd := [name for name, value in row.items() if not _is(value, kinds[name])]:
             raise TypeError(f"{odd[0]} = {row[odd[0]]!r} in state.json")
         numbers = {name: row.pop(name) for name in NUMBERS}
-        names = [*ARRAYS, *([BEHAVIOUR] if numbers["behaviour_version"] >= 0 else [])]
+        names = [
+            *ARRAYS,
+            *([FOLLOWER] if (path / f"{FOLLOWER}.safetensors").exists() else []),
+            *([BEHAVIOUR] if numbers["behaviour_version"] >= 0 else []),
+        ]
         arrays = {name: load_file(path / f"{name}.safetensors") for name in names}
         if any(array.dtype != "float32" for of in arrays.values() for array in of.values()):
             raise TypeError("arrays that are not float32")

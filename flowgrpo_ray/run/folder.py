@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from flowgrpo_ray.common.errors import RunFolderError
 from flowgrpo_ray.common.types import LearnerState
 from flowgrpo_ray.run.checkpoint import Progress, list_checkpoints, load_checkpoint
-from flowgrpo_ray.run.state import leads_out
+from flowgrpo_ray.run.state import OBJECTIVE, leads_out
 from flowgrpo_ray.run.tracking import METRICS, write_atomic
 from flowgrpo_ray.spec.file import dump_spec, load_spec
 from flowgrpo_ray.spec.training import TrainingSpec
@@ -83,7 +84,10 @@ class RunFolder:
         return load_spec(str(self.spec_file))
 
     def write_spec(self, spec: TrainingSpec) -> None:
+        """And beside it the card of its objective, which a reader may not have installed."""
         write_atomic(self.spec_file, dump_spec(spec).encode())
+        card = json.dumps(spec.objective.card(), indent=2, ensure_ascii=False)
+        write_atomic(self.path / OBJECTIVE, card.encode() + b"\n")
 
     def latest(self) -> tuple[LearnerState, Progress] | None:
         """The newest checkpoint, verified; ``None`` if there is none."""

@@ -80,13 +80,14 @@ def _trained(spec: TrainingSpec, state: LearnerState, weights: str) -> Policy:
 def generate(
     policy: Policy, spec: TrainingSpec, prompts: Sequence[str], steps: int, seed: int, batch: int
 ) -> Images:
-    """One image per prompt, deterministic sampling from noise drawn by ``seed`` and place."""
+    """One image per prompt, by the evaluations' solver from noise drawn by ``seed`` and place."""
     encodings = EncodingCache(policy)
     encodings.add(prompts)
     conditions = [encodings.get(prompt) for prompt in prompts]
     size = spec.sampling.size
     sigmas = policy.sigmas(steps, size)
-    schedule = Schedule(spec.sampling.kernel, sigmas, (0.0,) * steps)
+    still, solver = (0.0,) * steps, spec.evaluation.solver
+    schedule = Schedule(spec.sampling.kernel, sigmas, still, solver=solver)
     images: list[Images] = []
     for index, start in enumerate(range(0, len(prompts), batch)):
         places = tuple(range(start, min(start + batch, len(prompts))))

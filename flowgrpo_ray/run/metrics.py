@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from flowgrpo_ray.algorithm.advantages import has_gradient, reward_wise_advantages
+from flowgrpo_ray.algorithm.objectives import Objective
 from flowgrpo_ray.common.types import Float32, MicrobatchStats, StepStats, WeightsTicket, WorkUnit
 from flowgrpo_ray.spec.prompts import IterationPlan
 from flowgrpo_ray.spec.sections import AdvantagesSpec
@@ -106,14 +107,11 @@ def train_row(
 
     ``published`` are the weights that it began to update, ``behaviour`` those it was sampled with.
     """
-    window = plan.schedule.stochastic_steps
+    window, points = plan.schedule.stochastic_steps, plan.points
     stats = [s for of_update, _ in updates for s in of_update]
     steps = [step for _, step in updates]
-    first = [s.log_ratio_max for s in updates[0][0]]
-    terms = max(1, sum(s.samples for s in stats) * len(window))
-    policy_loss = sum(s.policy_loss_sum for s in stats) / terms
-    kl = sum(s.kl_sum for s in stats) / terms
-    objective, groups = spec.objective, count_groups(results)
+    first = [s.gate_max for s in updates[0][0] if s.gated]
+    groups = count_groups(results)
     row = {
         "kind": "train",
         "iteration": plan.iteration,
@@ -125,22 +123,16 @@ def train_row(
         },
         "unscored": unscored([r.scores.rewards for r in results]),
         "groups": groups | {"refilled": groups["total"] - spec.sampling.groups},
-        "log_ratio": {
+        spec.objective.gate.name: {
             "gate": max(first) if first else None,
-            "max_abs": max((s.log_ratio_max for s in stats), default=None),
-            **log_ratio_moments(window, stats),
+            "max_abs": max((s.gate_max for s in stats), default=None),
+            **gate_moments(points, stats),
         },
-        "clip_fraction": {
-            "low": sum(s.clipped_low for s in stats) / terms,
-            "high": sum(s.clipped_high for s in stats) / terms,
-        },
-        "policy_loss": policy_loss,
-        "kl": kl if objective.kl else None,
-        "loss": policy_loss + (objective.kl.beta * kl if objective.kl else 0.0),
+        **losses(spec.objective, len(points), stats),
         "grad_norm": [step.grad_norm for step in steps],
         "updates": sum(step.grad_norm is not None for step in steps),
         "learning_rate": steps[-1].learning_rate,
-        "window": [window.start, window.stop],
+        "window": [window.start, window.stop] if window else None,
         "weights": {"version": behaviour.version, "digest": behaviour.digest},
         "staleness": published.version - behaviour.version,
     }
@@ -150,17 +142,41 @@ def train_row(
     return row
 
 
-def log_ratio_moments(window: range, stats: Sequence[MicrobatchStats]) -> dict[str, Any]:
-    """Mean and spread of the log-ratio over samples: of all steps, and of each."""
+def losses(objective: Objective, points: int, stats: Sequence[MicrobatchStats]) -> dict[str, Any]:
+    """The loss, its parts and the objective's other statistics: means over samples and points.
+
+    A penalty that is not part of the loss is ``None``.
+    """
+    terms = max(1, sum(s.samples for s in stats) * points)
+    mean = {
+        path: sum(s.sums.get(path, 0.0) for s in stats) / terms
+        for statistic in objective.statistics
+        for path in statistic.paths
+    }
+    policy_loss = sum(s.policy_loss_sum for s in stats) / terms
+    weighted = sum(weight * mean[name] for name, weight in objective.penalties.items())
+    row: dict[str, Any] = {"policy_loss": policy_loss, "loss": policy_loss + weighted}
+    for statistic in objective.statistics:
+        name = statistic.name
+        if statistic.parts:
+            row[name] = {part: mean[f"{name}.{part}"] for part in statistic.parts}
+        else:
+            absent = statistic.penalty and name not in objective.penalties
+            row[name] = None if absent else mean[name]
+    return row
+
+
+def gate_moments(points: Sequence[int], stats: Sequence[MicrobatchStats]) -> dict[str, Any]:
+    """Mean and spread of the gate's quantity over samples: of all points, and of each."""
     samples = max(1, sum(s.samples for s in stats))
-    zero = np.zeros(len(window))
-    mean = sum((s.log_ratio_sum for s in stats), zero) / samples
-    square = sum((s.log_ratio_square_sum for s in stats), zero) / samples
+    zero = np.zeros(len(points))
+    mean = sum((s.gate_sum for s in stats), zero) / samples
+    square = sum((s.gate_square_sum for s in stats), zero) / samples
     std = np.sqrt(np.maximum(0, square - mean**2))
     return {
         "mean": float(mean.mean()),
         "std": float(np.sqrt(max(0.0, square.mean() - mean.mean() ** 2))),
-        "per_step": {"step": list(window), "mean": mean.tolist(), "std": std.tolist()},
+        "per_step": {"step": list(points), "mean": mean.tolist(), "std": std.tolist()},
     }
 
 

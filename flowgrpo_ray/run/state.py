@@ -9,6 +9,7 @@ from typing import Any
 from flowgrpo_ray.common.strict_json import parse
 
 LIVE = "live.json"
+OBJECTIVE = "objective.json"  # its card, for whoever shows the run
 ACTIVE = ("starting", "running", "stopping")
 ENDED = ("stopped", "finished", "failed")
 SILENCE_S = 15.0  # an active run that has not been heard of for longer is lost

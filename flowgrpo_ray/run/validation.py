@@ -1,4 +1,4 @@
-"""The verdict on a few iterations without KL: is a spec worth a full run?
+"""The verdict on a few iterations without a tie to the base model: is a spec worth a full run?
 
 ``validation_spec`` says what to run, ``verdict`` reads the rows that it wrote. Neither decides
 anything about the numbers of a run.
@@ -16,15 +16,17 @@ from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.run.trend import CLEAR, trend
 
 if TYPE_CHECKING:
+    from flowgrpo_ray.algorithm.objectives.base import Bounds, Objective
     from flowgrpo_ray.spec.training import TrainingSpec
 
 Row = Mapping[str, Any]
 
-FLOOR_MARGIN = 4.0  # the learner's: how far the gate may lie above the measured ratio floor
+FLOOR_MARGIN = 4.0  # the learner's: how far the gate may lie above the measured floor
 
 
 def validation_spec(spec: TrainingSpec, iterations: int) -> TrainingSpec:
-    """``spec`` for ``iterations`` without KL, evaluated at start and end, checkpointed at the end.
+    """``spec`` for ``iterations`` without KL or its like, evaluated at start and end, checkpointed
+    at the end.
 
     Its name gets ``-validate``: it runs in a folder of its own. The watch does not cut it short.
     """
@@ -34,7 +36,7 @@ def validation_spec(spec: TrainingSpec, iterations: int) -> TrainingSpec:
         update={
             "name": f"{spec.name}-validate",
             "iterations": iterations,
-            "objective": spec.objective.model_copy(update={"kl": None}),
+            "objective": spec.objective.untied(),
             "evaluation": spec.evaluation.model_copy(update={"every": iterations}),
             "checkpoint": spec.checkpoint.model_copy(update={"every": iterations}),
             "watch": spec.watch.model_copy(update={"action": "report"}),
@@ -81,17 +83,17 @@ class Verdict:
 def verdict(spec: TrainingSpec, rows: Sequence[Row], ratio_floor: float | None) -> Verdict:
     """Judge the rows of ``metrics.jsonl`` (NaN or ``None`` is "no value").
 
-    ``ratio_floor`` is the largest ``|log rho|`` of a fresh trajectory on this hardware, ``None``
+    ``ratio_floor`` is the largest gate quantity of a fresh trajectory on this hardware, ``None``
     if it was not measured.
     """
     train = [row for row in rows if row["kind"] == "train"]
     evaluations = [row for row in rows if row["kind"] == "eval"]
     judges: Sequence[Callable[[], Finding | None]] = (
         lambda: _reward(train, evaluations),
-        lambda: _ratio(train, ratio_floor),
+        lambda: _gate(spec.objective, train, ratio_floor),
         lambda: _groups(train),
-        lambda: _clipping(spec, train),
-        lambda: _clip_range(spec, ratio_floor),
+        lambda: _clipping(spec.objective, train),
+        lambda: _clip_range(spec.objective, ratio_floor),
         lambda: _gradients(spec, train),
     )
     findings = tuple(finding for judge in judges if (finding := judge()))
@@ -134,40 +136,43 @@ def _held_out(evaluations: Sequence[Row]) -> str:
     return f"held-out {', '.join(moves)}"
 
 
-# --- the importance ratio
+# --- the gate
 
 
-def _ratio(train: Sequence[Row], floor: float | None) -> Finding:
+def _gate(objective: Objective, train: Sequence[Row], floor: float | None) -> Finding:
+    key, symbol = objective.gate.name, objective.gate.symbol
+    name = key.removeprefix("log_")
     fresh = [r for r in train if not r.get("staleness")]  # others differ by updates
-    gates = [r["log_ratio"]["gate"] for r in fresh if _known(r["log_ratio"]["gate"])]
+    gates = [r[key]["gate"] for r in fresh if _known(r[key]["gate"])]
     if not gates:
-        return Finding("ratio", None, "no iteration recorded a gate of its own samples")
+        return Finding(name, None, "no iteration recorded a gate of its own samples")
     gate = max(abs(value) for value in gates)
-    largest = _largest(train)
-    moved = f"updates move |log rho| up to {_small(largest)}{_spread_per_step(train)}"
+    largest = _largest(train, key)
+    moved = f"updates move |{symbol}| up to {_small(largest)}"
+    moved += _spread_per_step(train, objective) if objective.stochastic else ""
     counted = f"in {len(gates)} of {_count(len(train), 'iteration')}"
     if gate == 0:
-        return Finding("ratio", True, f"the gate is exactly 0 {counted}; {moved}")
+        return Finding(name, True, f"the gate is exactly 0 {counted}; {moved}")
     value = f"the gate is up to {gate:.2g} {counted}"
     if floor is None:
-        return Finding("ratio", None, f"{value}, with no measured floor to hold it against")
+        return Finding(name, None, f"{value}, with no measured floor to hold it against")
     if gate <= floor:
-        return Finding("ratio", True, f"{value}, within the measured floor {floor:.2g}; {moved}")
+        return Finding(name, True, f"{value}, within the measured floor {floor:.2g}; {moved}")
     if gate <= FLOOR_MARGIN * floor:
         says = f"{value}, within {FLOOR_MARGIN:g} times the measured floor {floor:.2g}; {moved}"
-        return Finding("ratio", True, says, warning=True)
+        return Finding(name, True, says, warning=True)
     says = (
         f"{value}, above the measured floor {floor:.2g}: sampler and learner disagree before any "
         f"update; {moved}"
     )
-    return Finding("ratio", False, says)
+    return Finding(name, False, says)
 
 
-def _spread_per_step(train: Sequence[Row]) -> str:
-    """The standard deviation of log rho at each stochastic step, over all iterations."""
+def _spread_per_step(train: Sequence[Row], objective: Objective) -> str:
+    """The standard deviation of the gate's quantity at each step, over all iterations."""
     squares: dict[int, list[float]] = {}
     for row in train:
-        steps = row["log_ratio"].get("per_step") or {"step": [], "std": []}
+        steps = row[objective.gate.name].get("per_step") or {"step": [], "std": []}
         for step, std in zip(steps["step"], steps["std"], strict=True):
             if _known(std):
                 squares.setdefault(step, []).append(std * std)
@@ -209,45 +214,52 @@ def _all_scored(row: Row) -> bool:
 # --- clipping
 
 
-def _clipping(spec: TrainingSpec, train: Sequence[Row]) -> Finding:
-    objective = spec.objective
-    masks = objective.kind == "flow_dppo"
-    bounds = "objective.max_divergence" if masks else "objective.clip_low / clip_high"
+def _clipping(objective: Objective, train: Sequence[Row]) -> Finding | None:
+    """``None`` for an objective that lets every sample count."""
+    bounds = objective.bounds
+    if bounds is None:
+        return None
     low, high = (_mean(row["clip_fraction"][key] for row in train) for key in ("low", "high"))
     if low is None or high is None:
         return Finding("clipping", None, "no iteration recorded what was clipped")
+    return _clipped(objective, bounds, train, low, high)
+
+
+def _clipped(
+    objective: Objective, bounds: Bounds, train: Sequence[Row], low: float, high: float
+) -> Finding:
+    """Shares ``low`` and ``high`` of samples x steps have no gradient."""
     says = f"{low:.2%} of samples x steps are clipped from below, {high:.2%} from above"
-    if masks:
+    if bounds.masks:
         says = f"{low + high:.2%} of samples x steps are masked"
     if low + high > 0.5:
-        says += f": most give no gradient; widen {bounds} or lower optimizer.learning_rate"
+        says += f": most give no gradient; widen {bounds.keys} or lower optimizer.learning_rate"
         return Finding("clipping", True, says, warning=True)
     if low + high > 0:
         return Finding("clipping", True, says)
     if objective.updates * objective.epochs == 1:
         says += ": with one update per iteration every ratio is 1, so nothing can be clipped"
         return Finding("clipping", True, says)
-    if objective.kind == "flow_dppo":
-        says += f": {bounds} = {objective.max_divergence:g} never bites"
+    values = " / ".join(f"{value:g}" for value in bounds.values)
+    if bounds.masks:
+        says += f": {bounds.keys} = {values} never bites"
         return Finding("clipping", True, says, warning=True)
-    range_ = min(objective.clip_low, objective.clip_high)
-    largest = _largest(train)
-    times = f"{range_ / largest:.2g} times" if largest else "above"
+    largest = _largest(train, objective.gate.name)
+    times = f"{min(bounds.values) / largest:.2g} times" if largest else "above"
     says += (
-        f": the clip range never bites; {bounds} = {objective.clip_low:g} / "
-        f"{objective.clip_high:g} is {times} the largest |log rho| {_small(largest)}"
+        f": the clip range never bites; {bounds.keys} = {values} is {times} the largest "
+        f"|{objective.gate.symbol}| {_small(largest)}"
     )
     return Finding("clipping", True, says, warning=True)
 
 
-def _clip_range(spec: TrainingSpec, floor: float | None) -> Finding | None:
-    """``None`` for an objective that does not clip by the ratio."""
-    objective = spec.objective
-    if objective.kind == "flow_dppo":
+def _clip_range(objective: Objective, floor: float | None) -> Finding | None:
+    """``None`` for an objective that does not clip by the gate's quantity."""
+    bounds = objective.bounds
+    if bounds is None or bounds.masks:
         return None
-    key = "clip_low" if objective.clip_low <= objective.clip_high else "clip_high"
-    value = min(objective.clip_low, objective.clip_high)
-    range_ = f"objective.{key} = {value:g}"
+    value = min(bounds.values)
+    range_ = f"{bounds.smallest} = {value:g}"
     if floor is None:
         return Finding("clip range", None, f"{range_}; the ratio floor was not measured")
     if floor == 0:
@@ -307,9 +319,9 @@ def _mean(values: Iterable[Any]) -> float | None:
     return fmean(known) if known else None
 
 
-def _largest(train: Sequence[Row]) -> float | None:
-    """The largest ``|log rho|`` of all iterations."""
-    values = [row["log_ratio"]["max_abs"] for row in train]
+def _largest(train: Sequence[Row], key: str) -> float | None:
+    """The gate's quantity at most, of all iterations."""
+    values = [row[key]["max_abs"] for row in train]
     return max((value for value in values if _known(value)), default=None)
 
 

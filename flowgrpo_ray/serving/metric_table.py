@@ -124,6 +124,9 @@ FROM_ROWS = {
     "timings.eval": (gauge("eval_seconds", "seconds", "wall clock of the last evaluation"),),
 }
 
+# Of every objective, its own too, by the names in a row.
+OBJECTIVE = gauge("objective", "{statistic}", "a statistic of the objective, mean of an iteration")
+
 # What the driver knows at any time.
 ITERATIONS = gauge("iterations", "", "iterations that the run is to have")
 WEIGHTS_VERSION = gauge("weights_version", "{worker}", "weights that a worker samples with")
@@ -139,6 +142,7 @@ LATENCY = histogram("reward_latency_seconds", "{reward}", "from call to answer, 
 REPLICAS = gauge("reward_replicas", "{reward}", "replicas that run, as Serve says")
 TARGET = gauge("reward_replicas_target", "{reward}", "replicas that Serve is to keep")
 OF_DRIVER = (
+    *(OBJECTIVE,),
     *(ITERATIONS, WEIGHTS_VERSION, IN_FLIGHT, CHECKPOINT_TIME, CHECKPOINT_ITERATION),
     *(QUEUE, CALLS, IMAGES, FAILURES, SECONDS, LATENCY, REPLICAS, TARGET),
 )

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from flowgrpo_ray.common.strict import Strict
 
 # What an actor of each section is called.
 NAMES = {"rollout": "rollout worker", "learner": "learner rank", "workers": "worker"}
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _custom(name: str) -> str:

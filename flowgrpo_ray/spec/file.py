@@ -16,7 +16,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from flowgrpo_ray.common.errors import SpecError
+from flowgrpo_ray.common.own_classes import look_in
 from flowgrpo_ray.common.paths import PACKAGE
+from flowgrpo_ray.spec.objective import OWN
 from flowgrpo_ray.spec.training import TrainingSpec
 
 RECIPES = PACKAGE / "recipes"
@@ -134,6 +136,7 @@ def load_spec(source: str, overrides: Sequence[str] = ()) -> TrainingSpec:
         raise SpecError(f"{path}: a spec is a mapping of keys, not {type(data).__name__}")
     for override in overrides:
         _override(data, override)
+    look_in(path.parent)  # for classes of the user's
     return validate(data, str(path))
 
 
@@ -196,15 +199,24 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{key}: this key is required"
     if problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        kinds = [kind for o in _options(_annotation(problem["loc"])) for kind in _kinds(o)]
-        if problem["type"] == "union_tag_not_found":
-            return f"{key}.kind: this key is required; kinds: {', '.join(kinds)}"
-        kind = problem["input"]["kind"]
-        return f"{key}.kind: unknown kind {_short(kind)}; {_hint(kind, kinds, 'kinds')}"
+        return _explain_kind(problem, key)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message
     return f"{key}: {message}, not {_short(problem['input'])}"
+
+
+def _explain_kind(problem: Any, key: str) -> str:
+    """Of a section that is one of several kinds."""
+    kinds = [kind for o in _options(_annotation(problem["loc"])) for kind in _kinds(o)]
+    given = problem["input"]
+    if not isinstance(given, dict):
+        return f"{key}: write it as a mapping with its kind, not {_short(given)}"
+    if problem["type"] == "union_tag_not_found":
+        return f"{key}.kind: this key is required; kinds: {', '.join(kinds)}"
+    kind = given["kind"]
+    own = f"; your own class: {OWN!r}" if key == "objective" else ""
+    return f"{key}.kind: unknown kind {_short(kind)}; {_hint(kind, kinds, 'kinds')}{own}"
 
 
 def _word(part: str | int) -> str:
@@ -237,14 +249,18 @@ def _without_tags(location: Sequence[str | int]) -> list[str | int]:
 
 
 def _is_tag(annotation: Any, part: str | int) -> bool:
-    return any(part in _kinds(option) for option in _options(annotation))
+    return part == OWN or any(part in _kinds(option) for option in _options(annotation))
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, or nothing."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return typing.get_args(annotation)
-    return ()
+    """The members of a union and of unions in it, or nothing."""
+    if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
+        return ()
+    members = (
+        member.__origin__ if typing.get_origin(member) is typing.Annotated else member
+        for member in typing.get_args(annotation)
+    )
+    return tuple(option for member in members for option in _options(member) or (member,))
 
 
 def _kinds(option: Any) -> tuple[Any, ...]:

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from flowgrpo_ray.common.errors import PromptError
+from flowgrpo_ray.common.errors import PromptError, SpecError
 from flowgrpo_ray.common.paths import builtin_path, expand
 from flowgrpo_ray.common.strict_json import parse
-from flowgrpo_ray.common.types import Schedule, WorkUnit
+from flowgrpo_ray.common.types import Noising, Schedule, WorkUnit
 from flowgrpo_ray.rewards import prompt_check
 from flowgrpo_ray.spec.sampling import AllSteps, ProgressiveWindow, RandomWindow, SamplingSpec
 from flowgrpo_ray.spec.training import TrainingSpec
@@ -57,6 +57,11 @@ class IterationPlan:
     iteration: int
     schedule: Schedule
     updates: tuple[Update, ...]
+
+    @property
+    def points(self) -> tuple[int, ...]:
+        """Where each image is trained."""
+        return self.units[0].points
 
     @property
     def blocks(self) -> list[Block]:
@@ -162,10 +167,24 @@ def plan_iteration(
     draw = random.Random(f"{spec.seed}/plan/{iteration}")
     chosen = draw.sample(range(prompts), sampling.groups)
     eta = draw_eta(sampling, iteration, draw)
-    schedule = Schedule(sampling.kernel, sigmas, eta, sampling.likelihood)
+    schedule = Schedule(sampling.kernel, sigmas, eta, sampling.likelihood, sampling.solver)
+    _check_stops(schedule, spec.objective.noising)
     blocks = _blocks(spec, iteration, schedule, chosen, first_index=0)
     updates = _chunks(blocks, len(blocks) // spec.objective.updates)
     return IterationPlan(iteration, schedule, tuple(Update(tuple(u)) for u in updates))
+
+
+def _check_stops(schedule: Schedule, noising: Noising | None) -> None:
+    """``SpecError`` if images cannot be trained at as many noise levels of their sampling."""
+    if noising is None or noising.draw != "steps":
+        return
+    if (found := len(schedule.stops(noising))) < noising.count:
+        low, high = noising.within
+        raise SpecError(
+            f"objective.times.count = {noising.count} with draw = steps, and sampling stops at "
+            f"{found} noise levels in within = [{low:g}, {high:g}]: lower count, widen within or "
+            "raise sampling.steps"
+        )
 
 
 def plan_refill(
@@ -201,6 +220,7 @@ def _blocks(
             samples=tuple(sample for _, sample in batch),
             schedule=schedule,
             same_latent=sampling.same_latent,
+            noising=spec.objective.noising,
         )
         for index, batch in enumerate(_chunks(pairs, sampling.micro_batch))
     ]
@@ -210,14 +230,14 @@ def _blocks(
 def draw_eta(sampling: SamplingSpec, iteration: int, draw: random.Random) -> tuple[float, ...]:
     """The iteration's noise levels: ``eta`` inside the window, 0 elsewhere."""
     match sampling.window:
-        case AllSteps():
+        case None | AllSteps():
             start = 0
         case RandomWindow(length=length, within=(first, end)):
             start = draw.randint(first, end - length)
         case ProgressiveWindow() as moving:
             start = progressive_start(moving, sampling.steps, iteration)
     window = range(start, start + sampling.trained_steps)
-    return tuple(sampling.eta if step in window else 0.0 for step in range(sampling.steps))
+    return tuple((sampling.eta or 0.0) if step in window else 0.0 for step in range(sampling.steps))
 
 
 def progressive_start(window: ProgressiveWindow, steps: int, iteration: int) -> int:
@@ -234,7 +254,9 @@ def progressive_start(window: ProgressiveWindow, steps: int, iteration: int) -> 
 
 def plan_evaluation(spec: TrainingSpec, prompts: int, sigmas: tuple[float, ...]) -> list[WorkUnit]:
     """One image per held-out prompt from fixed noise, by ODE steps; always the same."""
-    schedule = Schedule(spec.sampling.kernel, sigmas, eta=(0.0,) * (len(sigmas) - 1))
+    still = (0.0,) * (len(sigmas) - 1)
+    solver = spec.evaluation.solver
+    schedule = Schedule(spec.sampling.kernel, sigmas, still, solver=solver)
     return [
         WorkUnit(
             seed=0,  # not the run's: runs with other seeds are evaluated on the same noise

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from flowgrpo_ray.spec.cluster import Strict
+from flowgrpo_ray.common.strict import Strict
 
 
 class AllSteps(Strict):
@@ -42,6 +42,15 @@ class ProgressiveWindow(Strict):
 Window = Annotated[AllSteps | RandomWindow | ProgressiveWindow, Field(discriminator="kind")]
 
 
+Solver = Annotated[
+    Literal["euler", "dpm2"],
+    Field(
+        description="of steps without noise; each step is one evaluation of the network (two with "
+        "guidance). `dpm2` is second order, from the step before (DPM-Solver++ 2M)"
+    ),
+]
+
+
 class SamplingSpec(Strict):
     """How the images of an iteration are sampled."""
 
@@ -57,8 +66,11 @@ class SamplingSpec(Strict):
         default="gaussian",
         description="squared_error is the log-probability that published cps clip ranges mean",
     )
-    eta: float = Field(gt=0, description="noise level of the stochastic steps")
-    window: Window
+    eta: float | None = Field(default=None, gt=0, description="noise level of stochastic steps")
+    window: Window | None = Field(
+        default=None, description="the stochastic steps, of objectives that train them"
+    )
+    solver: Solver = "euler"
     group_size: int = Field(ge=2, description="images per prompt; advantages compare them")
     groups: int = Field(ge=1, description="prompts per iteration")
     micro_batch: int = Field(ge=1, description="images per forward, in sampling and training alike")
@@ -75,7 +87,12 @@ class SamplingSpec(Strict):
 
     @model_validator(mode="after")
     def _window_fits(self) -> SamplingSpec:
-        if self.kernel == "cps" and self.eta > 1:
+        if self.solver != "euler" and self.window:
+            raise ValueError(
+                f"solver = {self.solver} is for sampling without noise, and window = "
+                f"{self.window.kind} adds some: leave out one of the two"
+            )
+        if self.kernel == "cps" and (self.eta or 0) > 1:
             raise ValueError(f"eta = {self.eta}: the cps kernel takes at most 1")
         last, window = self.steps - 1, self.window  # the last step is never stochastic
         if isinstance(window, RandomWindow):
@@ -133,4 +150,6 @@ class SamplingSpec(Strict):
     @property
     def trained_steps(self) -> int:
         """Stochastic steps of an iteration, wherever its window lies."""
+        if self.window is None:
+            return 0
         return self.steps - 1 if isinstance(self.window, AllSteps) else self.window.length

@@ -1,19 +1,22 @@
 """The sections of a training spec, each checked by itself: keys are strict, values have bounds.
 
-``sampling`` and ``cluster``, which have arithmetic of their own, are files beside this one. What
+``sampling`` and ``cluster``, which have arithmetic of their own, are files beside this one, and
+``objective`` is a class of ``algorithm.objectives``. What
 concerns several sections is checked by ``TrainingSpec``, in ``flowgrpo_ray.spec.training``.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from flowgrpo_ray.common.paths import local_path
-from flowgrpo_ray.spec.cluster import Resources, Strict
+from flowgrpo_ray.common.strict import Strict
+from flowgrpo_ray.spec.cluster import Resources
 from flowgrpo_ray.spec.families import FAMILIES
+from flowgrpo_ray.spec.sampling import Solver
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -117,55 +120,6 @@ class RewardSpec(Strict):
 RewardName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
-class KlSpec(Strict):
-    """KL to the untrained model."""
-
-    beta: float = Field(gt=0)
-    form: Literal["time_weighted", "gaussian"] = Field(
-        default="time_weighted",
-        description="time_weighted (what published betas mean) is KL x |dt|",
-    )
-
-
-class ObjectiveSpec(Strict):
-    """What all objectives share."""
-
-    compares_means: ClassVar[bool] = True  # with those of the sampling policy
-
-    updates: int = Field(default=2, ge=1, description="optimizer updates per pass over the samples")
-    epochs: int = Field(default=1, ge=1, description="passes over an iteration's samples")
-    kl: KlSpec | None = None
-
-
-class FlowGrpo(ObjectiveSpec):
-    """Clipped policy gradient on group advantages (Flow-GRPO)."""
-
-    compares_means: ClassVar[bool] = False
-    kind: Literal["flow_grpo"]
-    clip_low: float = Field(default=1e-4, gt=0, lt=1)
-    clip_high: float = Field(default=1e-4, gt=0)
-
-
-class GrpoGuard(ObjectiveSpec):
-    """Flow-GRPO with a ratio of zero-mean logarithm and one weight for all steps (GRPO-Guard)."""
-
-    kind: Literal["grpo_guard"]
-    clip_low: float = Field(default=2e-6, gt=0, lt=1)
-    clip_high: float = Field(default=2e-6, gt=0)
-
-
-class FlowDppo(ObjectiveSpec):
-    """Masks by exact divergence from the sampling policy instead of clipping (Flow-DPPO)."""
-
-    kind: Literal["flow_dppo"]
-    max_divergence: float = Field(
-        default=1e-5, gt=0, description="KL per latent dimension up to which every sample counts"
-    )
-
-
-Objective = Annotated[FlowGrpo | GrpoGuard | FlowDppo, Field(discriminator="kind")]
-
-
 class AdvantagesSpec(Strict):
     """How the rewards of a group become advantages."""
 
@@ -217,6 +171,7 @@ class EvaluationSpec(Strict):
 
     every: int = Field(ge=1, description="iterations between evaluations")
     steps: int = Field(ge=1, description="denoising steps")
+    solver: Solver = "euler"
     prompts: int = Field(default=64, ge=1, description="the first N of the held-out file")
     micro_batch: int = Field(default=16, ge=1)
     grid: int = Field(default=32, ge=1, description="images kept as a sample grid")

@@ -13,18 +13,19 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from flowgrpo_ray.algorithm.objectives import FlowGrpo
 from flowgrpo_ray.common.errors import SpecError
+from flowgrpo_ray.common.strict import Strict
 from flowgrpo_ray.rewards import resolve
-from flowgrpo_ray.spec.cluster import ActorsSpec, ClusterSpec, Strict
+from flowgrpo_ray.spec.cluster import ActorsSpec, ClusterSpec
+from flowgrpo_ray.spec.objective import ObjectiveField
 from flowgrpo_ray.spec.sampling import SamplingSpec
 from flowgrpo_ray.spec.sections import (
     AdvantagesSpec,
     CheckpointSpec,
     EmaSpec,
     EvaluationSpec,
-    FlowGrpo,
     ModelSpec,
-    Objective,
     OptimizerSpec,
     PromptsSpec,
     RewardName,
@@ -50,7 +51,7 @@ class TrainingSpec(Strict):
     sampling: SamplingSpec
     rewards: dict[RewardName, RewardSpec] = Field(min_length=1)
     advantages: AdvantagesSpec = AdvantagesSpec()
-    objective: Objective = FlowGrpo(kind="flow_grpo")
+    objective: ObjectiveField = FlowGrpo(kind="flow_grpo")
     optimizer: OptimizerSpec
     ema: EmaSpec | None = EmaSpec()
     watch: WatchSpec = WatchSpec()
@@ -71,15 +72,8 @@ class TrainingSpec(Strict):
         return self
 
     @model_validator(mode="after")
-    def _guard_fits(self) -> TrainingSpec:
-        if self.objective.kind != "grpo_guard":
-            return self
-        for key, needed in (("kernel", "flow_sde"), ("likelihood", "gaussian")):
-            value = getattr(self.sampling, key)
-            if value != needed:
-                raise ValueError(
-                    f"objective.kind = grpo_guard needs sampling.{key} = {needed}, not {value}"
-                )
+    def _objective_fits(self) -> TrainingSpec:
+        self.objective.check(self.sampling)
         return self
 
     @model_validator(mode="after")
@@ -123,6 +117,11 @@ class TrainingSpec(Strict):
     def per_update(self) -> int:
         """Micro-batches of an update."""
         return self.sampling.units // self.objective.updates
+
+    @property
+    def points(self) -> int:
+        """At which each image is trained: stochastic steps, or noise levels."""
+        return self.objective.points(self.sampling.trained_steps)
 
     @property
     def actors(self) -> dict[str, ActorsSpec]:

@@ -22,7 +22,7 @@ class RunDisplay:
     """Progress of one run; a context manager."""
 
     def __init__(self, spec: TrainingSpec, console: Console) -> None:
-        self.console, self.total = console, spec.iterations
+        self.console, self.total, self._gate = console, spec.iterations, spec.objective.gate
         self._live: Progress | None = None
         self._task = TaskID(0)
         if console.is_terminal:
@@ -58,8 +58,8 @@ class RunDisplay:
         last = self._mean_seconds or seconds
         self._mean_seconds = 0.8 * last + 0.2 * seconds
         remaining = (self.total - row["iteration"]) * self._mean_seconds
-        ratio = row["log_ratio"]
-        numbers = f"reward {row['reward']['mean']:.3f}  |log rho| {ratio['max_abs'] or 0:.1e}"
+        largest = row[self._gate.name]["max_abs"] or 0
+        numbers = f"reward {row['reward']['mean']:.3f}  |{self._gate.symbol}| {largest:.1e}"
         left = f"{_clock(remaining)} left"
         if self._live:
             self._live.update(self._task, completed=row["iteration"], numbers=numbers, left=left)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from flowgrpo_ray.common.errors import RunFolderError
 from flowgrpo_ray.run.checkpoint import checkpoint_iteration, newest_checkpoint
-from flowgrpo_ray.run.state import LIVE, leads_out, read_json, state_of
+from flowgrpo_ray.run.state import LIVE, OBJECTIVE, leads_out, read_json, state_of
 from flowgrpo_ray.run.tracking import (
     METRICS,
     SAMPLES,
@@ -43,6 +43,7 @@ FILES = {
     SUMMARY: "the headline, written when the run ends",
     LIVE: "what the run does now, its workers, rewards and queues",
     SPEC: "the training spec with every default filled in",
+    OBJECTIVE: "what the objective reports, and how it is shown",
     SAMPLES: "the evaluation images, with their prompts and scores",
 }
 
@@ -103,12 +104,15 @@ def describe_run(folder: Path, metrics: list[Row], timings: list[Row], notes: li
         notes.append(f"{SUMMARY} is not there: the run is going on, or stopped before its end.")
     if metrics and not timings:
         notes.append(f"{TIMINGS} is missing or empty: the page shows no times.")
+    objective = _object(folder / OBJECTIVE, notes) or _earlier_objective()
+    gate = objective["gate"]["name"]
     return {
         "name": (summary or {}).get("name") or folder.resolve().name,
+        "objective": objective,
         "state": state,
         "now": now,
         "live": live,
-        "headline": _headline(summary or {}, train, evals, timings),
+        "headline": _headline(summary or {}, train, evals, timings, gate),
         "rewards": _reward_names(summary or {}, train, evals),
         "watch": _watch(folder, train),
         "spec": _text(folder / SPEC, notes),
@@ -118,13 +122,22 @@ def describe_run(folder: Path, metrics: list[Row], timings: list[Row], notes: li
     }
 
 
-def _headline(summary: Row, train: list[Row], evals: list[Row], timings: list[Row]) -> Row:
+def _earlier_objective() -> Row:
+    """The card of a run from before there were any."""
+    from flowgrpo_ray.algorithm.objectives import FlowGrpo
+
+    return FlowGrpo(kind="flow_grpo").card()
+
+
+def _headline(
+    summary: Row, train: list[Row], evals: list[Row], timings: list[Row], gate: str
+) -> Row:
     """The summary where the run has ended; otherwise the same numbers as far as it got."""
     first = evals[0] if evals else {}
     last = evals[-1] if len(evals) > 1 else {}
     before = summary.get("eval_before") or _means(first)
     after = summary.get("eval_after") or _means(last)
-    gates = [row["log_ratio"]["gate"] for row in train if _has_gate(row)]
+    gates = [at for row in train if (at := (row.get(gate) or {}).get("gate")) is not None]
     timed = [row["seconds"] for row in timings if row.get("kind") in ("train", "eval")]
     return {
         "rewards": [
@@ -137,7 +150,7 @@ def _headline(summary: Row, train: list[Row], evals: list[Row], timings: list[Ro
         "images": summary.get("images", sum(row.get("images") or 0 for row in train)),
         "seconds": summary.get("seconds", sum(timed) if timed else None),
         "updates": sum(row.get("updates") or 0 for row in train),
-        "gate": max((abs(gate) for gate in gates), default=None),
+        "gate": max((abs(at) for at in gates), default=None),
         "gates": len(gates),
     }
 
@@ -171,10 +184,6 @@ def _watched(folder: Path, name: str, readings: list[tuple[int, Reading]]) -> Ro
         kept = newest_checkpoint(folder / "checkpoints", last.best_iteration)
         spans[-1]["says"] = describe(name, last, checkpoint_iteration(kept) if kept else None)
     return {"name": name, **last.as_json(), "spans": spans}
-
-
-def _has_gate(row: Row) -> bool:
-    return (row.get("log_ratio") or {}).get("gate") is not None
 
 
 def _means(row: Row) -> dict[str, float | None]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import ANY
 
 import numpy as np
@@ -69,6 +70,18 @@ def dppo(bound: str, kl: str = "null") -> str:
 
 
 GUARD, DPPO = guard("1e-3"), dppo("1e-5")
+NO_NOISE = ("sampling.eta=null", "sampling.window=null")
+TIMES = "times: {count: 2, within: [0.3, 1]}"
+NFT = (
+    *NO_NOISE,
+    f"objective={{kind: diffusion_nft, beta: 0.5, {TIMES}, reference: 0.1, "
+    "decay: {rate: 0.3, cap: 0.5}}",
+)
+AWM = (
+    *NO_NOISE,
+    f"objective={{kind: awm, {TIMES}, reference: 0.1, anchor: 0.5, "
+    "anchor_decay: {rate: 0.3, cap: 0.5}}",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,8 +96,8 @@ def published(learner: Learner, version: int, *overrides: str) -> tuple[Policy, 
     worker = sampler(small_spec(*overrides))
     load_arrays(worker.trainable(), arrays)
     assert digest(worker.trainable()) == ticket.digest
-    means = learner.spec.objective.compares_means
-    return worker, draw_batch(worker, unit(schedule(range(1, 3))), ticket, keep_means=means)
+    means = learner.spec.objective.keeps_old
+    return worker, draw_batch(worker, unit(schedule(range(1, 3))), ticket, keep_old=means)
 
 
 def arrays_digest(arrays: dict[str, np.ndarray]) -> str:
@@ -93,7 +106,7 @@ def arrays_digest(arrays: dict[str, np.ndarray]) -> str:
 
 def state_digests(state: LearnerState) -> dict[str, str]:
     """Of everything that the next update depends on."""
-    arrays = {n: arrays_digest(getattr(state, n)) for n in ("weights", "ema")}
+    arrays = {n: arrays_digest(getattr(state, n)) for n in ("weights", "ema", "follower")}
     arrays |= {n: arrays_digest(getattr(state, n)) for n in ("exp_avg", "exp_avg_sq")}
     numbers = ("updates", "loss_scale", "scale_held")
     return arrays | {name: repr(getattr(state, name)) for name in numbers}
@@ -116,9 +129,9 @@ def test_a_fresh_trajectory_passes_the_gate_with_a_ratio_of_exactly_one(
         _, batch = published(learner, version, *overrides)
         assert learner.measure_floor(batch.unit, batch.trajectory, conditions(guidance)) == 0.0
         stats = batch.into(learner)
-        assert (stats.samples, stats.log_ratio_max) == (4, 0.0)
-        assert stats.log_ratio_sum.tolist() == stats.log_ratio_square_sum.tolist() == [0, 0]
-        assert (stats.clipped_low, stats.clipped_high) == (0, 0)
+        assert (stats.samples, stats.gate_max) == (4, 0.0)
+        assert stats.gate_sum.tolist() == stats.gate_square_sum.tolist() == [0, 0]
+        assert (stats.sums["clip_fraction.low"], stats.sums["clip_fraction.high"]) == (0, 0)
         learner.step(4, 2)
 
 
@@ -194,7 +207,7 @@ def test_the_gate_names_another_schedule(gated):
 
 @pytest.mark.parametrize(
     ("objective", "part"),
-    [(KL, "log_probs"), (GUARD, "means"), (DPPO, "log_probs")],
+    [(KL, "log_probs"), (GUARD, "old"), (DPPO, "log_probs")],
     ids=["grpo", "guard", "dppo"],
 )
 def test_the_gate_fires_on_the_smallest_difference_even_if_all_else_agrees(objective, part):
@@ -229,8 +242,8 @@ def test_the_floor_is_that_of_the_ratio_that_the_objective_clips():
         return learner.measure_floor(batch.unit, trajectory, conditions())
 
     assert floor(log_probs=batch.trajectory.log_probs + 1) == 0
-    assert batch.trajectory.means is not None
-    assert 0 < floor(means=batch.trajectory.means + np.float32(1e-4)) < 1e-3
+    assert batch.trajectory.old is not None
+    assert 0 < floor(old=batch.trajectory.old + np.float32(1e-4)) < 1e-3
     assert learner.gate.floor > 0
 
 
@@ -239,7 +252,7 @@ def test_there_is_no_gate_after_the_first_update():
     learner = Learner(small_spec(), CPU)
     _, batch = published(learner, 0)
     update(learner, [batch])
-    assert batch.into(learner).log_ratio_max > 0
+    assert batch.into(learner).gate_max > 0
 
 
 # --- updates against autograd, written out
@@ -348,15 +361,15 @@ def assert_stats(stats: MicrobatchStats, steps: Sequence[Terms]) -> None:
     n = len(steps[0].log_ratio)
     ratios = torch.stack([t.log_ratio.detach() for t in steps]).numpy()
     assert stats.samples == n
-    assert stats.log_ratio_sum == pytest.approx(ratios.sum(1), abs=n * 3e-6)
-    assert stats.log_ratio_square_sum == pytest.approx((ratios**2).sum(1), rel=1e-3, abs=1e-9)
-    assert stats.log_ratio_max == pytest.approx(np.abs(ratios).max(), abs=3e-6)
-    assert stats.clipped_low == sum(int(t.low.sum()) for t in steps)
-    assert stats.clipped_high == sum(int(t.high.sum()) for t in steps)
+    assert stats.gate_sum == pytest.approx(ratios.sum(1), abs=n * 3e-6)
+    assert stats.gate_square_sum == pytest.approx((ratios**2).sum(1), rel=1e-3, abs=1e-9)
+    assert stats.gate_max == pytest.approx(np.abs(ratios).max(), abs=3e-6)
+    assert stats.sums["clip_fraction.low"] == sum(int(t.low.sum()) for t in steps)
+    assert stats.sums["clip_fraction.high"] == sum(int(t.high.sum()) for t in steps)
     policy_loss = sum(float(t.policy_loss.detach().sum()) for t in steps)
     assert stats.policy_loss_sum == pytest.approx(policy_loss, rel=1e-4, abs=2e-5)
     kl = sum(float(t.kl.detach().sum()) for t in steps)
-    assert stats.kl_sum == pytest.approx(kl, rel=1e-3, abs=1e-12)
+    assert stats.sums.get("kl", 0.0) == pytest.approx(kl, rel=1e-3, abs=1e-12)
 
 
 # eps: some gradients are 0 in exact arithmetic (a key's bias shifts all attention logits alike);
@@ -405,9 +418,9 @@ def test_two_epochs_are_those_of_plain_autograd(tuning, objective, grad_norm, li
         found = learner.step(kept(batches), 2).grad_norm
         assert found == pytest.approx(exact.norm, rel=1e-5)
         assert (found > grad_norm) == (grad_norm < 1)
-        bounded = sum(s.clipped_low + s.clipped_high for s in stats)
+        bounded = sum(s.sums["clip_fraction.low"] + s.sums["clip_fraction.high"] for s in stats)
         assert 0 < bounded < terms if n else bounded == 0
-    assert stats[0].log_ratio_max > 1e-4
+    assert stats[0].gate_max > 1e-4
     assert largest_difference(learner.state().weights, weights) < WEIGHT_BOUND
     untrained = sampler(spec).trainable()
     moved = largest_difference(weights, {n: p.detach() for n, p in untrained.items()})
@@ -431,7 +444,7 @@ def test_masked_samples_contribute_nothing(tuning, objective):
     """Bit for bit the same gradient if their latents are anything else."""
     spec = small_spec(TUNINGS[tuning], objective)
     worker = sampler(spec)
-    batch = draw_batch(worker, unit(schedule(range(1, 3))), masked=[1, 2], keep_means=True)
+    batch = draw_batch(worker, unit(schedule(range(1, 3))), masked=[1, 2], keep_old=True)
     latents, log_probs = batch.trajectory.latents.copy(), batch.trajectory.log_probs.copy()
     latents[1:3] = np.random.default_rng(1).normal(size=latents[1:3].shape)
     log_probs[1:3] -= 0.5
@@ -444,7 +457,8 @@ def test_masked_samples_contribute_nothing(tuning, objective):
     for given in (batch, other):
         stats = given.into(learner)
         assert stats.samples == 2
-        found.append((gradients(learner), stats.policy_loss_sum, stats.kl_sum, stats.log_ratio_max))
+        kl = stats.sums.get("kl", 0.0)
+        found.append((gradients(learner), stats.policy_loss_sum, kl, stats.gate_max))
         learner.step(0, 2)
     (a, *sums), (b, *other_sums) = found
     assert any(bool(g.any()) for g in a.values())
@@ -461,8 +475,8 @@ def test_a_step_without_samples_changes_nothing():
     before = state_digests(learner.state())
     nothing = replace(batches[0], advantages=np.zeros(4, np.float32), keep=np.zeros(4, bool))
     stats = nothing.into(learner)
-    assert (stats.samples, stats.log_ratio_max, stats.kl_sum) == (0, 0.0, 0.0)
-    assert stats.log_ratio_sum.tolist() == [0, 0]
+    assert (stats.samples, stats.gate_max, stats.sums.get("kl", 0.0)) == (0, 0.0, 0.0)
+    assert stats.gate_sum.tolist() == [0, 0]
     assert learner.step(0, 2).grad_norm is None
     assert state_digests(learner.state()) == before
     assert not gradients(learner)
@@ -704,6 +718,10 @@ CASES = {
     "lora-sharded": (LORA, KL, "cluster.learner.parallel=shard"),
     "full-lean-frugal": (*FULL_KL, FRUGAL),
     "lora-grpo-kl-frugal": (LORA, KL, FRUGAL),
+    "full-nft": (TUNINGS["full"], *NFT),
+    "full-nft-sharded": (TUNINGS["full"], *NFT),
+    "lora-awm": (LORA, *AWM),
+    "full-awm-sharded": (TUNINGS["full"], *AWM),
 }
 OTHERS = {
     "overflow": (LORA, "model.dtype=float16"),
@@ -712,6 +730,8 @@ OTHERS = {
 LEAN = {"weights": False, "gradients": False}
 PARALLEL = {
     "full-sharded": {},
+    "full-nft-sharded": {},
+    "full-awm-sharded": {},
     "full-bfloat16": {},
     "full-lean": LEAN,
     "full-weights": {"gradients": False},
@@ -719,37 +739,62 @@ PARALLEL = {
     "full-lean-frugal": LEAN,
     "full-copies": {"copies": 2},
 }
-GROUPS = {2: CASES.keys() - {"full-copies"} | OTHERS.keys()}
-GROUPS[4] = {"full-guard-kl", "full-sharded", "full-copies", "lora-grpo-kl"}
-SLOW_FOUR = {2: (), 4: pytest.mark.slow}  # marks: four processes take minutes on two cores
-TOGETHER = [
-    pytest.param(name, count, marks=SLOW_FOUR[count])
-    for count, names in GROUPS.items()
-    for name in CASES
-    if name in names
-]
-Results = dict[int, dict[str, RankResult]]
+# Which cases run together, by fixture: so many ranks, and what they train on.
+GROUPS = {
+    "two_ranks": (
+        2,
+        {"full-guard-kl", "full-sharded", "full-lean", "lora-grpo-kl", *OTHERS}
+        | {"full-nft-sharded", "lora-awm"},
+    ),
+    "two_ranks_more": (
+        2,
+        {"full-weights", "full-gradients", "lora-dppo", "lora-sharded"}
+        | {"full-lean-frugal", "lora-grpo-kl-frugal", "full-nft", "full-awm-sharded"},
+    ),
+    "four_ranks": (4, {"full-guard-kl", "full-sharded", "full-copies", "lora-grpo-kl"}),
+}
+Results = dict[int, RankResult]
+Find = Callable[..., Results]
+
+
+def group_of(case: str, count: int) -> str:
+    return next(g for g, (ranks, names) in GROUPS.items() if ranks == count and case in names)
+
+
+def on(case: str, count: int, *more: object) -> Any:
+    """A test's parameters; all but the first group are slow."""
+    marks = () if group_of(case, count) == "two_ranks" else pytest.mark.slow
+    return pytest.param(case, count, *more, marks=marks)
+
+
+TOGETHER = [on(n, count) for count, names in GROUPS.values() for n in CASES if n in names]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> Results:
-    return on_ranks(2, tmp_path_factory.mktemp("two"))
+def two_ranks(tmp_path_factory) -> dict[str, Results]:
+    return on_ranks("two_ranks", tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory) -> Results:
-    return on_ranks(4, tmp_path_factory.mktemp("four"))
+def two_ranks_more(tmp_path_factory) -> dict[str, Results]:
+    return on_ranks("two_ranks_more", tmp_path_factory.mktemp("more"))
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory) -> dict[str, Results]:
+    return on_ranks("four_ranks", tmp_path_factory.mktemp("four"))
 
 
 @pytest.fixture
-def results(count: int, request: pytest.FixtureRequest) -> Results:
-    """Those of one rank and of ``count``."""
-    return request.getfixturevalue({2: "ranks", 4: "four_ranks"}[count])
+def ranks(request: pytest.FixtureRequest) -> Find:
+    """By case, and number of ranks if it is not two: what one rank and so many make of it."""
+    return lambda case, count=2: request.getfixturevalue(group_of(case, count))[case]
 
 
-def on_ranks(count: int, folder: Path) -> Results:
-    """By the number of gloo ranks, 1 or ``count``, and case: what they make of the same
+def on_ranks(group: str, folder: Path) -> dict[str, Results]:
+    """By case and number of gloo ranks, 1 or the group's: what they make of the same
     micro-batches."""
+    count, names = GROUPS[group]
     listener = meeting()
     # Their imports take longer than their work: they start before there is any.
     others = torch.multiprocessing.spawn(
@@ -759,10 +804,11 @@ def on_ranks(count: int, folder: Path) -> Results:
         join=False,
         daemon=True,
     )
-    cases, found = {}, {1: {}}
+    cases: dict[str, Case] = {}
+    found: dict[str, Results] = {}
     known: dict[tuple[str, ...], tuple[Case, RankResult]] = {}
     for name, overrides in (CASES | OTHERS).items():
-        if name not in GROUPS[count]:
+        if name not in names:
             continue
         if overrides not in known:
             spec = small_spec(*overrides, OPTIMIZER + "grad_norm: 0.5}")
@@ -772,11 +818,13 @@ def on_ranks(count: int, folder: Path) -> Results:
                 batches[1] = replace(batches[1], advantages=huge)
             case = Case(spec, batches, Learner(spec, CPU).state())
             known[overrides] = case, train_and_reload(case, batches)
-        case, found[1][name] = known[overrides]
-        cases[name] = replace(case, load=found[1][name].state, parallel=PARALLEL.get(name))
+        case, alone = known[overrides]
+        found[name] = {1: alone}
+        cases[name] = replace(case, load=alone.state, parallel=PARALLEL.get(name))
     torch.distributed.destroy_process_group()
     (folder / f"{count}.pickle").write_bytes(pickle.dumps(cases))
-    found[count] = rank_results(0, count, listener, folder)
+    for name, together in rank_results(0, count, listener, folder).items():
+        found[name][count] = together
     join_group(0, 1, meeting(), CPU)  # alone again
     while not others.join():  # pyright: ignore[reportOptionalMemberAccess]
         pass
@@ -785,7 +833,7 @@ def on_ranks(count: int, folder: Path) -> Results:
 
 def test_an_overflow_on_one_rank_is_one_of_all(ranks):
     """Both updates are skipped by rank 0 too, whose own micro-batches have good gradients."""
-    one, two = (ranks[count]["overflow"] for count in (1, 2))
+    one, two = ranks("overflow").values()
     assert one.grad_norms == two.grad_norms == [None, None]
     assert state_digests(two.state) == state_digests(one.state)
     untrained = Learner(small_spec(*OTHERS["overflow"]), CPU).state()
@@ -794,25 +842,30 @@ def test_an_overflow_on_one_rank_is_one_of_all(ranks):
 
 
 @pytest.mark.parametrize(("case", "count"), TOGETHER)
-def test_several_ranks_train_as_one_process(results, case, count):
+def test_several_ranks_train_as_one_process(ranks, case, count):
     """The ranks' gradients are summed in another order: rounding, and nothing else.
 
     Measured: gradients to 9e-8 of the largest, weights after two updates to 1.5e-8.
     """
-    one, several = results[1][case], results[count][case]
+    one, several = ranks(case, count).values()
     top = max(np.abs(g).max() for g in one.gradient.values())
     assert largest_difference(one.gradient, several.gradient) < 1e-6 * top
     assert several.grad_norms == pytest.approx(one.grad_norms, rel=1e-5)
     assert largest_difference(one.state.weights, several.state.weights) < 1e-6
     assert largest_difference(one.state.ema, several.state.ema) < 1e-6
+    if one.state.follower:
+        assert largest_difference(one.state.follower, several.state.follower) < 1e-6
     assert one.state.updates == several.state.updates == 2
 
 
-@pytest.mark.parametrize("case", ["full-guard-kl", "lora-grpo-kl", "lora-dppo"])
-def test_replicas_meet_once_an_update(ranks, case):
+@pytest.mark.parametrize(
+    ("case", "count"), [on(case, 2) for case in ("full-guard-kl", "lora-grpo-kl", "lora-dppo")]
+)
+def test_replicas_meet_once_an_update(ranks, case, count):
     """To send what is trained, and nothing of what is frozen."""
-    trained = sum(array.nbytes for array in ranks[1][case].state.weights.values())
-    assert (ranks[1][case].sent, ranks[2][case].sent) == ([], [("allgather_", trained)])
+    one, two = ranks(case, count).values()
+    trained = sum(array.nbytes for array in one.state.weights.values())
+    assert (one.sent, two.sent) == ([], [("allgather_", trained)])
 
 
 def groups_of(case: str, ranks: int) -> tuple[list[int], list[int]]:
@@ -835,14 +888,14 @@ def groups_of(case: str, ranks: int) -> tuple[list[int], list[int]]:
 @pytest.mark.parametrize(
     ("case", "count", "shards"),
     [
-        ("full-sharded", 2, 2),
-        ("lora-sharded", 2, 2),
-        ("full-bfloat16", 2, 2),
-        pytest.param("full-sharded", 4, 4, marks=SLOW_FOUR[4]),
-        pytest.param("full-copies", 4, 2, marks=SLOW_FOUR[4]),
+        on("full-sharded", 2, 2),
+        on("lora-sharded", 2, 2),
+        on("full-bfloat16", 2, 2),
+        on("full-sharded", 4, 4),
+        on("full-copies", 4, 2),
     ],
 )
-def test_shards_meet_once_an_update_where_they_stay_whole(results, case, count, shards):
+def test_shards_meet_once_an_update_where_they_stay_whole(ranks, case, count, shards):
     """Four micro-steps on two ranks: each block is gathered in the first of them, its gradient
     reduced after the last; between copies of the network, the shards' gradients alone."""
     gathered, gradients = groups_of(case, shards)
@@ -851,34 +904,37 @@ def test_shards_meet_once_an_update_where_they_stay_whole(results, case, count, 
         expected.append(("_reduce_scatter_base_", size))
         if count > shards:
             expected.append(("allreduce_", size // shards))
-    assert results[count][case].sent == expected
+    assert ranks(case, count)[count].sent == expected
 
 
-@pytest.mark.parametrize("case", ["full-lean", "full-weights", "full-gradients"])
-def test_shards_meet_in_every_micro_step_for_what_is_not_kept_whole(ranks, case):
+@pytest.mark.parametrize(
+    ("case", "count"), [on(case, 2) for case in ("full-lean", "full-weights", "full-gradients")]
+)
+def test_shards_meet_in_every_micro_step_for_what_is_not_kept_whole(ranks, case, count):
     """There are four. Weights: of blocks in each forward and backward, outside of them once."""
     keeps = {"weights": True, "gradients": True} | PARALLEL[case]
-    (outside, *blocks), gradients = groups_of(case, 2)
+    (outside, *blocks), gradients = groups_of(case, count)
     gathered = [outside, *blocks] if keeps["weights"] else 4 * [outside, *blocks, *blocks]
     reduced = gradients if keeps["gradients"] else 4 * gradients
     expected = [("_allgather_base_", size) for size in gathered]
     expected += [("_reduce_scatter_base_", size) for size in reduced]
-    assert sorted(ranks[2][case].sent) == sorted(expected)
+    assert sorted(ranks(case)[count].sent) == sorted(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["full-lean", "lora-grpo-kl"])
 def test_what_saves_memory_changes_no_bit(ranks, case):
     """Offloaded moments and averages, recomputed activations; on one rank and on two."""
     for count in (1, 2):
-        plain, frugal = ranks[count][case], ranks[count][f"{case}-frugal"]
+        plain, frugal = ranks(case)[count], ranks(f"{case}-frugal")[count]
         assert largest_difference(plain.gradient, frugal.gradient) == 0.0
         assert frugal.grad_norms == plain.grad_norms
         assert state_digests(frugal.state) == state_digests(plain.state)
 
 
 @pytest.mark.parametrize(("case", "count"), TOGETHER)
-def test_a_state_moves_between_several_ranks_and_one_exactly(results, case, count):
-    one, several = results[1][case], results[count][case]
+def test_a_state_moves_between_several_ranks_and_one_exactly(ranks, case, count):
+    one, several = ranks(case, count).values()
     assert state_digests(several.reloaded) == state_digests(one.state), "from one rank to several"
     learner = Learner(small_spec(*CASES[case]), CPU)
     learner.load_state(several.state)
@@ -900,7 +956,7 @@ def test_weights_gathered_in_half_precision_give_the_bits_that_autocast_gives(tu
             learner.load_state(first)
         _, batch = published(learner, version, *overrides)
         assert learner.measure_floor(batch.unit, batch.trajectory, conditions(3.0)) == 0.0
-        assert batch.into(learner).log_ratio_max == 0.0
+        assert batch.into(learner).gate_max == 0.0
         if version < 1:
             learner.step(4, 2)
     assert state_digests(learner.state())["weights"] == state_digests(first)["weights"]

@@ -20,16 +20,18 @@ from flowgrpo_ray.algorithm.advantages import (
     reward_wise_advantages,
 )
 from flowgrpo_ray.algorithm.flow import LIKELIHOODS, Gaussian, flow_sde
-from flowgrpo_ray.algorithm.learner import surrogate
-from flowgrpo_ray.algorithm.objective import (
+from flowgrpo_ray.algorithm.objectives import (
+    FlowDppo,
+    FlowGrpo,
+    GrpoGuard,
+    Objective,
     clipped,
     clipped_loss,
     diverged,
     guard_log_ratio,
     kl_to_reference,
 )
-from flowgrpo_ray.algorithm.sampling import Replayed
-from flowgrpo_ray.spec.sections import FlowDppo, FlowGrpo, GrpoGuard, Objective
+from flowgrpo_ray.algorithm.objectives import Step as Replayed
 
 NAN = float("nan")
 
@@ -372,31 +374,32 @@ def test_every_objective_is_its_formula(kind, likelihood, upwards, advantage, fa
     old, reference = (Gaussian(torch.from_numpy(m), STD) for m in (step.old, step.reference))
     log_prob = LIKELIHOODS[likelihood]
     log_ratio = log_prob(new, x_next) - log_prob(old, x_next)
-    replayed = Replayed(2, new, x_next, log_ratio, old, reference)
-    found = surrogate(objective, replayed, torch.from_numpy(step.advantage), DT)
+    replayed = Replayed(2, DT, new, x_next, log_ratio, old, reference)
+    found = objective.terms(replayed, torch.from_numpy(step.advantage))
+    low, high = (found.statistics[f"clip_fraction.{side}"] for side in ("low", "high"))
 
-    loss = found.loss
+    loss = found.loss.mean() * found.weight
     if objective.kl is not None:
-        kl_of_step = kl_to_reference(new, reference, DT, objective.kl.form)
-        loss = loss + objective.kl.beta * kl_of_step.mean()
+        assert objective.penalties == {"kl": 0.3}
+        loss = loss + 0.3 * found.statistics["kl"].mean()
     loss.backward()
     assert mean.grad is not None
     assert loss.item() == pytest.approx(step.loss(objective, likelihood), rel=1e-12)
     slopes = step.slopes(objective, likelihood)
     np.testing.assert_allclose(mean.grad.numpy(), slopes, rtol=1e-6, atol=1e-9)
     exact = step.log_ratio(kind, likelihood)
-    np.testing.assert_allclose(found.log_ratio.detach().numpy(), exact, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(found.gate.detach().numpy(), exact, rtol=1e-10, atol=1e-12)
 
     away = bool(upwards) == (advantage > 0)
     outside = away and factor < 1
-    assert (bool(found.high[0]), bool(found.low[0])) == (
+    assert (bool(high[0]), bool(low[0])) == (
         outside and advantage > 0,
         outside and advantage < 0,
     )
     if form is None:
         assert (slopes[0] == 0).all() == outside
         free = (slopes == 0).all(1)
-        assert (found.low | found.high).tolist() == free.tolist()
+        assert (low | high).tolist() == free.tolist()
 
 
 # --- Guard, ratios, KL

@@ -30,7 +30,7 @@ from tiny_runs import (
 
 from flowgrpo_ray.algorithm import sampling
 from flowgrpo_ray.algorithm.flow import KERNELS, LIKELIHOODS
-from flowgrpo_ray.algorithm.learner import surrogate
+from flowgrpo_ray.algorithm.objectives import FlowDppo, FlowGrpo, GrpoGuard
 from flowgrpo_ray.algorithm.sampling import (
     INITIAL,
     batch_condition,
@@ -43,7 +43,6 @@ from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.types import Schedule, WorkUnit
 from flowgrpo_ray.policies.base import Policy
 from flowgrpo_ray.spec.prompts import draw_eta
-from flowgrpo_ray.spec.sections import FlowDppo, FlowGrpo, GrpoGuard
 
 SHAPE = (4, 8, 12)  # of one image's latents
 
@@ -249,7 +248,7 @@ def test_means_are_those_of_the_sampling_and_of_the_untrained_policy():
     sampled, untrained = policy("lora", "float32", 1.0, *overrides), sampler(small_spec())
     of = unit(schedule(range(1, 3)))
     condition = batch_condition(sampled, conditions(), of.prompts)
-    trajectory, _ = rollout(sampled, of, conditions(), SIZE, UNTRAINED, keep_means=True)
+    trajectory, _ = rollout(sampled, of, conditions(), SIZE, UNTRAINED, keep_old=True)
     current = sampler(small_spec())
     perturb(current, seed=1)
     with torch.no_grad():
@@ -272,8 +271,8 @@ def test_means_are_those_of_the_sampling_and_of_the_untrained_policy():
             assert torch.equal(step.x_next, torch.from_numpy(trajectory.latents[:, k + 1]))
             assert len({float(one.mean.sum()) for one in made}) == 3
     plain, _ = rollout(policy(), of, conditions(), SIZE, UNTRAINED)
-    assert plain.means is None
-    assert plain.reference_means is None
+    assert plain.old is None
+    assert plain.reference is None
 
 
 WINDOWS = (
@@ -367,25 +366,26 @@ def test_replay_gives_every_objective_a_ratio_of_exactly_one(tuning, guidance, d
     assert len({etas(window) for window in WINDOWS}) == 3
     for window, likelihood in itertools.product(windows, LIKELIHOODS):
         of = unit(Schedule(kernel, sigmas(5), etas(window), likelihood))
-        trajectory, _ = rollout(made, of, encoded, SIZE, UNTRAINED, keep_means=True)
+        trajectory, _ = rollout(made, of, encoded, SIZE, UNTRAINED, keep_old=True)
         condition = batch_condition(made, encoded, of.prompts)
         seen = []
         for step in replay(made, trajectory, of.schedule, condition):
             for objective in objectives:
-                found = surrogate(objective, step, advantage, dt=-0.1)
-                assert found.log_ratio.requires_grad
-                assert torch.equal(found.log_ratio, torch.zeros(4))
-                assert not (found.low | found.high).any()
+                found = objective.terms(step, advantage)
+                assert found.gate.requires_grad
+                assert torch.equal(found.gate, torch.zeros(4))
+                low, high = (found.statistics[f"clip_fraction.{s}"] for s in ("low", "high"))
+                assert not (low | high).any()
             assert step.new.mean.dtype == step.x_next.dtype == torch.float32
             seen.append(step.step)
         assert seen == list(of.schedule.stochastic_steps)
 
 
-@pytest.mark.parametrize("change", ["weights", "latents", "log_probs", "means", "schedule"])
+@pytest.mark.parametrize("change", ["weights", "latents", "log_probs", "old", "schedule"])
 def test_replay_of_anything_else_gives_another_ratio(change: str):
     """So the test above can fail: each input of a ratio moves it. Guard's is made of means."""
     of = unit(schedule(range(1, 3)))
-    trajectory, _ = rollout(policy(), of, conditions(), SIZE, UNTRAINED, keep_means=True)
+    trajectory, _ = rollout(policy(), of, conditions(), SIZE, UNTRAINED, keep_old=True)
     other, replayed, levels = policy(), trajectory, of.schedule
     if change == "weights":
         other = sampler(small_spec())
@@ -398,6 +398,6 @@ def test_replay_of_anything_else_gives_another_ratio(change: str):
     with torch.no_grad():
         steps = list(replay(other, replayed, levels, condition))
     for objective in (FlowGrpo(kind="flow_grpo"), GrpoGuard(kind="grpo_guard")):
-        ratios = [surrogate(objective, s, torch.zeros(4), -0.1).log_ratio for s in steps]
-        blind = change == ("means" if objective.kind == "flow_grpo" else "log_probs")
+        ratios = [objective.terms(s, torch.zeros(4)).gate for s in steps]
+        blind = change == ("old" if objective.kind == "flow_grpo" else "log_probs")
         assert bool(torch.stack(ratios).abs().max() > 0) == (not blind)

@@ -197,7 +197,8 @@ def layout_of(
 
         state = run(loop, train())
         rows = read_rows(trainer.folder.path / "metrics.jsonl")
-    arrays = {"weights": state.weights, "ema": state.ema, "exp_avg_sq": state.exp_avg_sq}
+    kept = ("weights", "ema", "exp_avg_sq", "follower")
+    arrays = {name: getattr(state, name) for name in kept}
     tensors = {
         name: {key: torch.tensor(array) for key, array in held.items()}
         for name, held in arrays.items()
@@ -213,21 +214,41 @@ async def refuses_what_was_not_announced(trainer: Any) -> None:
     assert (await crew.sample(unit, ticket)).worker == 0
     with pytest.raises(ContractError, match="was to be sampled with weights"):
         await crew.sample(unit, WeightsTicket(3, "0" * 32))
-    await crew.learners.step(0, 2)
+    await crew.learners.step(0, 2, last=True)
     with pytest.raises(ContractError, match="this worker holds None"):
         await crew.sample(unit, ticket)
 
 
 TWO_RANKS = (
     "cluster.learner={count: 2, cpus: 0.5}",
-    "objective={kind: flow_grpo, updates: 2, kl: {beta: 0.1}}",
     "advantages={refill: 1}",
     "ema={decay: 0.5, every: 1}",
 )
+OBJECTIVES = {
+    "grpo": ("objective={kind: flow_grpo, updates: 2, kl: {beta: 0.1}}",),
+    "nft": (
+        "objective={kind: diffusion_nft, updates: 2, decay: {rate: 0.2}, "
+        "times: {count: 2, within: [0.3, 1]}}",
+        *("sampling.eta=null", "sampling.window=null", "sampling.solver=dpm2"),
+    ),
+    "awm": (
+        "objective={kind: awm, updates: 2, anchor_decay: {rate: 0.2}, "
+        "times: {count: 2, within: [0.3, 1]}}",
+        *("sampling.eta=null", "sampling.window=null"),
+    ),
+}
 
 
-@pytest.mark.parametrize("parallel", ["replicate", pytest.param("shard", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("objective", "parallel"),
+    [
+        *(("grpo", "replicate"), ("grpo", "shard"), ("nft", "replicate"), ("nft", "shard")),
+        ("awm", "shard"),
+    ],
+)
 def test_both_layouts_are_the_same_run(
+    objective: str,
     parallel: str,
     cluster: None,
     loop: asyncio.AbstractEventLoop,
@@ -237,8 +258,8 @@ def test_both_layouts_are_the_same_run(
     """Also where units are trained by another worker than the one that sampled them."""
     from flowgrpo_ray.cluster.colocated import WorkerPool
 
-    held = f"cluster.learner.parallel={parallel}"
-    separate, state = layout_of(loop, tmp_path / "separate", held)
+    held = (*OBJECTIVES[objective], f"cluster.learner.parallel={parallel}")
+    separate, state = layout_of(loop, tmp_path / "separate", *held)
     assert [row["kind"] for row in separate] == ["eval", "train", "eval", "train", "eval"]
     assert len({row["rewards"]["ocr"]["mean"] for row in separate}) == 5, "weights move"
     assert [r["groups"]["refilled"] for r in separate if r["kind"] == "train"] == [1, 1]
@@ -253,7 +274,7 @@ def test_both_layouts_are_the_same_run(
         return found
 
     monkeypatch.setattr(WorkerPool, "_match", takes_over)
-    assert layout_of(loop, tmp_path / "colocated", held, COLOCATED) == (separate, state)
+    assert layout_of(loop, tmp_path / "colocated", *held, COLOCATED) == (separate, state)
     assert 0 in taken, "no unit was taken over"
 
 
@@ -391,7 +412,7 @@ def test_the_learner_never_fetches_a_row_without_gradient(
         async def remote(self, unit: WorkUnit, *others: object) -> MicrobatchStats:
             self.units.append(unit.index)
             zero = np.zeros(1)
-            return MicrobatchStats(1, zero, zero, 0, 0, 0, 0, 0, 0)
+            return MicrobatchStats(1, zero, zero, 0, True, 0, {}, 0)
 
     async def accumulate() -> list[Rank]:
         spec = stream_spec(groups=6)

@@ -54,14 +54,16 @@ def test_nothing_is_written_to_the_home_folder(undisturbed: tuple[Command, str])
     assert [path for path in undisturbed[0].home.rglob("*") if path.is_file()] == []
 
 
+MOMENTS = ["ray::RolloutWorker.sample", "reward-ocr", "ray::LearnerRank.accumulate"]
+
+
 def test_the_same_weights_whatever_dies(undisturbed: tuple[Command, str], tmp_path: Path) -> None:
     """One of each kind; test_survival.py has every moment, and what hangs."""
     killed = Command(tmp_path)
-    moments = ["ray::RolloutWorker.sample", "reward-ocr", "ray::LearnerRank.accumulate"]
-    for iteration, moment in enumerate(moments, start=1):
+    for iteration, moment in enumerate(MOMENTS, start=1):
         killed.wait_for(iteration)
         killed.lose(moment, signal.SIGKILL)
-    killed.wait_for(len(moments) + 1)
+    killed.wait_for(len(MOMENTS) + 1)
     killed.process.send_signal(signal.SIGKILL)  # the driver alone, as the kernel's OOM killer does
     killed.process.wait()
     assert not killed.left_behind(), "what is beside the driver clears up after it"
@@ -99,6 +101,39 @@ def test_the_same_weights_however_a_run_is_interrupted(
     last = Command(tmp_path, resume=True, **{"cluster.rollout": "{count: 1, cpus: 0.5}"})
     last.finish()
     assert_same(last.run, undisturbed[0].run)
+
+
+NFT = {
+    "objective": "{kind: diffusion_nft, updates: 2, decay: {rate: 0.1}, "
+    "times: {count: 2, within: [0.3, 1]}}",
+    "sampling.eta": "null",
+    "sampling.window": "null",
+    "sampling.solver": "dpm2",
+}
+
+
+@pytest.mark.slow
+def test_nft_is_the_same_run_whatever_dies_and_however_many_sample(tmp_path: Path) -> None:
+    """Its second set of weights, and its own draws, are as exact as all else."""
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    one = Command(folders[0], **NFT, **{"cluster.rollout": "{count: 1, cpus: 0.5}"})
+    one.finish()
+    killed = Command(folders[1], **NFT)
+    for iteration, moment in enumerate(MOMENTS, start=1):
+        killed.wait_for(iteration)
+        killed.lose(moment, signal.SIGKILL)
+    killed.wait_for(len(MOMENTS) + 2)
+    killed.process.send_signal(signal.SIGKILL)
+    killed.process.wait()
+    last = Command(folders[1], resume=True, **NFT)
+    last.finish()
+    assert_same(last.run, one.run)
+    assert "follower.safetensors" in final_digests(last.run, ITERATIONS)
+    rows = [row for row in read_rows(last.run / "metrics.jsonl") if row["kind"] == "train"]
+    gates = [row["velocity_change"]["gate"] for row in rows]
+    assert gates == [0.0] + [None] * (ITERATIONS - 1), "from then on other weights sample"
 
 
 @pytest.mark.slow

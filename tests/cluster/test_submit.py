@@ -44,6 +44,9 @@ def test_prompts_and_own_modules_are_uploaded_and_nothing_else(project, tmp_path
     package.mkdir(parents=True)  # a package without __init__.py
     (package / "scores.py").write_text("class Better:\n    def __call__(self): ...\n")
     (project / "secret.bin").write_bytes(b"x" * 1000)
+    (project / "own_objective.py").write_text(
+        "from flowgrpo_ray.algorithm.objectives import FlowGrpo\nclass Mine(FlowGrpo): ...\n"
+    )
     spec = load_spec(
         "tiny-ocr",
         [
@@ -51,6 +54,7 @@ def test_prompts_and_own_modules_are_uploaded_and_nothing_else(project, tmp_path
             "rewards={ocr: {}, a: {reward: 'own_reward:Good'}, "
             "b: {reward: 'own_package.deep.scores:Better'}, "
             "c: {reward: 'flowgrpo_ray.rewards.jpeg:JpegCompressibilityReward'}}",
+            "objective={kind: 'own_objective:Mine', clip_low: 0.5}",
         ],
     )
     target = tmp_path / "upload"
@@ -58,6 +62,7 @@ def test_prompts_and_own_modules_are_uploaded_and_nothing_else(project, tmp_path
     files = pack(spec, target)
     assert files == _files(target)
     assert files == [
+        "own_objective.py",
         "own_package/deep/scores.py",
         "own_reward.py",
         "prompts/heldout.txt",
@@ -68,7 +73,7 @@ def test_prompts_and_own_modules_are_uploaded_and_nothing_else(project, tmp_path
     there = load_spec(str(target / "spec.yaml"))
     assert there.prompts.train == "sets/train.txt"
     assert there.prompts.evaluate == "prompts/heldout.txt"
-    assert there.rewards == spec.rewards
+    assert (there.rewards, there.objective) == (spec.rewards, spec.objective)
 
 
 def test_a_spec_of_this_folder_stays_the_same_run(project, tmp_path):

@@ -347,7 +347,7 @@ def test_parts_of_a_worker_that_samples_and_trains_by_hand(std: str):
         "weights": network,
         "optimizer": 2 * 4 * 80,
         "averages": 4 * 80,
-        "frozen copy for the KL": 0,
+        "frozen copy of the base model": 0,
         "autoencoder": 24,
     }
     while_sampling = {"gradients": 4 * 80 if std == "group" else 0}
@@ -435,7 +435,7 @@ def test_parts_of_a_rollout_worker_by_hand():
     encoders = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
     held = {
         "weights": weights,
-        "frozen copy for the KL": weights,
+        "frozen copy of the base model": weights,
         "autoencoder": local_bytes([*vae.parameters(), *vae.buffers()]),
     }
     read = 2 * sum(p.numel() for encoder in encoders for p in encoder.parameters())
@@ -446,7 +446,7 @@ def test_parts_of_a_rollout_worker_by_hand():
     assert found.encoders_known
     plain = footprint.estimate(small_spec(LORA, "objective.kl={beta: 0.1}"))
     assert plain is not None
-    assert plain.actors["rollout"]["decoding"]["frozen copy for the KL"] == 0
+    assert plain.actors["rollout"]["decoding"]["frozen copy of the base model"] == 0
 
 
 def test_flops_of_an_iteration():

@@ -262,13 +262,13 @@ def test_a_replayed_trajectory_has_a_log_ratio_of_exactly_zero(folder, tuning, d
     learner.network.enable_gradient_checkpointing()
     of = unit(schedule(policy))
     encoded = encode(policy)
-    trajectory, _ = rollout(policy, of, encoded, SIZE, UNTRAINED, keep_means=True)
+    trajectory, _ = rollout(policy, of, encoded, SIZE, UNTRAINED, keep_old=True)
     condition = batch_condition(learner, encoded, of.prompts)
     replayed = list(replay(learner, trajectory, of.schedule, condition))
     assert [step.log_ratio.tolist() for step in replayed] == [[0.0] * 4] * 2
     assert all(step.log_ratio.requires_grad for step in replayed)
-    assert trajectory.means is not None
-    assert np.abs(trajectory.means - trajectory.reference_means).max() > 1e-3
+    assert trajectory.old is not None
+    assert np.abs(trajectory.old - trajectory.reference).max() > 1e-3
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
@@ -277,7 +277,7 @@ def test_a_sharded_learner_has_the_gradient_of_the_plain_network(folder, tuning)
 
     Without guidance: of two passes a gathered weight adds the gradients in its own half precision.
     """
-    from flowgrpo_ray.algorithm.learner import Learner, surrogate
+    from flowgrpo_ray.algorithm.learner import Learner
 
     spec = spec_of(folder, TUNINGS[tuning], "sampling.guidance=1.0", dtype="bfloat16")
     policy = load_policy(spec, CPU, NETWORK)
@@ -289,10 +289,10 @@ def test_a_sharded_learner_has_the_gradient_of_the_plain_network(folder, tuning)
         learner = Learner(spec, CPU, parallel=in_shards())
         stats = learner.accumulate(of, trajectory, encoded, advantages, np.full(4, True))
         found = gradients(learner)
-    assert stats.log_ratio_max == 0
+    assert stats.gate_max == 0
     condition = batch_condition(policy, encoded, of.prompts)
     for step in replay(policy, trajectory, of.schedule, condition):
-        loss = surrogate(spec.objective, step, torch.tensor(advantages), dt=-1.0).loss
+        loss = spec.objective.terms(step, torch.tensor(advantages)).loss.mean()
         (loss * len(advantages)).backward()
     plain = {name: p.grad for name, p in policy.trainable().items() if p.grad is not None}
     assert found.keys() == plain.keys()
@@ -316,7 +316,7 @@ def test_a_sharded_worker_reads_prompts_before_it_samples(folder, tuning):
         ticket = learner.announce(0, averaged=False)
         trajectory, _ = rollout(learner.policy, of, read, SIZE, ticket)
         ones = np.ones(len(trajectory.latents), np.float32)
-        assert learner.accumulate(of, trajectory, read, ones, ones > 0).log_ratio_max == 0
+        assert learner.accumulate(of, trajectory, read, ones, ones > 0).gate_max == 0
         assert learner.step(len(ones), 2).grad_norm
     assert all(np.array_equal(read[n]["past"], prompts[n]["past"]) for n in prompts)
     plain, _ = rollout(worker, of, prompts, SIZE, UNTRAINED)

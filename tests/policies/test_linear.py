@@ -94,7 +94,7 @@ def test_the_ratio_is_exactly_one_and_the_gradient_that_of_torch(tuning: str):
             perturb(each)
         ticket, _ = learner.publish(0)
         batch = draw_batch(policy, unit(schedule(range(1, 3))), ticket)
-        assert batch.into(learner).log_ratio_max == 0.0
+        assert batch.into(learner).gate_max == 0.0
         grads.append(torch.cat([grad.flatten() for grad in gradients(learner).values()]))
     ours, torchs = grads
     assert not torch.equal(ours, torchs), "another kernel"

@@ -329,7 +329,7 @@ def test_an_update_moves_weights_that_the_sampler_then_holds(family, tuning):
         assert digest(worker.trainable()) == ticket.digest
         digests.append(ticket.digest)
         batch = draw_batch_of(worker, conditions, ticket=ticket)
-        assert batch.into(learner).log_ratio_max == 0
+        assert batch.into(learner).gate_max == 0
         assert learner.step(batch.unit.batch, 2).grad_norm
     assert len(set(digests)) == 3
 

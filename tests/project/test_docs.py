@@ -28,7 +28,7 @@ from flowgrpo_ray.rewards import build
 from flowgrpo_ray.run.checkpoint import Progress
 from flowgrpo_ray.run.metrics import Scores, Signal, UnitResult, train_row
 from flowgrpo_ray.run.watch import Reading
-from flowgrpo_ray.spec.file import RECIPES, load_spec
+from flowgrpo_ray.spec.file import RECIPES, load_spec, recipe_names
 from flowgrpo_ray.spec.prompts import plan_iteration
 
 ROOT = Path(__file__).parents[2]
@@ -190,7 +190,8 @@ def test_pieces_of_specs_are_valid(block: Block, folder: Path):
     """In place of the same sections of the recipe."""
     sections: dict[str, Any] = yaml.safe_load(block.text)
     overrides = [f"{key}={yaml.safe_dump(value)}" for key, value in sections.items()]
-    check_run(load_spec("tiny-ocr", overrides))
+    named = set(block.note.split()) & set(recipe_names())
+    check_run(load_spec(named.pop() if named else "tiny-ocr", overrides))
 
 
 def test_the_reward_of_the_docs_scores(folder: Path):
@@ -251,6 +252,31 @@ def test_outputs_are_what_the_commands_print(
     assert (printed.out + printed.err).split() == shown.split()
 
 
+def test_the_objective_of_the_docs_trains(folder: Path):
+    """Found beside its spec, its options checked, its penalty what the page says."""
+    import torch
+
+    from flowgrpo_ray.algorithm.objectives import Noised
+
+    (part,) = [b for b in PARTS if "my_objectives:Hinge" in b.text]
+    objective = yaml.safe_dump(yaml.safe_load(part.text)["objective"])
+    own = [f"objective={objective}"]
+    spec = load_spec("tiny-ocr-nft", own)
+    assert spec.points == 2
+    assert spec.objective.penalties == {"reference_distance": 1e-4, "norm_excess": 0.05}
+    assert "norm_excess" in str(spec.objective.card())
+    x = torch.randn(8, 2, 3, generator=torch.Generator().manual_seed(0))
+    fields = dict.fromkeys(("clean", "noise", "x", "old", "reference"), x)
+    grown = x * torch.tensor([1, 1, 1, 1, 0.5, 0.5, 2, 3]).view(-1, 1, 1)
+    point = Noised(sigma=torch.full((8, 1, 1), 0.5), velocity=grown, anchor=None, **fields)
+    excess = spec.objective.terms(point, torch.ones(8)).statistics["norm_excess"]
+    norm = x.flatten(1).norm(dim=1)
+    expected = torch.tensor([0, 0, 0, 0, 0, 0, 1, 2]) * norm
+    torch.testing.assert_close(excess, expected**2 / 6)
+    with pytest.raises(SpecError, match=r"no option 'hing', did you mean 'hinge'"):
+        load_spec("tiny-ocr-nft", [*own, "objective.hing=1"])
+
+
 # --- what is generated or listed
 
 
@@ -299,20 +325,26 @@ def flat(row: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield name
 
 
-def test_every_field_of_a_metrics_row_is_documented():
-    spec = load_spec("tiny-ocr", ["model.dtype=float16"])
+def fields_of_a_row(recipe: str, *overrides: str) -> set[str]:
+    spec = load_spec(recipe, overrides)
     plan = plan_iteration(spec, 1, 256, (1.0,) * (spec.sampling.steps + 1))
     results = [
         UnitResult(unit, Scores(dict.fromkeys(spec.rewards, ones), ones), Signal(ones, ones > 0))
         for unit, ones in ((unit, np.ones(unit.batch, np.float32)) for unit in plan.units)
     ]
-    per_step = np.zeros(len(plan.schedule.stochastic_steps))
-    stats = MicrobatchStats(1, per_step, per_step, 0, 0, 0, 0, 0, 0)
+    per_point = np.zeros(len(plan.points))
+    stats = MicrobatchStats(1, per_point, per_point, 0, True, 0, {}, 0)
     step = StepStats(grad_norm=1.0, learning_rate=1e-4, seconds=1)
     row = train_row(spec, plan, *[WeightsTicket(1, "00")] * 2, results, [([stats], step)])
     reading = Reading(1, 1, 1, 1, 1, 1, 1, diverging=False)
     row["watch"] = {"NAME": reading.as_json()}
-    fields = set(flat(row)) - {"kind"}
+    return set(flat(row)) - {"kind"}
+
+
+def test_every_field_of_a_metrics_row_is_documented():
+    """Of every objective that reports something of its own."""
+    fields = fields_of_a_row("tiny-ocr", "model.dtype=float16")
+    fields |= fields_of_a_row("tiny-ocr-nft") | fields_of_a_row("tiny-ocr-awm")
     assert fields <= documented("runs.md", "metrics.jsonl")
     extra = documented("runs.md", "metrics.jsonl") - fields
     assert extra == {"prompts", "weights"}, "those of evaluations"

@@ -176,7 +176,7 @@ def test_own_reward(desk: Desk, own_reward: Any) -> None:
 @pytest.mark.slow
 def test_one_iteration(desk: Desk) -> None:
     names = "rewards advantages scale mse before after_plain after_guard all_advantages"
-    stored_by_rollout = "trajectory.latents trajectory.means trajectory.log_probs"
+    stored_by_rollout = "trajectory.latents trajectory.old trajectory.log_probs"
     _, found = desk.run("one_iteration", f"{names} sigmas {stored_by_rollout}")
     assert not found["before"].any(), "the ratio is exactly 1 before the update"
     # std of flow_sde, from the formula

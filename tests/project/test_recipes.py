@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from flowgrpo_ray.algorithm.objectives import DiffusionNft
 from flowgrpo_ray.estimate.preflight import check_run
 from flowgrpo_ray.policies import policy_class
 from flowgrpo_ray.spec.file import RECIPES, load_spec, recipe_names
@@ -148,6 +149,30 @@ PUBLISHED = {
 }
 
 
+EARLY, LATE = (0, 0.001, 0.5), (75, 0.0075, 0.999)  # decays of the sampling weights
+
+
+@dataclass(frozen=True)
+class PublishedNft:
+    """A row of DiffusionNFT, on Stable Diffusion 3.5 Medium, 8 GPUs and without guidance."""
+
+    rewards: dict[str, float]
+    steps: int = 10
+    times: int = 9
+    updates: int = 1
+    beta: float = 1.0
+    decay: tuple[int, float, float] = EARLY
+
+
+NFT = {
+    "sd35-nft-geneval": PublishedNft({"geneval": 1}),
+    "sd35-nft-pickscore": PublishedNft({"pickscore": 1}),
+    "sd35-nft-ocr": PublishedNft({"ocr": 1}, updates=2, beta=0.1, decay=LATE),
+    "sd35-nft-multi": PublishedNft({"pickscore": 1, "clipscore": 1}, steps=25, times=24, beta=0.1),
+}
+GPUS = {name: row.gpus for name, row in PUBLISHED.items()} | dict.fromkeys(NFT, 8)
+
+
 def read(spec: TrainingSpec) -> Published:
     """What a row of the table says, of a spec."""
     sampling, objective, tuning = spec.sampling, spec.objective, spec.tuning
@@ -192,8 +217,40 @@ def test_the_numbers_are_the_published_ones(name: str):
     assert (advantages.clamp, advantages.per_reward, advantages.refill) == (5, False, 0)
 
 
+@pytest.mark.parametrize("name", NFT)
+def test_the_numbers_of_nft_are_the_published_ones(name: str):
+    spec = load_spec(name)
+    sampling, objective, tuning = spec.sampling, spec.objective, spec.tuning
+    assert isinstance(objective, DiffusionNft)
+    decay = objective.decay
+    assert NFT[name] == PublishedNft(
+        rewards=spec.weights,
+        steps=sampling.steps,
+        times=objective.times.count,
+        updates=objective.updates,
+        beta=objective.beta,
+        decay=(decay.flat, decay.rate, decay.cap),
+    )
+    assert (objective.times.draw, objective.times.within) == ("steps", (0, 1))
+    assert (objective.reference, objective.advantage_max, objective.epochs) == (1e-4, 5, 1)
+    assert objective.adaptive
+    assert objective.advantage == "graded"
+    assert (sampling.solver, sampling.guidance, sampling.size) == ("dpm2", 1, (512, 512))
+    assert (sampling.group_size, sampling.groups, sampling.micro_batch) == (24, 48, 9)
+    assert tuning.kind == "lora"
+    assert (tuning.rank, tuning.alpha, tuning.targets) == (32, 64, None)
+    assert (spec.model.dtype, spec.model.max_sequence_length) == ("float16", 128)
+    assert (spec.advantages.std, spec.advantages.clamp) == ("global", 5)
+    optimizer = spec.optimizer
+    assert (optimizer.learning_rate, optimizer.betas) == (3e-4, (0.9, 0.999))
+    assert (optimizer.weight_decay, optimizer.grad_norm) == (1e-4, 1)
+    assert spec.ema is not None
+    assert (spec.ema.decay, spec.ema.every) == (0.9, 1)
+    assert (spec.evaluation.steps, spec.evaluation.solver) == (40, "euler")
+
+
 def test_every_recipe_is_in_a_table():
-    assert {*PUBLISHED, *TINY} == set(recipe_names())
+    assert {*PUBLISHED, *NFT, *TINY} == set(recipe_names())
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -233,10 +290,10 @@ def check_placed(spec: TrainingSpec, gpus: int) -> None:
     assert required_resources(spec)["GPU"] <= gpus + 1e-6
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", GPUS)
 def test_gpus_are_shared_by_those_that_sample_train_and_score(name: str):
     """As published, on 8 GPUs, and with processes of their own for either side."""
-    gpus = PUBLISHED[name].gpus
+    gpus = GPUS[name]
     check_placed(load_spec(name), gpus)
     if gpus > 1:
         check_placed(load_spec(name, ["cluster.layout=separate"]), gpus)
@@ -258,11 +315,14 @@ def test_the_tiny_recipes_differ_in_what_their_names_say():
         return yaml.safe_load((RECIPES / f"{name}.yaml").read_text("utf-8")) | {"name": ""}
 
     plain = keys("tiny-ocr")
+    no_steps = {"iterations", "sampling", "advantages", "objective", "optimizer", "evaluation"}
     for name, sections in {
         "tiny-ocr-guard": {"objective"},
         "tiny-ocr-flow-grpo": {"sampling", "objective"},
         "tiny-ocr-cps": {"sampling"},
         "tiny-two-rewards": {"rewards", "advantages", "objective", "watch"},
+        "tiny-ocr-nft": no_steps,
+        "tiny-ocr-awm": no_steps,
     }.items():
         other = keys(name)
         differ = {key for key in plain.keys() | other if plain.get(key) != other.get(key)}
@@ -270,7 +330,7 @@ def test_the_tiny_recipes_differ_in_what_their_names_say():
 
 
 @pytest.mark.skipif("FLOWGRPO_TEST_DATA" not in os.environ, reason="needs FLOWGRPO_TEST_DATA")
-@pytest.mark.parametrize("name", [n for n in PUBLISHED if "ocr" in n or "geneval" in n])
+@pytest.mark.parametrize("name", [n for n in GPUS if "ocr" in n or "geneval" in n])
 def test_a_recipe_takes_the_public_prompts(name: str):
     file = "geneval_test.jsonl" if "geneval" in name else "ocr_test.txt"
     path = Path(os.environ["FLOWGRPO_TEST_DATA"], file)

@@ -44,8 +44,9 @@ PARTS = {
     "serving.http.RequireToken.__call__",
     "rewards.environments._faults",
     "rewards.environments._misfits",
-    "algorithm.gate.RatioGate._mismatches",
+    "algorithm.gate.OnPolicyGate._mismatches",
     "spec.file._explain",
+    "spec.file._explain_kind",
 }
 
 

@@ -347,6 +347,16 @@ def test_sample_writes_the_grid_that_it_says(runs, tmp_path):
     assert np.array_equal(np.asarray(Image.open(out)), np.concatenate(images))
 
 
+def test_images_are_drawn_by_the_solver_of_the_evaluations(runs):
+    spec = runs["lora"].read_spec()
+    policy = load_trained(spec, runs["lora"], "ema")
+    by_other = spec.model_copy(
+        update={"evaluation": spec.evaluation.model_copy(update={"solver": "dpm2"})}
+    )
+    euler, dpm2 = (generate(policy, s, PROMPTS[:1], 4, SEED, 1) for s in (spec, by_other))
+    assert not np.array_equal(euler, dpm2)
+
+
 def test_sample_makes_the_folder_that_it_writes_into(runs, tmp_path):
     out = tmp_path / "new" / "grid.png"
     result = invoke("sample", runs["lora"].path, PROMPTS[0], "--steps", 1, "--out", out)

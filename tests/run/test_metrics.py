@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
+from flowgrpo_ray.algorithm.objectives import KlSpec
 from flowgrpo_ray.common.types import MicrobatchStats, Schedule, StepStats, WeightsTicket, WorkUnit
 from flowgrpo_ray.rewards import weighted_total
 from flowgrpo_ray.run.metrics import (
@@ -21,7 +22,7 @@ from flowgrpo_ray.run.metrics import (
 )
 from flowgrpo_ray.spec.file import load_spec
 from flowgrpo_ray.spec.prompts import plan_iteration
-from flowgrpo_ray.spec.sections import AdvantagesSpec, KlSpec
+from flowgrpo_ray.spec.sections import AdvantagesSpec
 from flowgrpo_ray.spec.training import TrainingSpec
 
 INF, NAN = float("inf"), float("nan")
@@ -225,34 +226,33 @@ def row_spec(*overrides: str) -> TrainingSpec:
     )
 
 
-def stats(samples: int, log_ratio_sum=(0, 0), log_ratio_square_sum=(0, 0), **changes: float):
+def stats(samples: int, gate_sum=(0, 0), gate_square_sum=(0, 0), **changes: object):
     """Of one micro-batch; sums of the two steps."""
-    plain = dict.fromkeys(MicrobatchStats.__dataclass_fields__, 0) | changes
+    plain: dict[str, object] = dict.fromkeys(MicrobatchStats.__dataclass_fields__, 0)
+    plain |= {"gated": True, "sums": {}} | changes
     plain |= {
         "samples": samples,
-        "log_ratio_sum": np.array(log_ratio_sum, float),
-        "log_ratio_square_sum": np.array(log_ratio_square_sum, float),
+        "gate_sum": np.array(gate_sum, float),
+        "gate_square_sum": np.array(gate_square_sum, float),
     }
     return MicrobatchStats(**plain)  # type: ignore[arg-type]
 
 
 UPDATES = [
     (
-        [stats(2, log_ratio_max=1e-7, policy_loss_sum=2, kl_sum=1)],
+        [stats(2, gate_max=1e-7, policy_loss_sum=2, sums={"kl": 1})],
         StepStats(grad_norm=0.5, learning_rate=1e-4, seconds=1),
     ),
     (
         [
-            stats(2, (1, 2), (1, 2), log_ratio_max=2),
+            stats(2, (1, 2), (1, 2), gate_max=2),
             stats(
                 4,
                 (5, 0),
                 (13, 0),
-                log_ratio_max=3,
-                clipped_low=4,
-                clipped_high=6,
+                gate_max=3,
                 policy_loss_sum=-10,
-                kl_sum=7,
+                sums={"kl": 7, "clip_fraction.low": 4, "clip_fraction.high": 6},
             ),
         ],
         StepStats(grad_norm=None, learning_rate=2e-4, seconds=1),

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowgrpo_ray.common.errors import PromptError
+from flowgrpo_ray.common.types import Noising
 from flowgrpo_ray.spec.file import load_spec
 from flowgrpo_ray.spec.prompts import (
     Block,
@@ -271,6 +272,24 @@ def test_evaluation_is_constant():
     assert {unit.stream for unit in units} == {"eval"}
     assert {unit.schedule.eta for unit in units} == {(0.0,) * 10}
     assert plan_evaluation(make_spec(seed=5, groups=8), batch + 3, sigmas(10)) == units
+    assert {unit.schedule.solver for unit in units} == {"euler"}
+    other = spec.evaluation.model_copy(update={"solver": "dpm2"})
+    by_other = plan_evaluation(spec.model_copy(update={"evaluation": other}), 3, sigmas(10))
+    assert {unit.schedule.solver for unit in by_other} == {"dpm2"}
+
+
+def test_finished_images_are_planned_without_noise():
+    """A point for each noise level; the sampling's own solver, and no stochastic step."""
+    spec = load_spec("tiny-ocr-nft")
+    found = plan_iteration(spec, 3, 256, sigmas(spec.sampling.steps))
+    assert found.schedule.solver == "dpm2"
+    assert found.schedule.eta == (0.0,) * 6
+    assert found.points == (0, 1)
+    assert found.points == tuple(range(spec.points))
+    (noising,) = {unit.noising for unit in found.units}
+    assert noising == Noising(2, "uniform", (0.4, 1))
+    refill = plan_refill(spec, found, 256, {0}, 1)
+    assert {unit.noising for block in refill for unit in block} == {noising}
 
 
 # --- files

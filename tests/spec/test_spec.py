@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flowgrpo_ray.algorithm.objectives import FlowDppo, FlowGrpo, GrpoGuard
 from flowgrpo_ray.cluster import session
 from flowgrpo_ray.common.errors import (
     ClusterError,
@@ -26,7 +27,6 @@ from flowgrpo_ray.estimate.footprint import count_work
 from flowgrpo_ray.estimate.preflight import check_run
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.spec.file import RECIPES, dump_spec, load_spec, recipe_names, validate
-from flowgrpo_ray.spec.sections import FlowDppo, FlowGrpo, GrpoGuard
 from flowgrpo_ray.spec.training import TrainingSpec
 
 SAMPLING = (

@@ -334,6 +334,52 @@ def test_the_page_draws_steps_and_refills_where_rows_have_them(tmp_path: Path, b
     assert "refilled<b>" not in older
 
 
+@needs_browser
+def test_the_page_is_that_of_whatever_objective_the_run_has(tmp_path: Path, browser: Browser):
+    """By its card alone: the class of this one is nowhere."""
+    folder = make_run(tmp_path / "own")
+    card = {
+        "kind": "nowhere:Mine",
+        "called": "Mine",
+        "gate": {"name": "gap", "symbol": "gap", "title": "The gap", "meaning": "It must be 0."}
+        | {"signed": False},
+        "gated": "first",
+        "steps": False,
+        "charts": [
+            {
+                "title": "Two parts",
+                "unit": "u",
+                "penalty": False,
+                "lines": [{"label": "one", "path": "own.a"}, {"label": "other", "path": "own.b"}],
+            },
+            {
+                "title": "A penalty",
+                "unit": "p",
+                "penalty": True,
+                "lines": [{"label": "p", "path": "tie"}],
+            },
+        ],
+    }
+    (folder / "objective.json").write_text(json.dumps(card))
+    rows = read_rows(folder / "metrics.jsonl")
+    for row in rows:
+        if row["kind"] == "train":
+            first = row["iteration"] == 1
+            for key in ("log_ratio", "clip_fraction", "kl"):
+                row.pop(key, None)
+            row["gap"] = {"gate": 0.0 if first else None, "max_abs": 0.25, "mean": 0.1, "std": 0.01}
+            row |= {"own": {"a": 1.5, "b": 2.5}, "tie": 0.75}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = drawn(browser, write_report(folder))
+    for told in ("Mine run report", "The gap", "It must be 0.", "Largest |gap|", "Mean |gap|"):
+        assert told in text
+    assert "gate is exactly 0 in the one iteration whose samples are of the weights" in text
+    for told in ("Two parts", "one 1.5", "other 2.5", "A penalty", "p 0.75"):
+        assert told in text
+    for absent in ("log ρ", "Clipped", "KL to the base model"):
+        assert absent not in text
+
+
 def drawn(browser: Browser, page: Path) -> str:
     """The body as the page's code has made it."""
     browser.open(page.as_uri())

@@ -45,7 +45,7 @@ function renderHeader(embedded) {
   const held = head.prompts == null ? "" : `Mean reward on ${plural(head.prompts, "held-out prompt")}${weights}${when}.`;
   show(
     byId("header"),
-    el("p", { class: "eyebrow" }, embedded ? `Flow-GRPO run report, written ${moment(run.now)}` : "Flow-GRPO run"),
+    el("p", { class: "eyebrow" }, embedded ? `${run.objective.called} run report, written ${moment(run.now)}` : `${run.objective.called} run`),
     el("h1", {}, run.name),
     el("p", { class: "status" }, chip(run.state), el("span", { class: "muted" }, doing())),
     alerts(),
@@ -93,7 +93,7 @@ function facts(head) {
     ["Time", isNumber(head.seconds) ? duration(head.seconds) : null],
     ["Left, about", active() && all > done ? left(all - done) : null],
     ["Images per second", pace == null ? null : number(pace), "mean of the last 20 iterations"],
-    ["Largest gate |log ρ|", head.gate == null ? null : number(head.gate)],
+    [`Largest gate |${symbol()}|`, head.gate == null ? null : number(head.gate)],
     ["Last checkpoint", checkpoint ? `iteration ${count(checkpoint.iteration)}${active() ? `, ${ago(run.now - checkpoint.at)}` : ""}` : active() ? "none yet" : null],
     ["Ray", link ? el("a", { href: dashboard, target: "_blank", rel: "noreferrer" }, "dashboard ↗") : null],
   ];
@@ -174,28 +174,39 @@ function renderRewards() {
 
 // ---- ratio -----------------------------------------------------------------------------------------
 
+// The quantity of the objective that has to be 0 before an iteration's first update.
+const symbol = () => run.objective.gate.symbol.replaceAll("rho", "ρ");
+const gated = (rest) => `${run.objective.gate.name}.${rest}`;
+
+// The charts of what the objective reports beside it: penalties of the loss, or the others.
+const objectiveCharts = (penalty) => run.objective.charts.filter((wanted) => wanted.penalty === penalty).map(({ title, unit, lines }) => {
+  const colors = lines.length > 1 ? [COLORS[1], COLORS[0], ...COLORS.slice(2)] : COLORS;
+  return chart({ title, unit, floor: 0, series: lines.map(({ label, path }, i) => line(label, colors[i % colors.length], run.train, path)) });
+});
+
 function renderRatio() {
+  byId("ratio-title").textContent = run.objective.gate.title;
+  byId("ratio-meaning").textContent = run.objective.gate.meaning;
   const { gate, gates } = run.headline;
-  const good = gate === 0 && gates === run.train.length;
-  const all = gates === 1 ? "the one iteration" : `all ${count(gates)} iterations`;
+  const apart = run.objective.gated === "first" && gates > 0;
+  const good = gate === 0 && (apart || gates === run.train.length);
+  const all = apart ? `${gates === 1 ? "the one iteration" : `the ${count(gates)} iterations`} whose samples are of the weights it trained` : gates === 1 ? "the one iteration" : `all ${count(gates)} iterations`;
   const verdict = byId("ratio-verdict");
   if (!run.train.length) verdict.textContent = "No training iteration yet.";
   else if (gate == null) verdict.textContent = "The gate was not recorded.";
   else verdict.textContent = good ? `The gate is exactly 0 in ${all}.` : `The gate is at most ${number(gate)}, recorded in ${count(gates)} of ${plural(run.train.length, "iteration")}.`;
   verdict.className = `verdict ${good ? "" : "open"}`;
   if (!run.train.length) return place(byId("ratio-charts"), []);
-  const spread = (row) => around(at(row, "log_ratio.mean"), at(row, "log_ratio.std"));
-  const steps = perStep();
+  const size = run.objective.gate.signed ? symbol() : `|${symbol()}|`;
+  const spread = (row) => around(at(row, gated("mean")), at(row, gated("std")));
+  const steps = run.objective.steps ? perStep() : [];
   place(byId("ratio-charts"), [
     chart({
-      title: "Largest |log ρ|", unit: "|log ρ|", floor: 0, rule: { y: 0, label: "required of the gate: 0" },
-      series: [line("after updates", COLORS[0], run.train, "log_ratio.max_abs"), line("gate", COLORS[1], run.train, "log_ratio.gate")],
+      title: `Largest |${symbol()}|`, unit: `|${symbol()}|`, floor: 0, rule: { y: 0, label: "required of the gate: 0" },
+      series: [line("after updates", COLORS[0], run.train, gated("max_abs")), line("gate", COLORS[1], run.train, gated("gate"))],
     }),
-    chart({ title: "Mean log ρ", unit: "log ρ", series: [line("mean ± spread", COLORS[0], run.train, "log_ratio.mean", spread)] }),
-    chart({
-      title: "Clipped", unit: "share of samples × steps", floor: 0,
-      series: [line("below", COLORS[1], run.train, "clip_fraction.low"), line("above", COLORS[0], run.train, "clip_fraction.high")],
-    }),
+    chart({ title: `Mean ${size}`, unit: size, series: [line("mean ± spread", COLORS[0], run.train, gated("mean"), spread)] }),
+    ...objectiveCharts(false),
     ...(steps.length ? [stepChart(steps)] : []),
   ]);
   show(byId("ratio-tables"), steps.length ? stepTable(steps) : null);
@@ -205,7 +216,7 @@ function renderRatio() {
 function perStep() {
   const steps = new Map();
   for (const row of run.train) {
-    const { step = [], mean: means = [], std = [] } = at(row, "log_ratio.per_step") ?? {};
+    const { step = [], mean: means = [], std = [] } = at(row, gated("per_step")) ?? {};
     step.forEach((name, i) => {
       if (!steps.has(name)) steps.set(name, []);
       steps.get(name).push({ it: row.iteration, mean: means[i], std: std[i] });
@@ -247,7 +258,7 @@ function renderUpdate() {
   const most = count(largest(run.train.map((row) => at(row, "groups.total"))));
   const float16 = run.train.some((row) => row.loss_scale);
   place(byId("update-charts"), [
-    chart({ title: "KL to the base model", unit: "KL", floor: 0, series: [line("KL", COLORS[0], run.train, "kl")] }),
+    ...objectiveCharts(true),
     chart({ title: "Gradient norm", unit: "norm before clipping", floor: 0, series: [line("mean of the updates", COLORS[0], run.train, (row) => mean(norms(row)), ends)] }),
     chart({ title: "Loss", unit: "loss", series: [line("total", COLORS[0], run.train, "loss"), line("policy", COLORS[1], run.train, "policy_loss")] }),
     chart({ id: "groups", title: `Groups without effect, of ${more ? "up to " : ""}${most}`, unit: "groups", floor: 0, whole: true, ...groups }),

@@ -1,41 +1,54 @@
-"""The GRPO objective on one micro-batch: importance ratios, clipping, KL.
+"""What objectives are written with: importance ratios, clipping, masks, KL.
 
-Shapes: ``B`` samples. Everything works on the log-ratio: clip ranges go down to 2e-6, where
-``rho - 1`` has only a few float32 units left.
+Shapes: ``B`` samples, ``*D`` latent dimensions. Everything works on the log-ratio: clip ranges go
+down to 2e-6, where ``rho - 1`` has only a few float32 units left.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from flowgrpo_ray.algorithm.flow import Gaussian, mean_over_latent
+    from flowgrpo_ray.algorithm.flow import Gaussian
 
 
-def clipped_loss(log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """``mean max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high))``: scalar.
+def mean_over_latent(x: Tensor) -> Tensor:
+    """``[B, *D] -> [B]``."""
+    return x.flatten(1).mean(1)
+
+
+def clipped_losses(
+    log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
+) -> Tensor:
+    """``max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high))``: ``[B]``.
 
     Written on the log-ratio: a positive advantage is only ever clipped from above, a negative one
     from below. ``log_ratio`` and ``advantage`` are ``[B]``.
     """
-    bounded = torch.where(
-        advantage > 0,
-        log_ratio.clamp(max=math.log1p(clip_high)),
-        log_ratio.clamp(min=math.log1p(-clip_low)),
-    )
-    return -(advantage * bounded.exp()).mean()
+    low, high = log_bounds(clip_low, clip_high)
+    bounded = log_ratio.clamp(max=high).where(advantage > 0, log_ratio.clamp(min=low))
+    return -(advantage * bounded.exp())
+
+
+def clipped_loss(log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """The mean of ``clipped_losses``: scalar."""
+    return clipped_losses(log_ratio, advantage, clip_low, clip_high).mean()
 
 
 def clipped(
     log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
     """Which samples have no gradient because of the lower and the upper bound: two ``bool [B]``."""
-    low = (advantage < 0) & (log_ratio <= math.log1p(-clip_low))
-    high = (advantage > 0) & (log_ratio >= math.log1p(clip_high))
-    return low, high
+    low, high = log_bounds(clip_low, clip_high)
+    return (advantage < 0) & (log_ratio <= low), (advantage > 0) & (log_ratio >= high)
+
+
+def log_bounds(clip_low: float, clip_high: float) -> tuple[float, float]:
+    """Of ``log rho``; a ``clip_low`` of 1 leaves it free below."""
+    return math.log1p(-clip_low) if clip_low < 1 else -math.inf, math.log1p(clip_high)
 
 
 def guard_log_ratio(new: Gaussian, old: Gaussian, x_next: Tensor) -> Tensor:
@@ -59,9 +72,9 @@ def diverged(
     return (divergence >= max_divergence) & (advantage * log_ratio > 0)
 
 
-def masked_loss(log_ratio: Tensor, advantage: Tensor, masked: Tensor) -> Tensor:
-    """``mean -A rho`` over samples, 0 for those of ``masked [B]``: scalar; no clipping."""
-    return -(advantage * log_ratio.exp()).masked_fill(masked, 0).mean()
+def masked_losses(log_ratio: Tensor, advantage: Tensor, masked: Tensor) -> Tensor:
+    """``-A rho``, 0 for the samples of ``masked [B]``: ``[B]``; no clipping."""
+    return -(advantage * log_ratio.exp()).masked_fill(masked, 0)
 
 
 def kl_to_reference(

@@ -1,0 +1,38 @@
+"""Flow-GRPO (arXiv 2505.05470): a clipped policy gradient on the steps of sampling."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from flowgrpo_ray.algorithm.objectives.base import Bounds, Term
+from flowgrpo_ray.algorithm.objectives.steps import Step, StepObjective
+from flowgrpo_ray.algorithm.objectives.surrogate import clipped, clipped_losses
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class FlowGrpo(StepObjective):
+    """Clipped policy gradient on group advantages (Flow-GRPO)."""
+
+    called = "Flow-GRPO"
+    keeps_old = False
+
+    kind: Literal["flow_grpo"]
+    clip_low: float = Field(default=1e-4, gt=0, lt=1)
+    clip_high: float = Field(default=1e-4, gt=0)
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds({"clip_low": self.clip_low, "clip_high": self.clip_high})
+
+    def terms(self, point: Step, advantage: Tensor) -> Term:
+        clip = self.bounds.values
+        low, high = clipped(point.log_ratio.detach(), advantage, *clip)
+        return Term(
+            loss=clipped_losses(point.log_ratio, advantage, *clip),
+            gate=point.log_ratio,
+            statistics={"clip_fraction.low": low, "clip_fraction.high": high, **self.ties(point)},
+        )
