@@ -188,8 +188,8 @@ class Objective(Strict):
         found: dict[str, Any] = {}
         for path in paths:
             head, _, rest = path.partition(".")
-            value = row.get(head)
-            found[path] = value.get(rest) if rest and isinstance(value, Mapping) else value
+            value: Any = row.get(head)
+            found[path] = value.get(rest) if rest and value is not None else value
         return found
 
     def check(self, sampling: SamplingSpec) -> None:
