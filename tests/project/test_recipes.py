@@ -269,7 +269,8 @@ def test_a_recipe_says_what_it_is_and_where_its_numbers_come_from(name: str):
 def test_the_sets_and_the_counts_fit(name: str):
     """The plan tiles; every reward of a GPU recipe that needs one has one."""
     spec = load_spec(name)
-    plan = plan_iteration(spec, 1, 10_000, tuple(range(spec.sampling.steps, -1, -1)))
+    steps = spec.sampling.steps
+    plan = plan_iteration(spec, 1, 10_000, tuple(k / steps for k in range(steps, -1, -1)))
     assert len(plan.units) == spec.sampling.units
     if name not in TINY:
         task = next(r for r in ("ocr", "geneval", "pickscore") if r in name or r in spec.rewards)
