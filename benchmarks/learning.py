@@ -1,6 +1,6 @@
 """Learning curves of the algorithms on the embedded model, and what over-optimization does to it.
 
-    python benchmarks/learning.py run --runs runs/learning        # 3 seeds: two hours and a half
+    python benchmarks/learning.py run --runs runs/learning        # 3 seeds: about four hours
     python benchmarks/learning.py time --runs runs/learning-time  # seconds per iteration, in turns
     python benchmarks/learning.py collect --runs runs/learning    # -> benchmarks/learning.json
     python benchmarks/learning.py draw                            # -> docs/images/*.png
