@@ -147,9 +147,9 @@ def _curve(file: Path) -> dict[str, Any]:
         "ocr": [round(m["ocr"], 4) for m in means],
         "sign_colour": [round(m["sign_colour"], 4) for m in means],
     }
-    # Over the second half, where every step has been through its window often.
-    if "window" not in trained[0] or trained[0]["window"] is None:
+    if not trained[0]["window"]:
         return curve  # of finished images
+    # Over the second half, where every step has been through its window often.
     later = [row["log_ratio"]["per_step"] for row in trained[len(trained) // 2 :]]
     steps = sorted({step for row in later for step in row["step"]})
     for moment in ("mean", "std"):

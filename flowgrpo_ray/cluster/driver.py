@@ -79,10 +79,9 @@ class Trainer:
         ticket = await self.crew.publish(iteration)
         with self._stream(iteration, ticket) as stream:
             numbers = [*range(len(stream.plan.updates))] * self.spec.objective.epochs
-            ends = [False] * (len(numbers) - 1) + [True]
             updates = [
-                await self._update(stream, number, last=last)
-                for number, last in zip(numbers, ends, strict=True)
+                await self._update(stream, number, last=turn == len(numbers))
+                for turn, number in enumerate(numbers, start=1)
             ]
         self.journal.iterated(Iterated(iteration, ticket, stream, updates))
 

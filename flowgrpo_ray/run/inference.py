@@ -13,7 +13,7 @@ from flowgrpo_ray import __version__
 from flowgrpo_ray.algorithm.sampling import rollout
 from flowgrpo_ray.algorithm.weights import load_arrays
 from flowgrpo_ray.common.errors import RunFolderError, SpecError
-from flowgrpo_ray.common.types import Images, LearnerState, Schedule, WeightsTicket, WorkUnit
+from flowgrpo_ray.common.types import Images, LearnerState, WeightsTicket, WorkUnit
 from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.policies.base import Policy
 from flowgrpo_ray.policies.encodings import EncodingCache
@@ -22,7 +22,7 @@ from flowgrpo_ray.run.checkpoint import Progress, list_checkpoints, load_checkpo
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.model_card import Exported, model_card
 from flowgrpo_ray.spec.file import load_spec
-from flowgrpo_ray.spec.prompts import Prompt
+from flowgrpo_ray.spec.prompts import Prompt, still_schedule
 from flowgrpo_ray.spec.training import TrainingSpec
 
 WEIGHTS = ("ema", "last")
@@ -85,9 +85,7 @@ def generate(
     encodings.add(prompts)
     conditions = [encodings.get(prompt) for prompt in prompts]
     size = spec.sampling.size
-    sigmas = policy.sigmas(steps, size)
-    still, solver = (0.0,) * steps, spec.evaluation.solver
-    schedule = Schedule(spec.sampling.kernel, sigmas, still, solver=solver)
+    schedule = still_schedule(spec, policy.sigmas(steps, size))
     images: list[Images] = []
     for index, start in enumerate(range(0, len(prompts), batch)):
         places = tuple(range(start, min(start + batch, len(prompts))))

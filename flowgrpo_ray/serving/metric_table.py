@@ -142,8 +142,7 @@ LATENCY = histogram("reward_latency_seconds", "{reward}", "from call to answer, 
 REPLICAS = gauge("reward_replicas", "{reward}", "replicas that run, as Serve says")
 TARGET = gauge("reward_replicas_target", "{reward}", "replicas that Serve is to keep")
 OF_DRIVER = (
-    *(OBJECTIVE,),
-    *(ITERATIONS, WEIGHTS_VERSION, IN_FLIGHT, CHECKPOINT_TIME, CHECKPOINT_ITERATION),
+    *(OBJECTIVE, ITERATIONS, WEIGHTS_VERSION, IN_FLIGHT, CHECKPOINT_TIME, CHECKPOINT_ITERATION),
     *(QUEUE, CALLS, IMAGES, FAILURES, SECONDS, LATENCY, REPLICAS, TARGET),
 )
 

@@ -6,19 +6,11 @@ The classes themselves, with their options and their mathematics, are ``algorith
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Discriminator, PlainValidator, SerializeAsAny, Tag, WithJsonSchema
 
-from flowgrpo_ray.algorithm.objectives import (
-    Awm,
-    DiffusionNft,
-    FlowDppo,
-    FlowGrpo,
-    GrpoGuard,
-    Objective,
-    own,
-)
+from flowgrpo_ray.algorithm.objectives import BUILTIN, Objective, own
 from flowgrpo_ray.common.errors import SpecError
 
 OWN = "module:Class"  # the tag of all that are named by an import path
@@ -48,14 +40,8 @@ def _own(given: Any) -> Objective:
 if TYPE_CHECKING:
     ObjectiveField = Objective
 else:
-    ObjectiveField = Annotated[
-        SerializeAsAny[
-            Annotated[FlowGrpo, Tag("flow_grpo")]
-            | Annotated[GrpoGuard, Tag("grpo_guard")]
-            | Annotated[FlowDppo, Tag("flow_dppo")]
-            | Annotated[DiffusionNft, Tag("diffusion_nft")]
-            | Annotated[Awm, Tag("awm")]
-            | Annotated[Objective, PlainValidator(_own), WithJsonSchema(_OWN_SCHEMA), Tag(OWN)]
-        ],
-        Discriminator(_tag),
-    ]
+    _KINDS = (
+        *(Annotated[cls, Tag(kind)] for kind, cls in BUILTIN.items()),
+        Annotated[Objective, PlainValidator(_own), WithJsonSchema(_OWN_SCHEMA), Tag(OWN)],
+    )
+    ObjectiveField = Annotated[SerializeAsAny[Union[_KINDS]], Discriminator(_tag)]  # noqa: UP007

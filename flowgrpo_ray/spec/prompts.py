@@ -254,9 +254,7 @@ def progressive_start(window: ProgressiveWindow, steps: int, iteration: int) -> 
 
 def plan_evaluation(spec: TrainingSpec, prompts: int, sigmas: tuple[float, ...]) -> list[WorkUnit]:
     """One image per held-out prompt from fixed noise, by ODE steps; always the same."""
-    still = (0.0,) * (len(sigmas) - 1)
-    solver = spec.evaluation.solver
-    schedule = Schedule(spec.sampling.kernel, sigmas, still, solver=solver)
+    schedule = still_schedule(spec, sigmas)
     return [
         WorkUnit(
             seed=0,  # not the run's: runs with other seeds are evaluated on the same noise
@@ -269,6 +267,12 @@ def plan_evaluation(spec: TrainingSpec, prompts: int, sigmas: tuple[float, ...])
         )
         for index, batch in enumerate(_chunks(range(prompts), spec.evaluation.micro_batch))
     ]
+
+
+def still_schedule(spec: TrainingSpec, sigmas: tuple[float, ...]) -> Schedule:
+    """Steps without noise, by the evaluations' solver."""
+    still = (0.0,) * (len(sigmas) - 1)
+    return Schedule(spec.sampling.kernel, sigmas, still, solver=spec.evaluation.solver)
 
 
 T = TypeVar("T")

@@ -1,8 +1,8 @@
 """The sections of a training spec, each checked by itself: keys are strict, values have bounds.
 
 ``sampling`` and ``cluster``, which have arithmetic of their own, are files beside this one, and
-``objective`` is a class of ``algorithm.objectives``. What
-concerns several sections is checked by ``TrainingSpec``, in ``flowgrpo_ray.spec.training``.
+``objective`` is a class of ``algorithm.objectives``. What concerns several sections is checked by
+``TrainingSpec``, in ``flowgrpo_ray.spec.training``.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ BUILTIN: dict[str, type[Objective]] = {
 def own(given: Mapping[str, Any]) -> Objective:
     """A user's objective from its section of a spec; ``SpecError`` names every wrong option."""
     kind = given["kind"]
-    cls = import_class("objective", kind, {})
+    cls = import_class("objective", kind, dict.fromkeys(BUILTIN, ""))
     if not issubclass(cls, Objective):
         raise SpecError(
             f"objective {kind!r}: {cls.__name__} is no objective: derive it from StepObjective or "

@@ -18,8 +18,7 @@ from flowgrpo_ray.algorithm.objectives.noised import (
     Times,
     squared,
 )
-from flowgrpo_ray.algorithm.objectives.steps import CLIPPED, RATIO
-from flowgrpo_ray.algorithm.objectives.surrogate import clipped, clipped_losses
+from flowgrpo_ray.algorithm.objectives.steps import CLIPPED, RATIO, clipped_term
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,9 +103,4 @@ class Awm(NoisedObjective):
         log_ratio = self.log_likelihood(point, point.velocity)
         log_ratio = log_ratio - self.log_likelihood(point, point.old)
         scaled = advantage / self.advantage_max
-        low, high = clipped(log_ratio.detach(), scaled, self.clip, self.clip)
-        return Term(
-            loss=clipped_losses(log_ratio, scaled, self.clip, self.clip),
-            gate=log_ratio,
-            statistics={"clip_fraction.low": low, "clip_fraction.high": high, **self.ties(point)},
-        )
+        return clipped_term(log_ratio, scaled, (self.clip, self.clip), self.ties(point))

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from flowgrpo_ray.algorithm.objectives.base import Bounds, Term
-from flowgrpo_ray.algorithm.objectives.steps import Step, StepObjective
-from flowgrpo_ray.algorithm.objectives.surrogate import clipped, clipped_losses
+from flowgrpo_ray.algorithm.objectives.steps import Step, StepObjective, clipped_term
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,10 +28,5 @@ class FlowGrpo(StepObjective):
         return Bounds({"clip_low": self.clip_low, "clip_high": self.clip_high})
 
     def terms(self, point: Step, advantage: Tensor) -> Term:
-        clip = self.bounds.values
-        low, high = clipped(point.log_ratio.detach(), advantage, *clip)
-        return Term(
-            loss=clipped_losses(point.log_ratio, advantage, *clip),
-            gate=point.log_ratio,
-            statistics={"clip_fraction.low": low, "clip_fraction.high": high, **self.ties(point)},
-        )
+        clip = (self.clip_low, self.clip_high)
+        return clipped_term(point.log_ratio, advantage, clip, self.ties(point))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from flowgrpo_ray.algorithm.objectives.base import Bounds, Term
-from flowgrpo_ray.algorithm.objectives.steps import Step, StepObjective
-from flowgrpo_ray.algorithm.objectives.surrogate import clipped, clipped_losses, guard_log_ratio
+from flowgrpo_ray.algorithm.objectives.steps import Step, StepObjective, clipped_term
+from flowgrpo_ray.algorithm.objectives.surrogate import guard_log_ratio
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,14 +37,8 @@ class GrpoGuard(StepObjective):
     def terms(self, point: Step, advantage: Tensor) -> Term:
         assert point.old is not None, "rollout workers keep means for GRPO-Guard"
         log_ratio = guard_log_ratio(point.new, point.old, point.x_next)
-        clip = self.bounds.values
-        low, high = clipped(log_ratio.detach(), advantage, *clip)
-        return Term(
-            loss=clipped_losses(log_ratio, advantage, *clip),
-            gate=log_ratio,
-            statistics={"clip_fraction.low": low, "clip_fraction.high": high, **self.ties(point)},
-            weight=1 / abs(point.dt),
-        )
+        clip = (self.clip_low, self.clip_high)
+        return clipped_term(log_ratio, advantage, clip, self.ties(point), weight=1 / abs(point.dt))
 
     def check(self, sampling: SamplingSpec) -> None:
         super().check(sampling)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from flowgrpo_ray.algorithm.objectives.base import Gate, Objective, Statistic
-from flowgrpo_ray.algorithm.objectives.surrogate import kl_to_reference
+from flowgrpo_ray.algorithm.objectives.base import Gate, Objective, Statistic, Term
+from flowgrpo_ray.algorithm.objectives.surrogate import clipped, clipped_losses, kl_to_reference
 from flowgrpo_ray.common.strict import Strict
 
 if TYPE_CHECKING:
@@ -58,6 +58,23 @@ RATIO = Gate(
     "Before an iteration's first update, sampler and learner must agree on every step's "
     "probability: the ratio is 1, so its logarithm has to be 0: the gate.",
 )
+
+
+def clipped_term(
+    log_ratio: Tensor,
+    advantage: Tensor,
+    clip: tuple[float, float],
+    ties: Mapping[str, Tensor],
+    weight: float = 1.0,
+) -> Term:
+    """The clipped surrogate on a ratio ``[b]``, with what ``CLIPPED`` reports of it."""
+    low, high = clipped(log_ratio.detach(), advantage, *clip)
+    return Term(
+        loss=clipped_losses(log_ratio, advantage, *clip),
+        gate=log_ratio,
+        statistics={"clip_fraction.low": low, "clip_fraction.high": high, **ties},
+        weight=weight,
+    )
 
 
 class StepObjective(Objective):
