@@ -15,7 +15,7 @@ NAME ?= tiny-ocr$(if $(wildcard runs/tiny-ocr),-$(shell date +%m%d-%H%M%S))
 
 quickstart: install
 	@$(BIN)/flowgrpo-ray train tiny-ocr --set name=$(NAME)
-	@echo "then:   $(BIN)/flowgrpo-ray train tiny-ocr-nft   (DiffusionNFT: the same in 25 iterations)"
+	@echo "then:   flowgrpo-ray train tiny-ocr-nft   (DiffusionNFT: the same in 25 iterations)"
 
 test: install
 	@$(BIN)/ruff check .

@@ -55,8 +55,9 @@ RATIO = Gate(
     "log_ratio",
     "log rho",
     "Importance ratio",
-    "Before an iteration's first update, sampler and learner must agree on every step's "
-    "probability: the ratio is 1, so its logarithm has to be 0: the gate.",
+    "ρ compares each sample's probability under the weights being trained with the one under which "
+    "it was drawn. Before an iteration's first update both are the same weights, so its logarithm "
+    "has to be 0: the gate.",
 )
 
 
