@@ -28,7 +28,7 @@ class Probe:
             if "torch" in asked:
                 scores[i] = "torch" in sys.modules
             if "threads" in asked:
-                scores[i] = importlib.import_module("torch").get_num_threads()
+                scores[i] = int(os.environ["OMP_NUM_THREADS"])
             if "infinite" in asked:
                 scores[i] = np.inf
             if "fail" in asked or asked.get("fail on") == os.getpid():

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from waiting import PATIENCE_S
@@ -64,20 +64,23 @@ SMALL: dict[str, Any] = {
 class Command:
     """``flowgrpo-ray train`` in a process group of its own, as a terminal starts it."""
 
+    program = ("-m", "flowgrpo_ray")
+    environment: ClassVar[dict[str, str]] = {}
+
     def __init__(self, folder: Path, *more: str, resume: bool = False, **changes: str) -> None:
         self.home = folder / "home"
         self.home.mkdir(exist_ok=True)
         self.run = folder / "runs" / SMALL["name"]
         self.mark = f"FLOWGRPO_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
         settings = {**SMALL, **changes}
-        command = [sys.executable, "-m", "flowgrpo_ray", "train", "tiny-ocr", *more]
+        command = [sys.executable, *self.program, "train", "tiny-ocr", *more]
         command += ["--runs", str(folder / "runs")]
         for key, value in settings.items():
             command += ["--set", f"{key}={value}"]
         key, _, value = self.mark.partition("=")
         self.process = subprocess.Popen(
             [*command, *(["--resume"] if resume else [])],
-            env=alone() | {"HOME": str(self.home), key: value},
+            env=alone() | self.environment | {"HOME": str(self.home), key: value},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -152,6 +155,17 @@ class Command:
         logs = [log.read_text(errors="replace") for log in self.run.glob("logs/*/raylet.out")]
         named = {name for log in logs for name in re.findall(r"/tmp/flowgrpo-\w+", log)}
         return sorted(name for name in named if Path(name).exists())
+
+
+class Chained(Command):
+    """With actors that give digests of what they are given, and with a reward that is as quick."""
+
+    program = ("-c", "import chained; chained.main()")
+    environment: ClassVar[dict[str, str]] = {"PYTHONPATH": str(Path(__file__).parent)}
+
+    def __init__(self, folder: Path, *more: str, resume: bool = False, **changes: str) -> None:
+        rewards = {"rewards": "{ocr: {reward: 'reward_samples:Probe'}}"}
+        super().__init__(folder, *more, resume=resume, **rewards | changes)
 
 
 @dataclass(frozen=True)

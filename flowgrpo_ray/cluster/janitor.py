@@ -77,22 +77,36 @@ def family(driver: int, known: set[Process]) -> set[Process]:
     return alive | below({driver, *(pid for pid, _ in alive)}, now)
 
 
+def end(driver: int, known: set[Process]) -> None:
+    """Kill what is left of the family, all at once: one that goes on while another is killed may
+    start a third, whose parent nobody would know."""
+    deadline = time.monotonic() + LOOK_S
+    still: set[Process] = set()
+    while time.monotonic() < deadline:
+        known = {p for p in family(driver, known) if p[0] != os.getpid()}
+        if not known - still:
+            break
+        for pid, _ in known - still:
+            _signal(pid, signal.SIGSTOP)
+        still |= known
+    for pid, _ in known:
+        _signal(pid, signal.SIGKILL)
+    while known & processes().keys() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _signal(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
 def main(driver: int, folder: Path, logs: Path) -> None:
     known: set[Process] = set()
     while not select.select([sys.stdin], [], [], LOOK_S)[0]:
         known = family(driver, known)
     if not folder.exists():
         return
-    deadline = time.monotonic() + LOOK_S
-    while time.monotonic() < deadline:
-        known = family(driver, known)
-        others = {pid for pid, _ in known} - {os.getpid()}
-        if not others:
-            break
-        for pid in others:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.05)
+    end(driver, known)
     keep_logs(folder, logs)
     shutil.rmtree(folder, ignore_errors=True)
 

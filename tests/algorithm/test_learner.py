@@ -744,12 +744,13 @@ GROUPS = {
     "two_ranks": (
         2,
         {"full-guard-kl", "full-sharded", "full-lean", "lora-grpo-kl", *OTHERS}
-        | {"full-nft-sharded", "lora-awm"},
+        | {"full-nft-sharded"},
     ),
     "two_ranks_more": (
         2,
         {"full-weights", "full-gradients", "lora-dppo", "lora-sharded"}
-        | {"full-lean-frugal", "lora-grpo-kl-frugal", "full-nft", "full-awm-sharded"},
+        | {"full-lean-frugal", "lora-grpo-kl-frugal", "full-nft", "full-awm-sharded"}
+        | {"lora-awm"},
     ),
     "four_ranks": (4, {"full-guard-kl", "full-sharded", "full-copies", "lora-grpo-kl"}),
 }
@@ -944,8 +945,16 @@ def test_a_state_moves_between_several_ranks_and_one_exactly(ranks, case, count)
 HALF = ("model.dtype=bfloat16", grpo("1e-3"), "sampling.guidance=3.0")
 
 
-@pytest.mark.parametrize("keep", [{}, LEAN], ids=["kept", "lean"])
-@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize(
+    ("tuning", "keep"),
+    [
+        ("full", LEAN),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("full", {}), ("lora", {}), ("lora", LEAN))
+        ),
+    ],
+)
 def test_weights_gathered_in_half_precision_give_the_bits_that_autocast_gives(tuning, keep):
     """The ratio of shards to a worker's float32 weights is exactly 1, after updates and loads."""
     overrides = (TUNINGS[tuning], *HALF)

@@ -1,7 +1,7 @@
 """The program as a user runs it: a real Ray cluster, real Serve, a real FSDP learner.
 
-One run is left alone; the other is stopped in every way a run can be stopped, and goes on with one
-rollout worker instead of two. Both must end with the same weights and the same metrics file.
+What is killed costs time and nothing else: a run that is stopped in every way a run can be stopped
+ends with the same weights and the same metrics file as one that is left alone.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ import time
 from pathlib import Path
 
 import pytest
-from whole_runs import IN_TURNS, ITERATIONS, Command, final_digests
+from whole_runs import IN_TURNS, ITERATIONS, Chained, Command, final_digests
 
 from flowgrpo_ray.common.paths import builtin_path
 from flowgrpo_ray.run.checkpoint import list_checkpoints
 from flowgrpo_ray.run.tracking import read_rows
 
 pytestmark = IN_TURNS
+ONE_WORKER = {"cluster.rollout": "{count: 1, cpus: 0.5}"}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(
     hardly_disturbed: None, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Command, str]:
-    command = Command(tmp_path_factory.mktemp("undisturbed"))
+    command = Command(tmp_path_factory.mktemp("undisturbed"), **ONE_WORKER)
     return command, command.finish()
 
 
@@ -57,50 +58,33 @@ def test_nothing_is_written_to_the_home_folder(undisturbed: tuple[Command, str])
 MOMENTS = ["ray::RolloutWorker.sample", "reward-ocr", "ray::LearnerRank.accumulate"]
 
 
-def test_the_same_weights_whatever_dies(undisturbed: tuple[Command, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("actors", [Chained, pytest.param(Command, marks=pytest.mark.slow)])
+def test_the_same_weights_whatever_dies(actors: type[Command], tmp_path: Path) -> None:
     """One of each kind; test_survival.py has every moment, and what hangs."""
-    killed = Command(tmp_path)
-    for iteration, moment in enumerate(MOMENTS, start=1):
-        killed.wait_for(iteration)
-        killed.lose(moment, signal.SIGKILL)
-    killed.wait_for(len(MOMENTS) + 1)
+    folders = [tmp_path / name for name in ("alone", "killed")]
+    for folder in folders:
+        folder.mkdir()
+    alone = actors(folders[0], **ONE_WORKER)
+    alone.finish()
+    killed = actors(folders[1])
+    worker, reward, learner = MOMENTS
+    killed.wait_for(1)
+    killed.lose(worker, signal.SIGKILL)
+    killed.lose(reward, signal.SIGKILL)
+    killed.wait_for(2)
+    killed.lose(learner, signal.SIGKILL)
+    killed.wait_for(3)
     killed.process.send_signal(signal.SIGKILL)  # the driver alone, as the kernel's OOM killer does
     killed.process.wait()
     assert not killed.left_behind(), "what is beside the driver clears up after it"
-    last = Command(tmp_path, resume=True, **{"cluster.rollout": "{count: 1, cpus: 0.5}"})
+    last = actors(folders[1], resume=True, **ONE_WORKER)
     last.finish()
-    assert_same(last.run, undisturbed[0].run)
+    assert_same(last.run, alone.run)
 
 
 def assert_same(run: Path, expected: Path) -> None:
     assert final_digests(run, ITERATIONS) == final_digests(expected, ITERATIONS)
     assert (run / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
-
-
-@pytest.mark.slow
-def test_the_same_weights_however_a_run_is_interrupted(
-    undisturbed: tuple[Command, str], tmp_path: Path
-) -> None:
-    killed = Command(tmp_path, iterations="5")
-    killed.wait_for(4)
-    killed.process.send_signal(signal.SIGKILL)  # the driver alone, as the kernel's OOM killer does
-    killed.process.wait()
-    assert not killed.left_behind(), "what is beside the driver clears up after it"
-    assert list((killed.run / "logs").rglob("gcs_server*")), "Ray's logs are kept"
-
-    asked_for_more = Command(tmp_path, resume=True, iterations="5")
-    asked_for_more.finish()  # off the rhythm of evaluations and checkpoints, and then longer:
-
-    interrupted = Command(tmp_path, resume=True)
-    interrupted.wait_for(6)
-    interrupted.signal_group(signal.SIGINT)
-    assert "continue with" in interrupted.finish()
-    done = interrupted.trained()
-    assert list_checkpoints(interrupted.run / "checkpoints")[-1].name.endswith(str(done))
-
-    last = Command(tmp_path, resume=True, **{"cluster.rollout": "{count: 1, cpus: 0.5}"})
-    last.finish()
-    assert_same(last.run, undisturbed[0].run)
 
 
 NFT = {
@@ -118,7 +102,7 @@ def test_nft_is_the_same_run_whatever_dies_and_however_many_sample(tmp_path: Pat
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
         folder.mkdir()
-    one = Command(folders[0], **NFT, **{"cluster.rollout": "{count: 1, cpus: 0.5}"})
+    one = Command(folders[0], **NFT, **ONE_WORKER)
     one.finish()
     killed = Command(folders[1], **NFT)
     for iteration, moment in enumerate(MOMENTS, start=1):
@@ -134,6 +118,20 @@ def test_nft_is_the_same_run_whatever_dies_and_however_many_sample(tmp_path: Pat
     rows = [row for row in read_rows(last.run / "metrics.jsonl") if row["kind"] == "train"]
     gates = [row["velocity_change"]["gate"] for row in rows]
     assert gates == [0.0] + [None] * (ITERATIONS - 1), "from then on other weights sample"
+
+
+@pytest.mark.slow
+def test_a_lost_worker_that_samples_and_trains_is_replaced(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("alone", "disturbed")]
+    for folder in folders:
+        folder.mkdir()
+    colocated = {"cluster.layout": "colocated", "cluster.learner.parallel": "replicate"}
+    alone, disturbed = (Command(folder, **colocated) for folder in folders)
+    disturbed.wait_for(3)
+    disturbed.lose("ray::ColocatedWorker.accumulate", signal.SIGKILL)
+    assert "was lost and is replaced: " in disturbed.finish()
+    alone.finish()
+    assert_same(disturbed.run, alone.run)
 
 
 @pytest.mark.slow

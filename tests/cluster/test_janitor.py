@@ -1,10 +1,12 @@
 """A killed driver's processes are ended, whenever the janitor looked. Real processes."""
 
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
+from waiting import wait_until
 
 from flowgrpo_ray.cluster import janitor
 
@@ -48,3 +50,20 @@ def test_orphans_seen_before_the_driver_is_missed_are_ended(tmp_path: Path):
             watching.communicate(timeout=30)
     orphan.wait(timeout=60)
     assert not folder.exists()
+
+
+BREEDING = "import subprocess, time\nwhile True:\n    subprocess.Popen(['sleep', '{mark}'])\n"
+
+
+def test_a_process_that_goes_on_starting_others_leaves_none_behind(tmp_path: Path):
+    mark = f"600.{random.getrandbits(40)}"
+
+    def bred() -> list[psutil.Process]:
+        return [p for p in psutil.process_iter(["cmdline"]) if mark in (p.info["cmdline"] or [])]
+
+    code = BREEDING.format(mark=mark)
+    with subprocess.Popen(["sh", "-c", f'{sys.executable} -c "{code}"; true']) as driver:
+        wait_until(bred, "it has started some")
+        janitor.end(driver.pid, set())
+        assert bred() == []
+        driver.kill()

@@ -11,6 +11,7 @@ from torch import nn
 from flowgrpo_ray.estimate.dry_run import Cost, give_shapes, measure, scaled, without_data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_few_blocks_tell_what_many_cost(checkpointing: bool):
     from diffusers import SD3Transformer2DModel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from functools import cache
@@ -120,9 +121,17 @@ def velocity_cost(spec: TrainingSpec, policy: Policy, *, backward: bool) -> Cost
     )
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize(
+    ("tuning", "dtype", "checkpointing"),
+    [
+        *(("full", "float32", False), ("lora", "bfloat16", True)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product(TUNINGS, ("float32", "bfloat16"), (False, True))
+            if case not in (("full", "float32", False), ("lora", "bfloat16", True))
+        ),
+    ],
+)
 def test_shapes_alone_cost_what_the_model_costs(tuning: str, dtype: str, checkpointing: bool):
     """Bit for bit, FLOPs and bytes: sampling, an update and the decoder, run on real tensors."""
     spec = small_spec(

@@ -400,6 +400,7 @@ def ranks(tmp_path_factory) -> dict[tuple[str, str], tuple[Any, Any]]:
     return {case: (single[case], both[case]) for case in CASES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_two_ranks_train_as_one_process(ranks, case):
     """Bit for bit: a sum of two micro-batches has one order, and their mean is a half of it."""

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 import flowgrpo_ray
 
 PACKAGE = Path(flowgrpo_ray.__file__).parent
@@ -223,7 +225,9 @@ def read_package() -> Source:
     return Source(modules)
 
 
-MESSAGES = list(dict.fromkeys(read_package().messages()))
+@pytest.fixture(scope="module")
+def messages() -> list[Message]:
+    return list(dict.fromkeys(read_package().messages()))
 
 
 # --- from the page
@@ -248,17 +252,17 @@ def pattern(entry: str) -> re.Pattern[str]:
 ENTRIES = entries(PAGE.read_text("utf-8"))
 
 
-def test_every_message_of_the_program_has_an_entry():
+def test_every_message_of_the_program_has_an_entry(messages: list[Message]):
     patterns = [pattern(entry) for entry in ENTRIES]
-    missing = [m for m in MESSAGES if not any(p.fullmatch(m.text) for p in patterns)]
+    missing = [m for m in messages if not any(p.fullmatch(m.text) for p in patterns)]
     told = "\n".join(f"  {m.place}: {m.text}" for m in missing)
     assert not missing, f"{len(missing)} messages are not in docs/troubleshooting.md:\n{told}"
 
 
-def test_every_entry_is_a_message_of_the_program():
+def test_every_entry_is_a_message_of_the_program(messages: list[Message]):
     vague = [entry for entry in ENTRIES if not says_something(entry)]
     assert not vague, "too short to say which message is meant"
-    gone = [e for e in ENTRIES if not any(pattern(e).fullmatch(m.text) for m in MESSAGES)]
+    gone = [e for e in ENTRIES if not any(pattern(e).fullmatch(m.text) for m in messages)]
     assert not gone, "no message of the program is like these"
 
 

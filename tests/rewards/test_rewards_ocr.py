@@ -291,11 +291,9 @@ TEXTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def paddle_reads(tmp_path_factory):
+def read_by_paddle(folder, *kinds):
     """What PaddleOCR reads in `IMAGES`, by kind, in a process of its own."""
     build_or_skip("paddleocr")
-    folder = tmp_path_factory.mktemp("paddle")
     models = (paddle_reader._detector(str(folder)), paddle_reader._recogniser(str(folder), 320))
     options = {
         "pages": {"threads": 2},
@@ -303,11 +301,9 @@ def paddle_reads(tmp_path_factory):
         "signs": {"detect": False, "batch": 4},
     }
     np.savez(folder / "images.npz", **IMAGES)
+    asked = json.dumps({kind: options[kind] for kind in kinds})
     run = subprocess.run(
-        [
-            *(environments.python_of("paddleocr"), "-c", PROGRAM),
-            *(folder / "images.npz", json.dumps(options)),
-        ],
+        [environments.python_of("paddleocr"), "-c", PROGRAM, folder / "images.npz", asked],
         capture_output=True,
         text=True,
         check=False,
@@ -316,19 +312,32 @@ def paddle_reads(tmp_path_factory):
     return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kind", IMAGES)
-def test_paddleocr_reads_what_is_drawn_and_what_rapidocr_reads(
-    paddle_reads, detecting, signs, kind
-):
-    """Up to white space, as the reward compares; `lines` by models from folders of our own."""
+@pytest.fixture(scope="module")
+def paddle_reads(tmp_path_factory):
+    return read_by_paddle(tmp_path_factory.mktemp("paddle"), "lines", "signs")
+
+
+def reads_the_same(kind, read, reader):
+    """What is drawn, up to white space, as the reward compares."""
 
     def plain(texts):
         return [text.lower().replace(" ", "") for text in texts]
 
-    reader = (signs if kind == "signs" else detecting)._reader
-    read = plain(paddle_reads[kind])
-    assert read == plain(TEXTS[kind])
-    assert read == plain(reader.read(IMAGES[kind]))
+    assert plain(read) == plain(TEXTS[kind])
+    assert plain(read) == plain(reader._reader.read(IMAGES[kind]))
+
+
+def test_paddleocr_reads_signs_as_rapidocr_does(paddle_reads, signs):
+    reads_the_same("signs", paddle_reads["signs"], signs)
+
+
+def test_paddleocr_reads_lines_by_models_from_folders_of_our_own(paddle_reads, detecting):
+    reads_the_same("lines", paddle_reads["lines"], detecting)
+
+
+@pytest.mark.slow
+def test_paddleocr_reads_pages_as_rapidocr_does(tmp_path, detecting):
+    reads_the_same("pages", read_by_paddle(tmp_path, "pages")["pages"], detecting)
 
 
 def test_paddleocr_ran_beside_another_numpy_and_opencv(paddle_reads):

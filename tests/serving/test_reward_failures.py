@@ -66,6 +66,7 @@ def test_a_retry_goes_to_another_replica(twins):
     assert stats.calls == 30
 
 
+@pytest.mark.slow
 def test_calls_at_once_are_spread_evenly(ray_cluster, tmp_path):
     """In one turn of three at least: a busy machine's replica that is slow to tell its queue length
     is passed over."""
@@ -106,12 +107,14 @@ def test_a_queue_length_of_before_does_not_tip_the_balance():
     assert sorted(Counter(asyncio.run(chosen())).items()) == [(n, 4) for n in range(4)]
 
 
-@pytest.mark.parametrize(("cpus", "threads"), [(0.25, 1), (2, 2)])
-def test_a_replica_computes_on_as_many_threads_as_it_has_cpus(ray_cluster, cpus, threads):
-    _deploy(RewardServiceArgs(name="wide", reward=PROBE, cpus=cpus))
-    (outcome,), _ = _ask("wide", [{"threads": 1}])
-    assert outcome.rewards["wide"].tolist() == [threads]
-    serve.delete(app_name("wide"))
+def test_a_replica_computes_on_as_many_threads_as_it_has_cpus(ray_cluster):
+    """By what torch reads when it is loaded; where two of them share a core, it takes fewer."""
+    cpus = {"narrow": 0.25, "wide": 2}
+    _deploy(*(RewardServiceArgs(name=name, reward=PROBE, cpus=n) for name, n in cpus.items()))
+    threads = {name: _ask(name, [{"threads": 1}])[0][0].rewards[name].tolist() for name in cpus}
+    assert threads == {"narrow": [1], "wide": [2]}
+    for name in cpus:
+        serve.delete(app_name(name))
 
 
 def test_a_slow_replica_costs_its_deadline_and_no_score(twins):
@@ -167,6 +170,7 @@ def test_statistics_of_the_replicas_add_up(twins):
         assert stats.ongoing == 0
 
 
+@pytest.mark.slow
 def test_calls_in_flight_are_answered_by_a_replica_that_is_taken_away(ray_cluster):
     _deploy(RewardServiceArgs(name="leaving", reward=PROBE))
     threading.Timer(0.5, serve.delete, [app_name("leaving")]).start()

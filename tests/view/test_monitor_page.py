@@ -298,6 +298,7 @@ def test_the_cluster_as_the_driver_tells_it(page: Browser, served: Served, root:
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_a_monitor_that_is_gone_and_comes_back(root: Path, browser: Browser):
     secret = {"FLOWGRPO_MONITOR_TOKEN": "0123456789abcdef"}
     port = str(own_port())
@@ -431,6 +432,7 @@ def test_hostile_text_stays_text(page: Browser, served: Served, root: Path):
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_a_long_run_is_drawn_with_few_points_and_read_with_all(
     page: Browser, served: Served, root: Path
 ):
