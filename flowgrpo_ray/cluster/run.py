@@ -7,7 +7,7 @@ import contextlib
 import errno
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from flowgrpo_ray.spec.training import TrainingSpec
 from flowgrpo_ray.view.report import write_report
 
 if TYPE_CHECKING:
+    from flowgrpo_ray.algorithm.gate import Floor
     from flowgrpo_ray.cluster.driver import Saved, Trainer
     from flowgrpo_ray.run.checkpoint import Progress
     from flowgrpo_ray.run.watch import Divergence
@@ -72,7 +73,7 @@ def train(
             del saved  # so that the trainer can free it
             live.follow(trainer)
             progress = _run(trainer)
-        summary = _summary(spec, progress, trainer.ratio_floor)
+        summary = _summary(spec, progress, trainer.floors)
         recorder.write_summary(summary)
         write_report(folder.path)
         stopped = progress.iteration < spec.iterations
@@ -140,7 +141,7 @@ async def _until_stopped(trainer: Trainer) -> Progress:
         raise KeyboardInterrupt from None
 
 
-def _summary(spec: TrainingSpec, progress: Progress, floor: float | None) -> dict[str, Any]:
+def _summary(spec: TrainingSpec, progress: Progress, floors: Mapping[int, Floor]) -> dict[str, Any]:
     return {
         "name": spec.name,
         "eval_before": progress.eval_before,
@@ -149,7 +150,8 @@ def _summary(spec: TrainingSpec, progress: Progress, floor: float | None) -> dic
         "iterations": progress.iteration,
         "images": progress.images,
         "failed_groups": progress.failed_groups,
-        "ratio_floor": floor,
+        "ratio_floor": max((floor.largest for floor in floors.values()), default=None),
+        "ratio_noise": {at: floor.as_json() for at, floor in floors.items() if not floor.exact},
         "seed": spec.seed,
         "spec_digest": spec.digest(),
     }
