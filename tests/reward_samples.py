@@ -27,7 +27,7 @@ class Probe:
                 scores[i] = os.getpid()  # exact in float32: below 2**24
             if "torch" in asked:
                 scores[i] = "torch" in sys.modules
-            if "threads" in asked:
+            if "variable" in asked:
                 scores[i] = importlib.import_module("torch").get_num_threads()
             if "infinite" in asked:
                 scores[i] = np.inf

@@ -16,6 +16,7 @@ from ray import ObjectRef
 from flowgrpo_ray.algorithm.gate import Floor
 from flowgrpo_ray.cluster.actors import Losses, RunOnRay, all_or_none
 from flowgrpo_ray.cluster.colocated import ColocatedWorker, WorkerGroup, WorkerPool
+from flowgrpo_ray.cluster.download import fetch_model
 from flowgrpo_ray.cluster.learner_group import Contribution, LearnerGroup, LearnerRank
 from flowgrpo_ray.cluster.linear import settled
 from flowgrpo_ray.cluster.live import Display
@@ -82,6 +83,7 @@ class Crew:
         What shares a GPU with text encoders comes when these are gone.
         """
         self.placement = await place(self.spec)
+        await fetch_model(self.spec, self.placement.nodes, self.display)
         self.spec = await settled(self.spec, self.placement.group, self.display.note)
         run = RunOnRay(self.spec, self.placement, self.ledger, self.losses)
         if self.spec.cluster.layout == "colocated":

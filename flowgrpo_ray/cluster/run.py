@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flowgrpo_ray.cluster.live import Display, Live
 from flowgrpo_ray.cluster.session import joined, ray_session
 from flowgrpo_ray.common.errors import RunFolderError
+from flowgrpo_ray.estimate import store
 from flowgrpo_ray.estimate.preflight import check_access, check_environments, check_run
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.tracking import SUMMARY, RunRecorder, StartClock
@@ -65,6 +66,8 @@ def train(
         saved = _continued(folder, [*prompts, *held_out]) if resume else None
         recorder = _recorder(folder, spec, saved, live)
         live.stage("starting Ray")
+        if not joined() and (too_small := store.told(spec)):
+            live.note(too_small)
         with ray_session(spec, folder.logs), contextlib.closing(recorder):
             clock.lap("ray")
             from flowgrpo_ray.cluster.driver import Trainer
