@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from flowgrpo_ray.algorithm.gate import FLOOR_MARGIN
+from flowgrpo_ray.algorithm.gate import Floor
 from flowgrpo_ray.algorithm.learner import Learner
 from flowgrpo_ray.algorithm.parallel import join_group
 from flowgrpo_ray.algorithm.sampling import rollout
@@ -188,8 +188,7 @@ def update(
     published, _ = learner.publish(0)
     assert published == ticket, "the learner draws the same adapters from the seed"
     conditions = {PROMPT: condition}
-    log_rho = max(learner.measure_floor(unit, t, conditions) for unit, t in sampled)
-    learner.gate.floor = log_rho * FLOOR_MARGIN
+    learner.gate.floor = Floor.of([learner.measure_floor(*of, conditions) for of in sampled])
     advantages = np.random.default_rng(0).normal(size=spec.sampling.images).astype(np.float32)
     batch = spec.sampling.micro_batch
     with Watch(device) as watch:
@@ -199,7 +198,7 @@ def update(
         learner.step(spec.sampling.images, spec.points)
     stages = [estimated.actors["learner"][stage] for stage in ("training", "update")]
     row = watch.row(spec.sampling.images, estimated.training_flops, stages)
-    return log_rho, row
+    return learner.gate.floor.largest, row
 
 
 def run(scale: str, dtype: str, device: torch.device) -> dict[str, Any]:

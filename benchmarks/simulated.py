@@ -110,8 +110,10 @@ class SimulatedLearner:
         arrays = {"weights": np.ones(max(1, int(seconds("bytes") / 4)), np.float32)}
         return (WeightsTicket(version, str(version)), time.perf_counter() - began), arrays
 
-    def measure_floor(self, *_: Any) -> float:
-        return 0.0
+    def measure_floor(self, *_: Any) -> dict[int, np.ndarray]:
+        return {}
+
+    def set_floor(self, floor: Any) -> None: ...
 
     def accumulate(
         self, unit: WorkUnit, trajectory: Trajectory, advantages: Any, keep: Any, *conditions: Any

@@ -151,8 +151,10 @@ class LearnerRank:
             self.version, self.behaviour = version, dict(arrays) if self.lags else {}
         return (ticket_of(version, arrays), 0.0), arrays
 
-    def measure_floor(self, *_: Any) -> float:
-        return 0.0
+    def measure_floor(self, *_: Any) -> dict[int, np.ndarray]:
+        return {}
+
+    def set_floor(self, floor: Any) -> None: ...
 
     def accumulate(
         self, unit: WorkUnit, trajectory: Any, advantages: Any, keep: Any, *conditions: Any

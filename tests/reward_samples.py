@@ -27,8 +27,8 @@ class Probe:
                 scores[i] = os.getpid()  # exact in float32: below 2**24
             if "torch" in asked:
                 scores[i] = "torch" in sys.modules
-            if "threads" in asked:
-                scores[i] = int(os.environ["OMP_NUM_THREADS"])
+            if "variable" in asked:
+                scores[i] = int(os.environ[asked["variable"]] or 0)
             if "infinite" in asked:
                 scores[i] = np.inf
             if "fail" in asked or asked.get("fail on") == os.getpid():

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +22,7 @@ GATED = "owner/gated"
 class Handler(BaseHTTPRequestHandler):
     folder: Path
     asked: list[str]
+    seconds: float = 0.0  # that a file takes, in ten parts
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -39,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
         elif path.startswith(f"/api/models/{REPO}/tree/"):
             self._send_json([{"type": "file", "oid": "0" * 40, **file} for file in self._files()])
         elif path.startswith(f"/api/models/{REPO}"):
-            siblings = [{"rfilename": file["path"]} for file in self._files()]
+            siblings = [{"rfilename": f["path"], "size": f["size"]} for f in self._files()]
             self._send_json({"id": REPO, "sha": COMMIT, "siblings": siblings, "tags": []})
         elif path.startswith(f"/{REPO}/resolve/"):
             self._send_file("/".join(path.split("/")[5:]), body)
@@ -71,14 +73,20 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content) if length is None else length))
         self.end_headers()
-        self.wfile.write(content)
+        part = max(1, -(-len(content) // 10))
+        for start in range(0, len(content), part):
+            self.wfile.write(content[start : start + part])
+            self.wfile.flush()
+            time.sleep(self.seconds / 10)
 
 
 @contextmanager
-def tiny_hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """``folder`` as ``REPO`` at the address that is yielded, with the list of paths asked for."""
+def tiny_hub(folder: Path, seconds: float = 0.0) -> Iterator[tuple[str, list[str]]]:
+    """``folder`` as ``REPO`` at the address that is yielded, with the list of paths asked for; each
+    answer takes so many ``seconds``."""
     asked: list[str] = []
-    handler = type("FolderHandler", (Handler,), {"folder": folder, "asked": asked})
+    attributes = {"folder": folder, "asked": asked, "seconds": seconds}
+    handler = type("FolderHandler", (Handler,), attributes)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

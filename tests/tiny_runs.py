@@ -238,6 +238,11 @@ def gradients(learner: Learner) -> dict[str, torch.Tensor]:
     return whole
 
 
+def largest_of(floor: Mapping[int, np.ndarray]) -> float:
+    """Of the gate quantities at all points."""
+    return max(float(values.max()) for values in floor.values())
+
+
 def largest_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
     """The largest absolute difference between arrays of the same names."""
     assert a.keys() == b.keys()

@@ -8,7 +8,9 @@ the first update of an iteration the gate holds what is replayed against what wa
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import add
 from typing import Literal
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flowgrpo_ray.algorithm.gate import FLOOR_MARGIN, OnPolicyGate
+from flowgrpo_ray.algorithm.gate import OnPolicyGate
 from flowgrpo_ray.algorithm.objectives import Term
 from flowgrpo_ray.algorithm.optimizer import LossScale, Optimizer, Shelf
 from flowgrpo_ray.algorithm.parallel import (
@@ -32,6 +34,7 @@ from flowgrpo_ray.algorithm.weights import digest, full, gather, load_arrays, to
 from flowgrpo_ray.common.types import (
     Condition,
     Float32,
+    Float64,
     LearnerState,
     MicrobatchStats,
     Parallel,
@@ -169,6 +172,7 @@ class Learner:
         not count. The loss is summed over samples and points; ``step`` divides.
         """
         started = time.perf_counter()
+        self.gate.admit(unit, trajectory)
         advantage = torch.tensor(advantages, device=self.device)
         kept = torch.tensor(keep, device=self.device)
         condition = batch_condition(self.policy, conditions, unit.prompts)
@@ -180,11 +184,11 @@ class Learner:
             loss = policy_loss = (term.loss * kept).mean() * term.weight * unit.batch
             for name, weight in self.objective.penalties.items():
                 loss = loss + weight * (term.statistics[name] * kept).sum()
-            if self.gate.armed:
-                self.gate.check(term.gate.detach(), unit, trajectory)
             (loss * self.scale.value).backward()
             tally.add(term, policy_loss)
-        return tally.stats(time.perf_counter() - started, gated=self.gate.exact)
+        excess = self.gate.check(tally.gates, unit, trajectory)
+        seconds = time.perf_counter() - started
+        return tally.stats(seconds, gated=self.gate.exact, excess=excess)
 
     def _anchors(
         self, unit: WorkUnit, trajectory: Trajectory, condition: dict[str, Tensor]
@@ -203,7 +207,7 @@ class Learner:
         """
         started = time.perf_counter()
         self._hold("last")
-        self.gate.armed = False
+        self.gate.conclude()
         norm = None
         overflow = False
         scale = self.scale.value
@@ -242,19 +246,19 @@ class Learner:
 
     def measure_floor(
         self, unit: WorkUnit, trajectory: Trajectory, conditions: Mapping[int, Condition]
-    ) -> float:
-        """The gate quantity of a fresh trajectory, at most: what this hardware cannot reproduce."""
+    ) -> dict[int, Float64]:
+        """The gate quantity of a fresh trajectory, absolute values ``[b]`` by point: what this
+        hardware cannot reproduce."""
         condition = batch_condition(self.policy, conditions, unit.prompts)
         advantage = torch.zeros(unit.batch, device=self.device)
         anchors = self._anchors(unit, trajectory, condition)
         self._hold(self._sampling(averaged=False))
-        floor = 0.0
         with torch.enable_grad():  # as in the update: kernels may differ
-            for point in points(self.policy, trajectory, unit, condition, anchors):
-                gate = self.objective.terms(point, advantage).gate.detach()
-                floor = max(floor, float(gate.abs().max()))
-        self.gate.floor = floor * FLOOR_MARGIN
-        return floor
+            gates = [
+                self.objective.terms(point, advantage).gate.detach().abs().double().cpu().numpy()
+                for point in points(self.policy, trajectory, unit, condition, anchors)
+            ]
+        return dict(zip(unit.points, gates, strict=True))
 
     # --- state
 
@@ -304,30 +308,44 @@ class Learner:
 
 
 class Tally:
-    """Statistics of one micro-batch, over its points and the samples that are ``kept``."""
+    """Statistics of one micro-batch, over its points and the samples that are ``kept``.
+
+    They stay on the device until all points are there: each transfer would wait for the GPU.
+    """
 
     def __init__(self, kept: Tensor) -> None:
         self._kept = kept
         self._gates: list[Tensor] = []
-        self._sums: dict[str, float] = {}
-        self._policy_loss = 0.0
+        self._sums: dict[str, list[Tensor]] = {}
+        self._policy_losses: list[Tensor] = []
 
     def add(self, term: Term, policy_loss: Tensor) -> None:
-        self._gates.append(term.gate.detach()[self._kept].double())
-        self._policy_loss += policy_loss.item()
+        self._gates.append(term.gate.detach())
+        self._policy_losses.append(policy_loss.detach())
         for name, values in term.statistics.items():
-            total = (values.detach() * self._kept).sum().item()
-            self._sums[name] = self._sums.get(name, 0.0) + total
+            self._sums.setdefault(name, []).append((values.detach() * self._kept).sum())
 
-    def stats(self, seconds: float, *, gated: bool) -> MicrobatchStats:
-        gates = torch.stack(self._gates)  # [K, samples]
+    @property
+    def gates(self) -> Float64:
+        """``[K, b]``, of all samples."""
+        return torch.stack(self._gates).double().cpu().numpy()
+
+    def stats(self, seconds: float, *, gated: bool, excess: int) -> MicrobatchStats:
+        gates = torch.stack(self._gates)[:, self._kept].double()  # [K, samples]
         return MicrobatchStats(
             samples=gates.shape[1],
             gate_sum=gates.sum(1).cpu().numpy(),
             gate_square_sum=gates.square().sum(1).cpu().numpy(),
             gate_max=gates.abs().max().item() if gates.numel() else 0.0,
             gated=gated,
-            policy_loss_sum=self._policy_loss,
-            sums=self._sums,
+            policy_loss_sum=_total(self._policy_losses),
+            sums={name: _total(values) for name, values in self._sums.items()},
             seconds=seconds,
+            gate_excess=excess,
         )
+
+
+def _total(values: Sequence[Tensor]) -> float:
+    """The sum of one number of each point, in float64, one after the other: ``sum`` rounds
+    otherwise from Python 3.12 on."""
+    return reduce(add, torch.stack([*values]).tolist(), 0.0)

@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from flowgrpo_ray.cluster.placement import Placement
 from flowgrpo_ray.common.errors import ClusterError
+from flowgrpo_ray.common.gpus import hide_gpus
 from flowgrpo_ray.run.ledger import Ledger
 from flowgrpo_ray.spec.cluster import ActorsSpec
 from flowgrpo_ray.spec.training import TrainingSpec
@@ -69,6 +70,8 @@ def set_up_process(kind: ActorsSpec, name: str, run: str) -> torch.device:
     """In an actor: who it is, for its log; quiet libraries, its threads and its device."""
     print(f"{name} of run {run}: pid {os.getpid()} on {socket.gethostname()}", flush=True)
     os.environ["OMP_NUM_THREADS"] = str(kind.threads)  # before torch is imported
+    if not kind.gpus:
+        hide_gpus()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore")

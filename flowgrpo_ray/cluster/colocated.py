@@ -26,6 +26,7 @@ from flowgrpo_ray.cluster.samplers import IN_FLIGHT, Pool, Waiting, Worker
 from flowgrpo_ray.common.types import (
     Condition,
     Float32,
+    Float64,
     Images,
     MicrobatchStats,
     Parallel,
@@ -102,7 +103,9 @@ class ColocatedWorker(RolloutWorker, LearnerRank):
             self.loaded = None  # the trained ones come in its place
         return super().accumulate(unit, self._own(trajectory), advantages, keep, *conditions)
 
-    def measure_floor(self, unit: WorkUnit, trajectory: Any, *conditions: Condition) -> float:
+    def measure_floor(
+        self, unit: WorkUnit, trajectory: Any, *conditions: Condition
+    ) -> dict[int, Float64]:
         return super().measure_floor(unit, self._own(trajectory), *conditions)
 
     def _own(self, trajectory: Trajectory | Kept) -> Trajectory:

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from ray import ObjectRef
 
+from flowgrpo_ray.algorithm.gate import Floor
 from flowgrpo_ray.cluster.actors import Losses, RunOnRay, all_or_none
 from flowgrpo_ray.cluster.colocated import ColocatedWorker, WorkerGroup, WorkerPool
+from flowgrpo_ray.cluster.download import fetch_model
 from flowgrpo_ray.cluster.learner_group import Contribution, LearnerGroup, LearnerRank
 from flowgrpo_ray.cluster.linear import settled
 from flowgrpo_ray.cluster.live import Display
@@ -23,7 +25,7 @@ from flowgrpo_ray.cluster.rollout import RolloutWorker
 from flowgrpo_ray.cluster.rollout_pool import RolloutPool
 from flowgrpo_ray.cluster.samplers import Pool, Sampled
 from flowgrpo_ray.common.errors import ContractError
-from flowgrpo_ray.common.types import WeightsTicket, WorkUnit
+from flowgrpo_ray.common.types import Float64, WeightsTicket, WorkUnit
 from flowgrpo_ray.rewards import weighted_total
 from flowgrpo_ray.run.ledger import Ledger
 from flowgrpo_ray.run.metrics import Scores, Signal
@@ -31,8 +33,10 @@ from flowgrpo_ray.serving import deploy
 from flowgrpo_ray.serving.args import args_of
 from flowgrpo_ray.serving.client import Patience, RewardClient, Traffic
 from flowgrpo_ray.spec.cluster import NAMES
-from flowgrpo_ray.spec.prompts import Prompt, plan_iteration
+from flowgrpo_ray.spec.prompts import Prompt, plan_probes
 from flowgrpo_ray.spec.training import TrainingSpec
+
+MOST_IN_NOISE = 0.1  # the share of fresh samples that noise alone may carry beyond a clip range
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Crew:
         What shares a GPU with text encoders comes when these are gone.
         """
         self.placement = await place(self.spec)
+        await fetch_model(self.spec, self.placement.nodes, self.display)
         self.spec = await settled(self.spec, self.placement.group, self.display.note)
         run = RunOnRay(self.spec, self.placement, self.ledger, self.losses)
         if self.spec.cluster.layout == "colocated":
@@ -131,26 +136,39 @@ class Crew:
         self.rollouts.publish(ticket, arrays)
         return ticket
 
-    async def measure_floor(self) -> float:
+    async def measure_floor(self, version: int = 0) -> Floor:
         """What this hardware cannot reproduce of the gate's 0; a clip range must lie above."""
-        ticket = await self.publish(0)
-        units = plan_iteration(self.spec, 0, len(self.prompts["train"]), self.sigmas).units
-        probe = [
-            self.contribution(unit, await self.sample(unit, ticket))
-            for unit in units[: self.spec.ranks.count]
-        ]
-        floor = await self.learners.measure_floor(probe)
-        bounds, symbol = self.spec.objective.bounds, self.spec.objective.gate.symbol
-        if bounds and not bounds.masks and floor >= min(bounds.values):
-            raise ContractError(
-                f"max |{symbol}| of a fresh trajectory is {floor:.3g} on this hardware, not below "
-                f"the clip range {min(bounds.values):.3g} of {bounds.keys}: updates would "
-                "follow rounding errors. Widen the clip range, use model.dtype: float32, or put "
-                "rollout and learner on one kind of device"
-            )
-        if floor:
-            self.display.note(f"on this hardware |{symbol}| of fresh samples is up to {floor:.3g}")
+        ticket = await self.publish(version)
+        measured: list[Mapping[int, Float64]] = []
+        for row in plan_probes(self.spec, len(self.prompts["train"]), self.sigmas):
+            sampled = await all_or_none(*(self.sample(unit, ticket) for unit in row))
+            probe = [self.contribution(*of) for of in zip(row, sampled, strict=True)]
+            measured += await self.learners.measure_floor(probe)
+            if Floor.of(measured).exact and not self.spec.computes_on_gpus:
+                break  # a CPU repeats every bit or none
+        floor = Floor.of(measured)
+        self._check_clip_range(floor)
+        await self.learners.set_floor(floor)
         return floor
+
+    def _check_clip_range(self, floor: Floor) -> None:
+        """``ContractError`` if the noise of this hardware would be clipped, and the spec does not
+        say that it may be."""
+        objective = self.spec.objective
+        bounds, symbol = objective.bounds, objective.gate.symbol
+        told = f"on this hardware |{symbol}| of fresh samples is not 0: {floor}"
+        if bounds and not bounds.masks:
+            lost = floor.beyond(min(bounds.values))
+            beyond = f"above the clip range {min(bounds.values):.3g} of {bounds.keys}"
+            if lost > MOST_IN_NOISE and not objective.clip_in_noise:
+                raise ContractError(
+                    f"{told}, and {lost:.0%} of it {beyond}: updates would follow rounding errors. "
+                    "Widen the clip range, use model.dtype: float32, put rollout and learner on "
+                    "one kind of device, or set objective.clip_in_noise: true"
+                )
+            told += f"; {lost:.1%} {beyond}"
+        if not floor.exact:
+            self.display.note(told)
 
     def prompts_of(self, unit: WorkUnit) -> list[str]:
         """The texts of a unit's distinct prompts, in order."""

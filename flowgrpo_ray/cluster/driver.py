@@ -18,6 +18,7 @@ import numpy as np
 import ray
 from ray.exceptions import ObjectLostError
 
+from flowgrpo_ray.algorithm.gate import Floor
 from flowgrpo_ray.cluster.actors import LearnerLostError, all_or_none
 from flowgrpo_ray.cluster.crew import REAL, Crew, Kinds
 from flowgrpo_ray.cluster.journal import Iterated, Journal
@@ -59,7 +60,7 @@ class Trainer:
         self.spec, self.folder, self.display = spec, folder, display
         self.prompts = {"train": prompts, "eval": held_out}
         self.stopping = False
-        self.ratio_floor: float | None = None
+        self.floors: dict[int, Floor] = {}  # by the iterations before they were measured
         self._saved = saved  # until it is taken up: as large as the whole learner
         # With max_lag 1: the iteration that is sampled meanwhile, and under which weights.
         self._ahead: Stream | None = None
@@ -150,7 +151,7 @@ class Trainer:
         """All that comes before the first iteration."""
         afresh = self._saved is None
         await self._take_up()
-        self.ratio_floor = await self.crew.measure_floor()
+        self.floors[self.journal.progress.iteration] = await self.crew.measure_floor()
         self.journal.started("ratio floor")
         if afresh and not self.stopping:
             await self.evaluate()
@@ -171,6 +172,9 @@ class Trainer:
         while not (self.stopping or journal.complete):
             await self.iterate(journal.progress.iteration + 1)
             done = journal.progress.iteration
+            if done == 1 and not (self.stopping or journal.complete or spec.sampling.max_lag):
+                # LoRA's are 0 before the first update, and so is what they make of rounding errors.
+                self.floors[1] = await self.crew.measure_floor(version=2)
             if not self.stopping and (journal.complete or done % spec.evaluation.every == 0):
                 await self.evaluate()
             if self.stopping or journal.complete or done % spec.checkpoint.every == 0:

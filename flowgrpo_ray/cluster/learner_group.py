@@ -29,6 +29,7 @@ from flowgrpo_ray.common.errors import ContractError
 from flowgrpo_ray.common.types import (
     Condition,
     Float32,
+    Float64,
     LearnerState,
     MicrobatchStats,
     Parallel,
@@ -41,6 +42,7 @@ from flowgrpo_ray.serving.ray_private import actor_id
 from flowgrpo_ray.spec.training import TrainingSpec
 
 if TYPE_CHECKING:
+    from flowgrpo_ray.algorithm.gate import Floor
     from flowgrpo_ray.algorithm.learner import Learner
     from flowgrpo_ray.policies.base import Policy
 
@@ -117,9 +119,12 @@ class LearnerRank:
 
     def measure_floor(
         self, unit: WorkUnit, trajectory: Trajectory, *conditions: Condition
-    ) -> float:
+    ) -> dict[int, Float64]:
         by_prompt = dict(zip(unit.distinct_prompts, conditions, strict=True))
         return self.learner.measure_floor(unit, trajectory, by_prompt)
+
+    def set_floor(self, floor: Floor) -> None:
+        self.learner.gate.floor = floor
 
     def step(self, samples: int, points: int, last: bool) -> StepStats:
         return self.learner.step(samples, points, last=last)
@@ -211,14 +216,19 @@ class LearnerGroup(ActorGroup):
             )
         return tickets[0], calls[0][1]
 
-    async def measure_floor(self, probe: Sequence[Contribution]) -> float:
-        """The largest gate quantity over one freshly sampled micro-batch per rank."""
+    async def measure_floor(self, probe: Sequence[Contribution]) -> list[dict[int, Float64]]:
+        """The gate quantities of one freshly sampled micro-batch per rank, by point."""
         here = [self._for_rank(*one) for one in enumerate(probe)]
         answers = [
             of.answer("accumulate", rank.measure_floor.remote(p.unit, p.trajectory, *p.conditions))
             for of, rank, p in zip(self.calls, self.ranks, here, strict=True)
         ]
-        return max(await self._of_all(answers))
+        return await self._of_all(answers)
+
+    async def set_floor(self, floor: Floor) -> None:
+        """Have every rank's gate hold what it sees against ``floor``."""
+        calls = zip(self.calls, self.ranks, strict=True)
+        await self._of_all([of.answer("load", r.set_floor.remote(floor)) for of, r in calls])
 
     def _for_rank(self, rank: int, contribution: Contribution) -> Contribution:
         """As that rank can take it."""

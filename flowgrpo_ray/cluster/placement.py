@@ -57,6 +57,7 @@ class Placement:
 
     group: PlacementGroup
     bundles: Mapping[str, Sequence[int]]
+    nodes: Sequence[str] = ()  # ids of those that hold any
 
 
 def plan_bundles(spec: TrainingSpec) -> list[Bundle]:
@@ -92,7 +93,7 @@ async def place(spec: TrainingSpec) -> Placement:
     for index in by_node:
         for section, _ in bundles[index].seats:
             seats[section].append(index)
-    return Placement(group, seats)
+    return Placement(group, seats, sorted(set(nodes.values())))
 
 
 def _no_room(bundles: Sequence[Bundle]) -> str:

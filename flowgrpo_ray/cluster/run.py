@@ -7,7 +7,7 @@ import contextlib
 import errno
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flowgrpo_ray.cluster.live import Display, Live
 from flowgrpo_ray.cluster.session import joined, ray_session
 from flowgrpo_ray.common.errors import RunFolderError
+from flowgrpo_ray.estimate import store
 from flowgrpo_ray.estimate.preflight import check_access, check_environments, check_run
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.tracking import SUMMARY, RunRecorder, StartClock
@@ -23,6 +24,7 @@ from flowgrpo_ray.spec.training import TrainingSpec
 from flowgrpo_ray.view.report import write_report
 
 if TYPE_CHECKING:
+    from flowgrpo_ray.algorithm.gate import Floor
     from flowgrpo_ray.cluster.driver import Saved, Trainer
     from flowgrpo_ray.run.checkpoint import Progress
     from flowgrpo_ray.run.watch import Divergence
@@ -64,6 +66,8 @@ def train(
         saved = _continued(folder, [*prompts, *held_out]) if resume else None
         recorder = _recorder(folder, spec, saved, live)
         live.stage("starting Ray")
+        if not joined() and (too_small := store.told(spec)):
+            live.note(too_small)
         with ray_session(spec, folder.logs), contextlib.closing(recorder):
             clock.lap("ray")
             from flowgrpo_ray.cluster.driver import Trainer
@@ -72,7 +76,7 @@ def train(
             del saved  # so that the trainer can free it
             live.follow(trainer)
             progress = _run(trainer)
-        summary = _summary(spec, progress, trainer.ratio_floor)
+        summary = _summary(spec, progress, trainer.floors)
         recorder.write_summary(summary)
         write_report(folder.path)
         stopped = progress.iteration < spec.iterations
@@ -140,7 +144,7 @@ async def _until_stopped(trainer: Trainer) -> Progress:
         raise KeyboardInterrupt from None
 
 
-def _summary(spec: TrainingSpec, progress: Progress, floor: float | None) -> dict[str, Any]:
+def _summary(spec: TrainingSpec, progress: Progress, floors: Mapping[int, Floor]) -> dict[str, Any]:
     return {
         "name": spec.name,
         "eval_before": progress.eval_before,
@@ -149,7 +153,8 @@ def _summary(spec: TrainingSpec, progress: Progress, floor: float | None) -> dic
         "iterations": progress.iteration,
         "images": progress.images,
         "failed_groups": progress.failed_groups,
-        "ratio_floor": floor,
+        "ratio_floor": max((floor.largest for floor in floors.values()), default=None),
+        "ratio_noise": {at: floor.as_json() for at, floor in floors.items() if not floor.exact},
         "seed": spec.seed,
         "spec_digest": spec.digest(),
     }

@@ -11,6 +11,8 @@ import math
 import os
 import secrets
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from pathlib import Path
 
 from flowgrpo_ray.cluster.janitor import RAY, janitor, keep_logs
 from flowgrpo_ray.common.errors import ClusterError, token_refused
+from flowgrpo_ray.estimate.store import store_size
 from flowgrpo_ray.spec.training import TrainingSpec, required_resources
 
 
@@ -64,7 +67,7 @@ def _joined(spec: TrainingSpec) -> Iterator[None]:
 
 @contextmanager
 def _private(spec: TrainingSpec, logs: Path) -> Iterator[None]:
-    check_local_gpus(spec)
+    gpus = check_local_gpus(spec)
     os.environ.update(private_environment())
     import ray
 
@@ -73,6 +76,8 @@ def _private(spec: TrainingSpec, logs: Path) -> Iterator[None]:
     with janitor(temporary, logs), _cleared(temporary, logs):
         try:
             ray.init(
+                num_gpus=gpus,
+                object_store_memory=store_size(spec),
                 num_cpus=max(os.cpu_count() or 1, math.ceil(needed["CPU"])),
                 # This one machine stands for all that the spec places by custom resources.
                 resources={k: math.ceil(n) for k, n in needed.items() if k not in ("CPU", "GPU")},
@@ -130,12 +135,19 @@ def check_resources(spec: TrainingSpec) -> None:
             raise ClusterError(_too_few(spec, resource, needed, have.get(resource, 0)))
 
 
-def check_local_gpus(spec: TrainingSpec) -> None:
-    """The same for GPUs before a private cluster starts, from the driver files of this machine."""
+def check_local_gpus(spec: TrainingSpec) -> int | None:
+    """The same for GPUs before a private cluster starts: how many there are, where ``spec`` asks
+    for any. They are those that torch finds: in WSL and in containers there are no files of them.
+    """
     needed = required_resources(spec)["GPU"]
-    have = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if not needed:
+        return None
+    program = "import torch; print(torch.cuda.device_count())"  # not here: torch takes seconds
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    have = int(found.stdout)
     if needed > have:
         raise ClusterError(_too_few(spec, "GPU", needed, have))
+    return have
 
 
 def _too_few(spec: TrainingSpec, resource: str, needed: float, have: float) -> str:

@@ -200,6 +200,7 @@ class MicrobatchStats:
     policy_loss_sum: float
     sums: Mapping[str, float]
     seconds: float
+    gate_excess: int = 0  # values far above what this hardware cannot reproduce
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.types import Condition, Images
+from flowgrpo_ray.policies.kernels import use_kernels
 from flowgrpo_ray.policies.linear import use_onednn
 from flowgrpo_ray.policies.lora import add_lora, merge_file, start_lora, switch
 from flowgrpo_ray.policies.lora_file import read_lora
@@ -69,6 +70,7 @@ class Policy(ABC):
         self.dtype = DTYPES[model.dtype]
         self.encoder_dtype = DTYPES[model.encoder_dtype or model.dtype]
         self.decoder_dtype = DTYPES[model.decoder_dtype or model.dtype]
+        use_kernels(model)
         self.with_reference = False
         self.reference_network: nn.Module | None = None
         if "network" in parts:

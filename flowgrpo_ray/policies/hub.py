@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowgrpo_ray.common.errors import ModelError
+from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.spec.families import FAMILIES
 
 if TYPE_CHECKING:
     from flowgrpo_ray.spec.sections import ModelSpec
+
+NEVER_LOADED = (  # pickles, other frameworks, and second copies in half precision
+    *("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx*", "*.gguf"),
+    *("*.fp16.safetensors", "*.md", "*.png", "*.jpg", ".git*"),
+)
 
 
 def identity(model: ModelSpec) -> str:
@@ -53,6 +61,54 @@ def hub_file(model: ModelSpec, name: str) -> Path:
         return Path(hf_hub_download(model.path, name, revision=model.revision))
     except (OSError, ValueError) as error:
         raise unavailable(model, f"{name} of it cannot be fetched", error) from error
+
+
+def wanted_files(model: ModelSpec) -> dict[str, int]:
+    """Names and bytes of a hub model's files that a run loads; none where the hub does not answer:
+    what is in this machine's cache is all that there is then."""
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    index = FAMILIES[model.family].index
+    try:
+        found = HfApi().model_info(model.path, revision=model.revision, files_metadata=True)
+        described = parse(hub_file(model, index).read_bytes())
+    except (httpx.TransportError, OfflineModeIsEnabled):
+        return {}
+    except (httpx.HTTPError, OSError, ValueError) as error:
+        raise unavailable(model, "its files cannot be listed", error) from error
+    parts = [name for name, part in described.items() if isinstance(part, list) and part[0]]
+    files = {file.rfilename: file.size or 0 for file in found.siblings or []}
+    return {
+        name: size
+        for name, size in files.items()
+        if not any(fnmatch(name, pattern) for pattern in NEVER_LOADED)
+        and (name == index or name.partition("/")[0] in parts or "model_index" not in index)
+    }
+
+
+def download(model: ModelSpec, files: Collection[str]) -> None:
+    """Fetch these files into this machine's cache."""
+    from huggingface_hub import snapshot_download
+
+    snapshot_download(model.path, revision=model.revision, allow_patterns=[*files])
+
+
+def fetched_bytes(model: ModelSpec, files: Mapping[str, int]) -> int:
+    """How much of these files is in this machine's cache, those on their way included."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=model.path, repo_type="model")
+    coming = sum(path.stat().st_size for path in folder.glob("blobs/*.incomplete"))
+    there = (
+        size
+        for name, size in files.items()
+        if isinstance(try_to_load_from_cache(model.path, name, revision=model.revision), str)
+    )
+    return sum(there) + coming
 
 
 def unavailable(model: ModelSpec, what: str, error: Exception) -> ModelError:

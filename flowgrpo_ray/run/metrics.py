@@ -125,6 +125,7 @@ def train_row(
         "groups": groups | {"refilled": groups["total"] - spec.sampling.groups},
         spec.objective.gate.name: {
             "gate": max(first) if first else None,
+            "excess": sum(s.gate_excess for s in stats),
             "max_abs": max((s.gate_max for s in stats), default=None),
             **gate_moments(points, stats),
         },

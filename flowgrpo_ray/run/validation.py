@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-FLOOR_MARGIN = 4.0  # the learner's: how far the gate may lie above the measured floor
-
 
 def validation_spec(spec: TrainingSpec, iterations: int) -> TrainingSpec:
     """``spec`` for ``iterations`` without KL or its like, evaluated at start and end, checkpointed
@@ -156,16 +154,12 @@ def _gate(objective: Objective, train: Sequence[Row], floor: float | None) -> Fi
     value = f"the gate is up to {gate:.2g} {counted}"
     if floor is None:
         return Finding(name, None, f"{value}, with no measured floor to hold it against")
-    if gate <= floor:
-        return Finding(name, True, f"{value}, within the measured floor {floor:.2g}; {moved}")
-    if gate <= FLOOR_MARGIN * floor:
-        says = f"{value}, within {FLOOR_MARGIN:g} times the measured floor {floor:.2g}; {moved}"
-        return Finding(name, True, says, warning=True)
-    says = (
-        f"{value}, above the measured floor {floor:.2g}: sampler and learner disagree before any "
-        f"update; {moved}"
-    )
-    return Finding(name, False, says)
+    if floor == 0:
+        says = f"{value}, above the measured floor 0: sampler and learner disagree; {moved}"
+        return Finding(name, False, says)
+    excess = sum(r[key].get("excess") or 0 for r in fresh)
+    says = f"{value}; the measured floor reaches {floor:.2g}, and {_count(excess, 'value')} lay far"
+    return Finding(name, True, f"{says} above it; {moved}", warning=excess > 0)
 
 
 def _spread_per_step(train: Sequence[Row], objective: Objective) -> str:
@@ -268,10 +262,10 @@ def _clip_range(objective: Objective, floor: float | None) -> Finding | None:
         says = f"{range_} is {value / floor:.2g} times the measured ratio floor {floor:.2g}"
         return Finding("clip range", True, says)
     says = (
-        f"{range_} is only {value / floor:.2g} times the measured ratio floor {floor:.2g}: updates "
-        "would follow rounding errors; widen it or use model.dtype: float32"
+        f"{range_} is only {value / floor:.2g} times the measured ratio floor {floor:.2g}: "
+        "rounding errors alone clip some samples; widen it or use model.dtype: float32"
     )
-    return Finding("clip range", False, says)
+    return Finding("clip range", True, says, warning=True)
 
 
 # --- gradients

@@ -91,6 +91,7 @@ FROM_ROWS = {
         counter("unscored_images", "unscored.{reward}", "training images without a score"),
         gauge("watch_diverging", "watch.{reward}.diverging", "1 while it over-optimizes"),
         gauge("log_ratio_gate", "log_ratio.gate", "max |log rho| before the first update"),
+        counter("log_ratio_excess", "log_ratio.excess", "values far above the floor"),
         gauge("log_ratio_max", "log_ratio.max_abs", "max |log rho|"),
         gauge("log_ratio_mean", "log_ratio.mean", "mean of log rho"),
         gauge("log_ratio_std", "log_ratio.std", "spread of log rho"),

@@ -21,6 +21,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from flowgrpo_ray.common.errors import RewardError
+from flowgrpo_ray.common.gpus import hide_gpus
 from flowgrpo_ray.common.images import decode_rgb
 from flowgrpo_ray.common.loopback import is_loopback
 from flowgrpo_ray.rewards import build, checked, describe, prompt_check
@@ -67,6 +68,8 @@ class RewardReplica:
 
     def __init__(self, args: RewardServiceArgs) -> None:
         stay_on_loopback()
+        if not args.gpus:
+            hide_gpus()
         self._args = args
         self._token = _token(args)
         self._check_prompt = prompt_check(args.reward)

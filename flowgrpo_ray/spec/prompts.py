@@ -7,11 +7,12 @@ prompts, the same window and the same work units.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -25,6 +26,7 @@ from flowgrpo_ray.spec.training import TrainingSpec
 
 MOST_BYTES = 2**30  # of a prompt file, which is held in memory
 LONGEST = 2**16  # characters of a prompt and its metadata
+PROBES = 4  # micro-batches at least that show what hardware cannot reproduce
 
 
 @dataclass(frozen=True)
@@ -236,8 +238,44 @@ def draw_eta(sampling: SamplingSpec, iteration: int, draw: random.Random) -> tup
             start = draw.randint(first, end - length)
         case ProgressiveWindow() as moving:
             start = progressive_start(moving, sampling.steps, iteration)
+    return _eta_from(sampling, start)
+
+
+def _eta_from(sampling: SamplingSpec, start: int) -> tuple[float, ...]:
     window = range(start, start + sampling.trained_steps)
     return tuple((sampling.eta or 0.0) if step in window else 0.0 for step in range(sampling.steps))
+
+
+def _covering_starts(sampling: SamplingSpec) -> list[int]:
+    """Of windows that together hold every step that is ever trained."""
+    match sampling.window:
+        case None | AllSteps():
+            return [0]
+        case RandomWindow(length=length, within=(first, end)):
+            last = end - length
+        case ProgressiveWindow(length=length, start=first):
+            last = sampling.steps - 1 - length
+    return [*range(first, last, length), last]
+
+
+def plan_probes(
+    spec: TrainingSpec, prompts: int, sigmas: tuple[float, ...]
+) -> list[list[WorkUnit]]:
+    """Micro-batches that show how exactly this hardware repeats itself, in rows of one per rank.
+
+    They are of an iteration 0 that is never trained; at least ``PROBES``, and windows that hold
+    every step that is ever trained.
+    """
+    plan, ranks = plan_iteration(spec, 0, prompts, sigmas), spec.ranks.count
+    starts = _covering_starts(spec.sampling)
+    count = max(len(starts), -(-PROBES // ranks))
+    units = itertools.cycle(plan.units)
+    rows: list[list[WorkUnit]] = []
+    for row, start in enumerate(itertools.islice(itertools.cycle(starts), count)):
+        schedule = replace(plan.schedule, eta=_eta_from(spec.sampling, start))
+        indices = range(row * ranks, (row + 1) * ranks)
+        rows.append([replace(next(units), index=i, schedule=schedule) for i in indices])
+    return rows
 
 
 def progressive_start(window: ProgressiveWindow, steps: int, iteration: int) -> int:

@@ -19,6 +19,7 @@ from flowgrpo_ray.spec.families import FAMILIES
 from flowgrpo_ray.spec.sampling import Solver
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["native", "flash", "efficient", "cudnn", "math"]
 
 
 class ModelSpec(Strict):
@@ -41,6 +42,16 @@ class ModelSpec(Strict):
         default=False,
         description="torch.compile each block: faster forwards, after a minute or more at the "
         "first start; needs a C++ compiler on every machine",
+    )
+    attention: Attention = Field(
+        default="native",
+        description="the kernel of every attention, in sampling and training alike: native is what "
+        "torch takes for the shape, but never cuDNN's, which may differ with and without "
+        "gradients; flash, efficient, cudnn and math are that one, and math where it cannot",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="torch's deterministic kernels alone: gradients repeat to the last bit, slower",
     )
     lora: str | None = Field(
         default=None,

@@ -163,6 +163,11 @@ class TrainingSpec(Strict):
         return any(0 < kind.gpus < 1 for kind in kinds)
 
     @property
+    def computes_on_gpus(self) -> bool:
+        """Whether samplers or learner ranks do."""
+        return any(kind.gpus for kind in self.actors.values())
+
+    @property
     def takes_turns(self) -> bool:
         """Whether nothing is trained before all is sampled, nor sampled before all is trained."""
         return self.advantages.std == "global" and not self.sampling.max_lag

@@ -19,6 +19,7 @@ from tiny_runs import CPU, alone, one_thread
 from waiting import wait_until
 
 from flowgrpo_ray.algorithm.advantages import group_advantages
+from flowgrpo_ray.algorithm.gate import Floor
 from flowgrpo_ray.algorithm.learner import Learner
 from flowgrpo_ray.common.types import Provenance, Schedule, Trajectory, WorkUnit
 from flowgrpo_ray.spec.file import load_spec
@@ -74,7 +75,7 @@ def test_an_update_of_the_script_is_one_of_ours():
     with one_thread(), alone(), pytest.MonkeyPatch.context() as patch:
         learner = Learner(spec, CPU)
         ticket, _ = learner.publish(1)
-        learner.gate.floor = 1e-5  # other arithmetic, so not exactly 0
+        learner.gate.floor = Floor({0: np.array([1e-5])})  # other arithmetic, so not exactly 0
         made = Provenance(1, ticket.digest, 24, "float32", schedule)
         trajectory = Trajectory(batch.latents.numpy(), batch.log_probs.numpy(), made)
         kept = np.ones(24, bool)

@@ -107,12 +107,13 @@ def test_a_queue_length_of_before_does_not_tip_the_balance():
     assert sorted(Counter(asyncio.run(chosen())).items()) == [(n, 4) for n in range(4)]
 
 
-def test_a_replica_computes_on_as_many_threads_as_it_has_cpus(ray_cluster):
+def test_a_replica_computes_on_as_many_threads_as_it_has_cpus_and_gpus(ray_cluster):
     """By what torch reads when it is loaded; where two of them share a core, it takes fewer."""
     cpus = {"narrow": 0.25, "wide": 2}
     _deploy(*(RewardServiceArgs(name=name, reward=PROBE, cpus=n) for name, n in cpus.items()))
-    threads = {name: _ask(name, [{"threads": 1}])[0][0].rewards[name].tolist() for name in cpus}
-    assert threads == {"narrow": [1], "wide": [2]}
+    asked = [{"variable": "OMP_NUM_THREADS"}, {"variable": "CUDA_VISIBLE_DEVICES"}]
+    found = {name: [o.rewards[name].tolist() for o in _ask(name, asked)[0]] for name in cpus}
+    assert found == {"narrow": [[1], [0]], "wide": [[2], [0]]}, "and none sees a GPU"
     for name in cpus:
         serve.delete(app_name(name))
 

@@ -114,6 +114,11 @@ class Objective(Strict):
     kind: Any  # text; each class narrows it to its own
     updates: int = Field(default=2, ge=1, description="optimizer updates per pass over the samples")
     epochs: int = Field(default=1, ge=1, description="passes over an iteration's samples")
+    clip_in_noise: bool = Field(
+        default=False,
+        description="train although rounding errors alone carry over a tenth of fresh samples "
+        "beyond the clip range",
+    )
 
     @abstractmethod
     def terms(self, point: Any, advantage: Tensor) -> Term:

@@ -1,0 +1,96 @@
+"""A hub model's files come to every machine of a run before the clock of its start runs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from flowgrpo_ray.cluster.actors import awaited
+from flowgrpo_ray.cluster.live import Display
+from flowgrpo_ray.common.errors import ClusterError
+from flowgrpo_ray.spec.sections import ModelSpec
+from flowgrpo_ray.spec.training import TrainingSpec
+
+LOOK_S = 1.0  # between two looks at what has come
+
+
+class Downloader:
+    """Of one machine: fetches what is not there yet, and tells how far it is meanwhile."""
+
+    def __init__(self, model: ModelSpec) -> None:
+        from flowgrpo_ray.policies.hub import download, wanted_files
+
+        self._model, self._wanted = model, wanted_files(model)
+        self._work = ThreadPoolExecutor(1).submit(download, model, self._wanted)
+
+    def progress(self) -> tuple[int, int, bool]:
+        """Bytes that are there, of how many, and whether that was all."""
+        from flowgrpo_ray.policies.hub import fetched_bytes
+
+        if self._work.done():
+            self._work.result()
+        there = fetched_bytes(self._model, self._wanted)
+        return there, sum(self._wanted.values()), self._work.done()
+
+
+async def fetch_model(
+    spec: TrainingSpec,
+    nodes: Sequence[str],
+    display: Display,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Have the model of ``spec`` on these nodes, if it is one of the hub.
+
+    However long it takes: ``ClusterError`` if no byte came for ``cluster.ready_timeout_s``.
+    """
+    if spec.model.folder is not None:
+        return
+    actors: list[Any] = [
+        ray.remote(Downloader)
+        .options(
+            num_cpus=0,
+            runtime_env={"env_vars": dict(environment)} if environment else None,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+        )
+        .remote(spec.model)
+        for node in nodes
+    ]
+    try:
+        await _all_there(spec, actors, display)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _of(there: int, whole: int) -> str:
+    unit, size = ("GB", 1e9) if whole >= 1e9 else ("MB", 1e6)
+    return f"{there / size:.1f} of {whole / size:.1f} {unit}"
+
+
+async def _all_there(spec: TrainingSpec, actors: Sequence[Any], display: Display) -> None:
+    patience = spec.cluster.ready_timeout_s
+    before, moved = -1, time.monotonic()
+    while True:
+        answers = await asyncio.gather(*(awaited(actor.progress.remote()) for actor in actors))
+        there, whole = sum(of[0] for of in answers), sum(of[1] for of in answers)
+        if all(done for _, _, done in answers):
+            return
+        if there != before:
+            before, moved = there, time.monotonic()
+        elif time.monotonic() - moved > patience:
+            raise ClusterError(
+                f"model.path = {spec.model.path!r}: {_of(there, whole)} are there, and "
+                f"no byte came for cluster.ready_timeout_s = {patience:g} s. What is "
+                "there is kept: try again, or give a local folder"
+            )
+        display.stage(
+            f"downloading {spec.model.path}: {_of(there, whole)}"
+            + (f" on {len(actors)} machines" if len(actors) > 1 else "")
+        )
+        await asyncio.sleep(LOOK_S)
