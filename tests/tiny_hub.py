@@ -22,7 +22,7 @@ GATED = "owner/gated"
 class Handler(BaseHTTPRequestHandler):
     folder: Path
     asked: list[str]
-    seconds: float = 0.0  # that a file takes, in ten parts
+    seconds: float = 0.0  # that a large file takes, in ten parts
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -73,21 +73,23 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content) if length is None else length))
         self.end_headers()
-        part = max(1, -(-len(content) // 10))
-        for start in range(0, len(content), part):
+        part = -(-len(content) // 10)
+        slow = self.seconds / 10 if part > 10_000 else 0.0
+        for start in range(0, len(content), part or 1):
             self.wfile.write(content[start : start + part])
             self.wfile.flush()
-            time.sleep(self.seconds / 10)
+            time.sleep(slow)
 
 
 @contextmanager
 def tiny_hub(folder: Path, seconds: float = 0.0) -> Iterator[tuple[str, list[str]]]:
     """``folder`` as ``REPO`` at the address that is yielded, with the list of paths asked for; each
-    answer takes so many ``seconds``."""
+    large file takes so many ``seconds``."""
     asked: list[str] = []
     attributes = {"folder": folder, "asked": asked, "seconds": seconds}
     handler = type("FolderHandler", (Handler,), attributes)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True  # whoever does not wait for an answer need not wait at the end
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:

@@ -8,9 +8,7 @@ the first update of an iteration the gate holds what is replayed against what wa
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from functools import reduce
-from operator import add
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -19,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flowgrpo_ray.algorithm.gate import OnPolicyGate
-from flowgrpo_ray.algorithm.objectives import Term
 from flowgrpo_ray.algorithm.optimizer import LossScale, Optimizer, Shelf
 from flowgrpo_ray.algorithm.parallel import (
     add_up,
@@ -30,6 +27,7 @@ from flowgrpo_ray.algorithm.parallel import (
     shard,
 )
 from flowgrpo_ray.algorithm.sampling import batch_condition, points, velocities
+from flowgrpo_ray.algorithm.tally import Tally
 from flowgrpo_ray.algorithm.weights import digest, full, gather, load_arrays, to_arrays
 from flowgrpo_ray.common.types import (
     Condition,
@@ -305,47 +303,3 @@ class Learner:
         behaviour = WeightsTicket(state.behaviour_version, digest(held))
         self.gate.remember(behaviour)
         return behaviour
-
-
-class Tally:
-    """Statistics of one micro-batch, over its points and the samples that are ``kept``.
-
-    They stay on the device until all points are there: each transfer would wait for the GPU.
-    """
-
-    def __init__(self, kept: Tensor) -> None:
-        self._kept = kept
-        self._gates: list[Tensor] = []
-        self._sums: dict[str, list[Tensor]] = {}
-        self._policy_losses: list[Tensor] = []
-
-    def add(self, term: Term, policy_loss: Tensor) -> None:
-        self._gates.append(term.gate.detach())
-        self._policy_losses.append(policy_loss.detach())
-        for name, values in term.statistics.items():
-            self._sums.setdefault(name, []).append((values.detach() * self._kept).sum())
-
-    @property
-    def gates(self) -> Float64:
-        """``[K, b]``, of all samples."""
-        return torch.stack(self._gates).double().cpu().numpy()
-
-    def stats(self, seconds: float, *, gated: bool, excess: int) -> MicrobatchStats:
-        gates = torch.stack(self._gates)[:, self._kept].double()  # [K, samples]
-        return MicrobatchStats(
-            samples=gates.shape[1],
-            gate_sum=gates.sum(1).cpu().numpy(),
-            gate_square_sum=gates.square().sum(1).cpu().numpy(),
-            gate_max=gates.abs().max().item() if gates.numel() else 0.0,
-            gated=gated,
-            policy_loss_sum=_total(self._policy_losses),
-            sums={name: _total(values) for name, values in self._sums.items()},
-            seconds=seconds,
-            gate_excess=excess,
-        )
-
-
-def _total(values: Sequence[Tensor]) -> float:
-    """The sum of one number of each point, in float64, one after the other: ``sum`` rounds
-    otherwise from Python 3.12 on."""
-    return reduce(add, torch.stack([*values]).tolist(), 0.0)

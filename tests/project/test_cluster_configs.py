@@ -28,6 +28,7 @@ from flowgrpo_ray.spec.file import load_spec
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "cluster_configs"
+FILES = [p for p in sorted(CONFIGS.rglob("*")) if p.is_file() and p.suffix != ".pyc"]
 PAGE = (ROOT / "docs" / "cluster.md").read_text("utf-8")
 LAUNCHER: dict[str, Any] = yaml.safe_load((CONFIGS / "on-premise.yaml").read_text("utf-8"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -105,8 +106,8 @@ def test_the_token_is_copied_to_every_machine():
 
 def test_variables_are_those_that_the_program_reads():
     sources = "".join(p.read_text("utf-8") for p in (ROOT / "flowgrpo_ray").rglob("*.py"))
-    for path in CONFIGS.rglob("*"):
-        if path.is_file() and path.suffix != ".json":
+    for path in FILES:
+        if path.suffix != ".json":
             for name in re.findall(r"\bFLOWGRPO_\w+", path.read_text("utf-8")):
                 assert f'"{name}"' in sources, f"{path.name}: {name}"
 
@@ -193,13 +194,12 @@ def test_images_agree_with_the_package():
     for path in DOCKERFILES[1:]:
         parts = dict(instructions(path))
         assert (parts["ARG"], parts["FROM"]) == (f"BASE={IMAGE}", "${BASE}")
-    for path in CONFIGS.rglob("*"):
-        if path.is_file():
-            for image in re.findall(r"registry\.example\.com/\S+", path.read_text("utf-8")):
-                name, _, version = image.rpartition(":")
-                suffix = name.removeprefix("registry.example.com/flowgrpo-ray").lstrip("-")
-                assert suffix in ("", *BUILTIN), image
-                assert version == PROJECT["version"], image
+    for path in FILES:
+        for image in re.findall(r"registry\.example\.com/\S+", path.read_text("utf-8")):
+            name, _, version = image.rpartition(":")
+            suffix = name.removeprefix("registry.example.com/flowgrpo-ray").lstrip("-")
+            assert suffix in ("", *BUILTIN), image
+            assert version == PROJECT["version"], image
 
 
 # --- Prometheus, docs
@@ -223,8 +223,8 @@ def test_the_page_names_every_config_and_no_other():
     named = set(re.findall(r"cluster_configs/([\w./-]*\w)", PAGE))
     there = {
         str(path.relative_to(CONFIGS))
-        for path in CONFIGS.rglob("*")
-        if path.is_file() and path.parent.name != "grafana" and path.suffix != ".dockerignore"
+        for path in FILES
+        if path.parent.name != "grafana" and path.suffix != ".dockerignore"
     }
     folders = {"docker", "grafana", "kuberay"}
     assert named - folders == there

@@ -351,7 +351,7 @@ def test_every_field_of_a_metrics_row_is_documented():
 
 
 def test_every_field_of_the_summary_is_documented():
-    summary = _summary(load_spec("tiny-ocr"), Progress(1, 1, 1.0, 0, "", ""), floor=0)
+    summary = _summary(load_spec("tiny-ocr"), Progress(1, 1, 1.0, 0, "", ""), floors={})
     assert summary.keys() == documented("runs.md", "summary.json")
 
 
