@@ -17,12 +17,14 @@ from typing import Any
 REPO = "owner/tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 GATED = "owner/gated"
+LARGE = 100_000  # bytes
 
 
 class Handler(BaseHTTPRequestHandler):
     folder: Path
     asked: list[str]
-    seconds: float = 0.0  # that a large file takes, in ten parts
+    seconds: float = 0.0  # that a large file takes, one after the other
+    turn = threading.Lock()
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -73,12 +75,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content) if length is None else length))
         self.end_headers()
-        part = -(-len(content) // 10)
-        slow = self.seconds / 10 if part > 10_000 else 0.0
-        for start in range(0, len(content), part or 1):
-            self.wfile.write(content[start : start + part])
-            self.wfile.flush()
-            time.sleep(slow)
+        if self.seconds and len(content) > LARGE:
+            with self.turn:
+                time.sleep(self.seconds)
+        self.wfile.write(content)
 
 
 @contextmanager
