@@ -154,6 +154,8 @@ class Crew:
     def _check_clip_range(self, floor: Floor) -> None:
         """``ContractError`` if the noise of this hardware would be clipped, and the spec does not
         say that it may be."""
+        if floor.exact:
+            return
         objective = self.spec.objective
         bounds, symbol = objective.bounds, objective.gate.symbol
         told = f"on this hardware |{symbol}| of fresh samples is not 0: {floor}"
@@ -167,8 +169,7 @@ class Crew:
                     "one kind of device, or set objective.clip_in_noise: true"
                 )
             told += f"; {lost:.1%} {beyond}"
-        if not floor.exact:
-            self.display.note(told)
+        self.display.note(told)
 
     def prompts_of(self, unit: WorkUnit) -> list[str]:
         """The texts of a unit's distinct prompts, in order."""

@@ -240,7 +240,7 @@ def stats(samples: int, gate_sum=(0, 0), gate_square_sum=(0, 0), **changes: obje
 
 UPDATES = [
     (
-        [stats(2, gate_max=1e-7, policy_loss_sum=2, sums={"kl": 1})],
+        [stats(2, gate_max=1e-7, gate_excess=3, policy_loss_sum=2, sums={"kl": 1})],
         StepStats(grad_norm=0.5, learning_rate=1e-4, seconds=1),
     ),
     (
@@ -292,6 +292,7 @@ def test_train_row_by_hand():
         "groups": {"total": 2, "no_spread": 1, "dropped": 0, "refilled": 0},
         "log_ratio": {
             "gate": 1e-7,
+            "excess": 3,
             "max_abs": 3,
             "mean": 0.5,
             "std": math.sqrt(1 - 0.25),
@@ -328,6 +329,7 @@ def test_train_row_of_an_iteration_without_any_gradient():
     nothing_moved = {"step": [1, 2], "mean": [0, 0], "std": [0, 0]}
     assert row["log_ratio"] == {
         "gate": None,
+        "excess": 0,
         "max_abs": None,
         "mean": 0,
         "std": 0,
