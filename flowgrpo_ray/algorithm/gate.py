@@ -28,6 +28,7 @@ MARGIN = 4.0  # a value this many times above the largest of its point's floor c
 # found in half of the cases, 25 times in 99 of 100 (tests/algorithm/test_gate.py).
 SHIFT = 8.0
 ENOUGH = 8, 64
+MOST_IN_NOISE = 0.1  # the share of fresh samples that noise alone may carry beyond a clip range
 KEPT = 3  # published versions that samples may come from: of training, its past, before a resume
 
 

@@ -77,7 +77,7 @@ class Learner:
         home = torch.device("cpu") if spec.cluster.learner.offload_optimizer else None
         follower = self.objective.follower
         self.optimizer = Optimizer(self.parameters, spec.optimizer, spec.ema, home, follower)
-        self.scale = LossScale(self.policy.dtype)
+        self.scale = LossScale(self.policy.dtype, spec.sampling.micro_batch)
         self.gate = OnPolicyGate(self.objective.gate, self.policy.dtype_name, spec.sampling.max_lag)
         self._arrays: dict[str, Float32] = {}  # of the last one, where a checkpoint needs them
         self._held: Held = "last"  # the set that is in the parameters, and they in its place

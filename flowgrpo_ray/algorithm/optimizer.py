@@ -177,9 +177,11 @@ class LossScale:
     Halved by an overflow, doubled after ``SCALE_HOLDS`` updates without; 1 in other dtypes.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, samples: int) -> None:
+        """``samples`` are those that a loss is summed over: its gradient is as many times that of
+        the mean, for which the first scale is meant."""
         self.dynamic = dtype == torch.float16
-        self.value = FIRST_SCALE if self.dynamic else 1.0
+        self.value = FIRST_SCALE / 2 ** math.ceil(math.log2(samples)) if self.dynamic else 1.0
         self.held = 0  # updates since it last changed
 
     def overflowed(self, norm: float, update: int) -> bool:

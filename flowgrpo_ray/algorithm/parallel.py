@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -26,7 +25,7 @@ from torch.distributed.fsdp import (
 )
 from torch.nn.modules.conv import _ConvNd
 
-from flowgrpo_ray.common.loopback import is_loopback
+from flowgrpo_ray.common.interfaces import interface_to
 from flowgrpo_ray.common.types import Parallel
 from flowgrpo_ray.policies.base import Policy
 from flowgrpo_ray.spec.training import TrainingSpec
@@ -50,11 +49,12 @@ def join_group(
     else:
         (host, port), listener = at, None
     assert (listener is not None) == (rank == 0), "the first rank listens, the others do not"
-    if is_loopback(host) and sys.platform == "linux":
+    if name := interface_to(host):  # neither guesses well on machines with several
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, "lo")
+            os.environ.setdefault(variable, name)
     store = dist.TCPStore(host, port, world, is_master=rank == 0, master_listen_fd=listener)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    own = device if backend == "nccl" else None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=own)
 
 
 def agree(mine: Place, decide: Callable[[list[Place]], Decision]) -> Decision:

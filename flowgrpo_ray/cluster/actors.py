@@ -72,6 +72,8 @@ def set_up_process(kind: ActorsSpec, name: str, run: str) -> torch.device:
     os.environ["OMP_NUM_THREADS"] = str(kind.threads)  # before torch is imported
     if not kind.gpus:
         hide_gpus()
+    elif "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # what sampling took in other sizes than
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # training takes
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore")
@@ -79,7 +81,11 @@ def set_up_process(kind: ActorsSpec, name: str, run: str) -> torch.device:
     import torch
 
     torch.set_num_threads(kind.threads)
-    return torch.device("cuda", 0) if kind.gpus else torch.device("cpu")
+    if not kind.gpus:
+        return torch.device("cpu")
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    return device
 
 
 async def within(seconds: float, what: str, calls: Iterable[Awaitable[T]]) -> list[T]:

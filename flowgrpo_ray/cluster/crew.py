@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from ray import ObjectRef
 
-from flowgrpo_ray.algorithm.gate import Floor
+from flowgrpo_ray.algorithm.gate import MOST_IN_NOISE, Floor
 from flowgrpo_ray.cluster.actors import Losses, RunOnRay, all_or_none
 from flowgrpo_ray.cluster.colocated import ColocatedWorker, WorkerGroup, WorkerPool
 from flowgrpo_ray.cluster.download import fetch_model
@@ -35,8 +35,6 @@ from flowgrpo_ray.serving.client import Patience, RewardClient, Traffic
 from flowgrpo_ray.spec.cluster import NAMES
 from flowgrpo_ray.spec.prompts import Prompt, plan_probes
 from flowgrpo_ray.spec.training import TrainingSpec
-
-MOST_IN_NOISE = 0.1  # the share of fresh samples that noise alone may carry beyond a clip range
 
 
 @dataclass(frozen=True)

@@ -222,6 +222,9 @@ class Policy(ABC):
             # the reference; beyond torch's limit blocks would run uncompiled, with other bits.
             torch._dynamo.config.recompile_limit = 64
             torch._dynamo.config.fail_on_recompile_limit_hit = True
+            # Fused kernels keep float32 where eager ones round to half precision, and programs with
+            # and without gradients fuse otherwise: round as eager does, and both are the same.
+            torch._inductor.config.emulate_precision_casts = True
             for network in networks:
                 for block in self.blocks_of(network):
                     block.compile(dynamic=False)

@@ -42,6 +42,7 @@ from tiny_runs import (
 
 from flowgrpo_ray.algorithm import optimizer as optimizer_module
 from flowgrpo_ray.algorithm.learner import Learner
+from flowgrpo_ray.algorithm.optimizer import LossScale
 from flowgrpo_ray.algorithm.parallel import cast_by_autocast, join_group
 from flowgrpo_ray.algorithm.sampling import batch_condition
 from flowgrpo_ray.algorithm.weights import digest, load_arrays
@@ -494,12 +495,18 @@ def test_an_update_does_not_depend_on_the_scale(scale):
     assert state_digests(scaled.state()) == state_digests(plain.state())
 
 
+@pytest.mark.parametrize(("samples", "exponent"), [(1, 16), (4, 14), (24, 11), (64, 10)])
+def test_the_first_scale_is_that_of_a_mean(samples, exponent):
+    assert LossScale(torch.float16, samples).value == 2.0**exponent
+    assert LossScale(torch.bfloat16, samples).value == 1.0
+
+
 def test_an_overflow_costs_an_update_and_halves_the_scale():
     """The next update is that of a learner that never overflowed, but for its scale."""
     spec = small_spec(LORA, "model.dtype=float16", "ema={decay: 0.5, every: 1}", grpo("0.9"))
     batches = draw_batches(spec, 1)
     learner, other = Learner(spec, CPU), Learner(spec, CPU)
-    assert learner.scale.value == 2.0**16
+    assert learner.scale.value == 2.0**14, "2^16 of a mean over the micro-batch of 4"
     assert update(learner, batches) == replace(update(other, batches), seconds=ANY)
     learner.scale.value = 2.0**100
     before = state_digests(learner.state())
@@ -510,7 +517,7 @@ def test_an_overflow_costs_an_update_and_halves_the_scale():
     assert changed == {"loss_scale", "scale_held"}
     assert (learner.scale.value, learner.scale.held) == (2.0**99, 0)
     assert not gradients(learner)
-    learner.scale.value, learner.scale.held = 2.0**16, 1
+    learner.scale.value, learner.scale.held = 2.0**14, 1
     stats = update(learner, batches)
     assert not stats.overflow
     assert stats == replace(update(other, batches), seconds=ANY)
@@ -676,7 +683,7 @@ def test_saved_and_continued_is_the_same_as_never_stopped(
     for _ in range(2):
         update(second, batches)
     assert state_digests(second.state()) == state_digests(whole.state())
-    assert whole.scale.value == (2.0**17 if dtype == "float16" else 1.0)
+    assert whole.scale.value == (2.0**15 if dtype == "float16" else 1.0)
     assert second.publish(3)[0] == whole.publish(3)[0]
 
 
@@ -825,7 +832,7 @@ def test_an_overflow_on_one_rank_is_one_of_all(ranks):
     assert one.grad_norms == two.grad_norms == [None, None]
     assert state_digests(two.state) == state_digests(one.state)
     untrained = Learner(small_spec(*OTHERS["overflow"]), CPU).state()
-    skipped = replace(untrained, loss_scale=2.0**14)
+    skipped = replace(untrained, loss_scale=2.0**12)
     assert state_digests(one.state) == state_digests(skipped)
 
 

@@ -289,10 +289,13 @@ def etas(window: str) -> tuple[float, ...]:
 
 
 @pytest.mark.slow  # a minute for the compiler
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_compiled_blocks_replay_what_they_sampled(tuning: str) -> None:
+@pytest.mark.parametrize(
+    ("tuning", "dtype"), [("full", "float32"), ("lora", "bfloat16"), ("lora", "float16")]
+)
+def test_compiled_blocks_replay_what_they_sampled(tuning: str, dtype: str) -> None:
     """Without gradients and with them, bit for bit, after an evaluation of another batch size."""
-    policy = sampler(small_spec(TUNINGS[tuning], "model.compile=true"))
+    spec = small_spec(TUNINGS[tuning], "model.compile=true", f"model.dtype={dtype}")
+    policy = sampler(spec)
     of = unit(schedule(range(2)))
     rollout(policy, of, conditions(), SIZE, UNTRAINED)
     half = replace(of, prompts=of.prompts[:2], samples=of.samples[:2])
