@@ -217,6 +217,8 @@ class Policy(ABC):
             for network in networks:
                 use_onednn(network)
         if self.model.compile:
+            from torch._inductor import config as inductor
+
             check_compiler()
             # A program for each kind of block, size of a batch, with and without gradients, and of
             # the reference; beyond torch's limit blocks would run uncompiled, with other bits.
@@ -224,7 +226,7 @@ class Policy(ABC):
             torch._dynamo.config.fail_on_recompile_limit_hit = True
             # Fused kernels keep float32 where eager ones round to half precision, and programs with
             # and without gradients fuse otherwise: round as eager does, and both are the same.
-            torch._inductor.config.emulate_precision_casts = True
+            inductor.emulate_precision_casts = True
             for network in networks:
                 for block in self.blocks_of(network):
                     block.compile(dynamic=False)
