@@ -78,7 +78,7 @@ async def _all_there(spec: TrainingSpec, actors: Sequence[Any], display: Display
     before, moved = -1, time.monotonic()
     while True:
         answers = await asyncio.gather(*(awaited(actor.progress.remote()) for actor in actors))
-        there, whole = sum(of[0] for of in answers), sum(of[1] for of in answers)
+        there, whole = max(before, sum(of[0] for of in answers)), sum(of[1] for of in answers)
         if all(done for _, _, done in answers):
             return
         if there != before:

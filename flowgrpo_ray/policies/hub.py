@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,13 +103,16 @@ def fetched_bytes(model: ModelSpec, files: Mapping[str, int]) -> int:
     from huggingface_hub.file_download import repo_folder_name
 
     folder = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=model.path, repo_type="model")
-    coming = sum(path.stat().st_size for path in folder.glob("blobs/*.incomplete"))
-    there = (
+    there = sum(
         size
         for name, size in files.items()
         if isinstance(try_to_load_from_cache(model.path, name, revision=model.revision), str)
     )
-    return sum(there) + coming
+    # After the others: one that is whole by now is missed for a moment, and not counted twice.
+    for path in folder.glob("blobs/*.incomplete"):
+        with suppress(FileNotFoundError):
+            there += path.stat().st_size
+    return there
 
 
 def unavailable(model: ModelSpec, what: str, error: Exception) -> ModelError:
