@@ -3,8 +3,8 @@
 Weights are random, of the published configs, and so are the prompts' encodings: no download is
 needed, and time and memory do not depend on values. One process samples a group and trains on it,
 as a colocated worker does, with the LoRA and objective of ``sd35-ocr``: by dtype, attention kernel,
-micro-batch, eager and compiled. Then the tiny model is trained by the command. A verdict for each
-claim of the documentation ends it.
+micro-batch, eager and compiled. Before that the tiny model is trained by the command. A verdict for
+each claim of the documentation ends it.
 
     .venv/bin/python benchmarks/gpu.py --out gpu.json
 
@@ -52,20 +52,15 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 SHIFT = 3.0  # of the published scheduler
 PROMPT = 0  # the one prompt of the group
 SCALES: dict[str, tuple[str, ...]] = {
-    "full": (
-        "model.path=stabilityai/stable-diffusion-3.5-medium",
-        "sampling.group_size=24",
-    ),
+    "full": ("model.path=stabilityai/stable-diffusion-3.5-medium",),
     "tiny": (
         "model.path=builtin:tiny-sd3",
         "model.max_sequence_length=10",
         "sampling.size=[32, 48]",
         "sampling.steps=3",
-        "sampling.group_size=4",
     ),
 }
-
-
+IMAGES = {"full": 24, "tiny": 4}  # of the group
 PARTS = ("rollout", "update")
 UPDATES = 3  # of each case: the first is timed, all are asked for overflows
 TRAINED = 0.9  # held-out OCR of the tiny model, from 0.34
@@ -95,15 +90,15 @@ CASES = (
 def benchmark_spec(scale: str, case: Case, device: torch.device, folder: Path) -> TrainingSpec:
     """``sd35-ocr`` as one group on one GPU (or, on the CPU, none)."""
     gpus = 1 if device.type == "cuda" else 0
-    group = 24 if scale == "full" else 4
-    batch = max(1, group // case.parts)
+    batch = max(1, IMAGES[scale] // case.parts)
     workers = f"{{count: 1, gpus: {gpus}}}"
     return load_spec(
         "sd35-ocr",
         [
             *SCALES[scale],
             *(f"model.path={folder}", f"sampling.micro_batch={batch}"),
-            *(f"evaluation.micro_batch={batch}", "sampling.groups=1", "objective.updates=1"),
+            *(f"sampling.group_size={IMAGES[scale]}", "sampling.groups=1", "objective.updates=1"),
+            f"evaluation.micro_batch={batch}",
             f"cluster={{layout: colocated, workers: {workers}}}",
             *case.overrides,
         ],
@@ -358,8 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            model = [setting for setting in SCALES[options.scale] if setting.startswith("model.")]
-            configs = find_configs(load_spec("sd35-ocr", model).model)
+            configs = find_configs(load_spec("sd35-ocr", SCALES[options.scale]).model)
             assert configs is not None, "both scales come with this package"
             write_random_model(configs, folder, device, seed=0)
             for case in wanted:

@@ -45,6 +45,7 @@ def final_digests(run: Path, iterations: int) -> dict[str, str]:
 IN_TURNS = [pytest.mark.usefixtures("hardly_disturbed"), pytest.mark.timeout(3000)]
 SLOW_IN_TURNS = [*IN_TURNS, pytest.mark.slow]
 ITERATIONS = 8
+ONE_WORKER = {"cluster.rollout": "{count: 1, cpus: 0.5}"}
 SMALL: dict[str, Any] = {
     "name": "small",
     "seed": 3,
@@ -69,7 +70,7 @@ class Command:
 
     def __init__(self, folder: Path, *more: str, resume: bool = False, **changes: str) -> None:
         self.home = folder / "home"
-        self.home.mkdir(exist_ok=True)
+        self.home.mkdir(parents=True, exist_ok=True)
         self.run = folder / "runs" / SMALL["name"]
         self.mark = f"FLOWGRPO_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
         settings = {**SMALL, **changes}

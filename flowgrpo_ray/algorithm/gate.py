@@ -24,8 +24,8 @@ MARGIN = 4.0  # a value this many times above the largest of its point's floor c
 # The distribution has moved when its median lies this many times above the floor's, each value
 # relative to its point's, over at least so many micro-batches and values. With noise as published
 # (log-normal, 99th percentile 9.3 medians), a floor of 4 micro-batches and half of the variance
-# shared within a micro-batch: no alarm in 1,000 runs of 1,000 iterations; 8 times the noise is
-# found in half of the cases, 25 times in 99 of 100 (tests/algorithm/test_gate.py).
+# shared within a micro-batch: an alarm in fewer than one of 100 runs of 1,000 iterations; 8 times
+# the noise is found in half of the verdicts, 25 times in 99 of 100 (tests/algorithm/test_gate.py).
 SHIFT = 8.0
 ENOUGH = 8, 64
 MOST_IN_NOISE = 0.1  # the share of fresh samples that noise alone may carry beyond a clip range

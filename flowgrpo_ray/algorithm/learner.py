@@ -184,7 +184,9 @@ class Learner:
                 loss = loss + weight * (term.statistics[name] * kept).sum()
             (loss * self.scale.value).backward()
             tally.add(term, policy_loss)
-        excess = self.gate.check(tally.gates, unit, trajectory)
+        excess = 0
+        if self.gate.armed:  # later the GPU need not be waited for
+            excess = self.gate.check(tally.gates.cpu().numpy(), unit, trajectory)
         seconds = time.perf_counter() - started
         return tally.stats(seconds, gated=self.gate.exact, excess=excess)
 

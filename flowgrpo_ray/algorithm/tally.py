@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 
 import torch
 from torch import Tensor
 
 from flowgrpo_ray.algorithm.objectives import Term
-from flowgrpo_ray.common.types import Float64, MicrobatchStats
+from flowgrpo_ray.common.types import MicrobatchStats
 
 
 class Tally:
@@ -31,13 +31,13 @@ class Tally:
         for name, values in term.statistics.items():
             self._sums.setdefault(name, []).append((values.detach() * self._kept).sum())
 
-    @property
-    def gates(self) -> Float64:
-        """``[K, b]``, of all samples."""
-        return torch.stack(self._gates).double().cpu().numpy()
+    @cached_property
+    def gates(self) -> Tensor:
+        """``[K, b]``, float64, of all samples; once all points are there."""
+        return torch.stack(self._gates).double()
 
     def stats(self, seconds: float, *, gated: bool, excess: int) -> MicrobatchStats:
-        gates = torch.stack(self._gates)[:, self._kept].double()  # [K, samples]
+        gates = self.gates[:, self._kept]
         return MicrobatchStats(
             samples=gates.shape[1],
             gate_sum=gates.sum(1).cpu().numpy(),

@@ -72,8 +72,9 @@ def set_up_process(kind: ActorsSpec, name: str, run: str) -> torch.device:
     os.environ["OMP_NUM_THREADS"] = str(kind.threads)  # before torch is imported
     if not kind.gpus:
         hide_gpus()
-    elif "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # what sampling took in other sizes than
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # training takes
+    elif "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+        # Memory that sampling took serves training, whatever the sizes.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore")

@@ -138,13 +138,14 @@ class Crew:
         """What this hardware cannot reproduce of the gate's 0; a clip range must lie above."""
         ticket = await self.publish(version)
         measured: list[Mapping[int, Float64]] = []
+        floor = Floor({})
         for row in plan_probes(self.spec, len(self.prompts["train"]), self.sigmas):
             sampled = await all_or_none(*(self.sample(unit, ticket) for unit in row))
             probe = [self.contribution(*of) for of in zip(row, sampled, strict=True)]
             measured += await self.learners.measure_floor(probe)
-            if Floor.of(measured).exact and not self.spec.computes_on_gpus:
+            floor = Floor.of(measured)
+            if floor.exact and not self.spec.computes_on_gpus:
                 break  # a CPU repeats every bit or none
-        floor = Floor.of(measured)
         self._check_clip_range(floor)
         await self.learners.set_floor(floor)
         return floor

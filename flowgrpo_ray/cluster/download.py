@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from flowgrpo_ray.cluster.actors import awaited
 from flowgrpo_ray.cluster.live import Display
 from flowgrpo_ray.common.errors import ClusterError
+from flowgrpo_ray.policies.hub import download, fetched_bytes, wanted_files
 from flowgrpo_ray.spec.sections import ModelSpec
 from flowgrpo_ray.spec.training import TrainingSpec
 
@@ -24,15 +25,11 @@ class Downloader:
     """Of one machine: fetches what is not there yet, and tells how far it is meanwhile."""
 
     def __init__(self, model: ModelSpec) -> None:
-        from flowgrpo_ray.policies.hub import download, wanted_files
-
         self._model, self._wanted = model, wanted_files(model)
         self._work = ThreadPoolExecutor(1).submit(download, model, self._wanted)
 
     def progress(self) -> tuple[int, int, bool]:
         """Bytes that are there, of how many, and whether that was all."""
-        from flowgrpo_ray.policies.hub import fetched_bytes
-
         if self._work.done():
             self._work.result()
         there = fetched_bytes(self._model, self._wanted)

@@ -173,8 +173,8 @@ class Trainer:
             await self.iterate(journal.progress.iteration + 1)
             done = journal.progress.iteration
             if done == 1 and not (self.stopping or journal.complete or spec.sampling.max_lag):
-                # LoRA's are 0 before the first update, and so is what they make of rounding errors.
-                self.floors[1] = await self.crew.measure_floor(version=2)
+                # A LoRA's adapters are 0 before the first update, and so is what they add to noise.
+                self.floors[done] = await self.crew.measure_floor(version=done + 1)
             if not self.stopping and (journal.complete or done % spec.evaluation.every == 0):
                 await self.evaluate()
             if self.stopping or journal.complete or done % spec.checkpoint.every == 0:

@@ -72,6 +72,7 @@ def wanted_files(model: ModelSpec) -> dict[str, int]:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     index = FAMILIES[model.family].index
+    in_parts = index == "model_index.json"  # which names a folder for each; else files lie flat
     try:
         found = HfApi().model_info(model.path, revision=model.revision, files_metadata=True)
         described = parse(hub_file(model, index).read_bytes())
@@ -85,7 +86,7 @@ def wanted_files(model: ModelSpec) -> dict[str, int]:
         name: size
         for name, size in files.items()
         if not any(fnmatch(name, pattern) for pattern in NEVER_LOADED)
-        and (name == index or name.partition("/")[0] in parts or "model_index" not in index)
+        and (name == index or name.partition("/")[0] in parts or not in_parts)
     }
 
 

@@ -13,14 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
-from whole_runs import IN_TURNS, ITERATIONS, Chained, Command, final_digests
+from whole_runs import IN_TURNS, ITERATIONS, ONE_WORKER, Chained, Command, final_digests
 
 from flowgrpo_ray.common.paths import builtin_path
 from flowgrpo_ray.run.checkpoint import list_checkpoints
 from flowgrpo_ray.run.tracking import read_rows
 
 pytestmark = IN_TURNS
-ONE_WORKER = {"cluster.rollout": "{count: 1, cpus: 0.5}"}
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +61,6 @@ MOMENTS = ["ray::RolloutWorker.sample", "reward-ocr", "ray::LearnerRank.accumula
 def test_the_same_weights_whatever_dies(actors: type[Command], tmp_path: Path) -> None:
     """One of each kind; test_survival.py has every moment, and what hangs."""
     folders = [tmp_path / name for name in ("alone", "killed")]
-    for folder in folders:
-        folder.mkdir()
     alone = actors(folders[0], **ONE_WORKER)
     alone.finish()
     killed = actors(folders[1])
@@ -100,8 +97,6 @@ NFT = {
 def test_nft_is_the_same_run_whatever_dies_and_however_many_sample(tmp_path: Path) -> None:
     """Its second set of weights, and its own draws, are as exact as all else."""
     folders = [tmp_path / name for name in ("one", "two")]
-    for folder in folders:
-        folder.mkdir()
     one = Command(folders[0], **NFT, **ONE_WORKER)
     one.finish()
     killed = Command(folders[1], **NFT)
@@ -123,8 +118,6 @@ def test_nft_is_the_same_run_whatever_dies_and_however_many_sample(tmp_path: Pat
 @pytest.mark.slow
 def test_a_lost_worker_that_samples_and_trains_is_replaced(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("alone", "disturbed")]
-    for folder in folders:
-        folder.mkdir()
     colocated = {"cluster.layout": "colocated", "cluster.learner.parallel": "replicate"}
     alone, disturbed = (Command(folder, **colocated) for folder in folders)
     disturbed.wait_for(3)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from chained import BULK
-from whole_runs import ITERATIONS, SLOW_IN_TURNS, Chained, final_digests
+from whole_runs import ITERATIONS, ONE_WORKER, SLOW_IN_TURNS, Chained, final_digests
 
 from flowgrpo_ray.run.checkpoint import list_checkpoints
 from flowgrpo_ray.run.tracking import read_rows
@@ -96,8 +96,6 @@ def test_workers_that_sample_and_train_are_replaced_together(tmp_path: Path) -> 
     and --resume, and its rows of time still add up."""
     colocated = {**RUN, "cluster.layout": "colocated", "cluster.learner.parallel": "replicate"}
     folders = [tmp_path / name for name in ("alone", "disturbed")]
-    for folder in folders:
-        folder.mkdir()
     alone = Chained(folders[0], **colocated)
     alone.finish()
     disturbed, furthest = Chained(folders[1], **colocated), 0
@@ -128,8 +126,6 @@ def test_workers_that_sample_and_train_are_replaced_together(tmp_path: Path) -> 
 
 def test_the_same_weights_however_a_run_is_interrupted(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("alone", "disturbed")]
-    for folder in folders:
-        folder.mkdir()
     undisturbed = Chained(folders[0])
     undisturbed.finish()
     killed = Chained(folders[1], iterations="5")
@@ -149,7 +145,7 @@ def test_the_same_weights_however_a_run_is_interrupted(tmp_path: Path) -> None:
     done = interrupted.trained()
     assert list_checkpoints(interrupted.run / "checkpoints")[-1].name.endswith(str(done))
 
-    last = Chained(folders[1], resume=True, **{"cluster.rollout": "{count: 1, cpus: 0.5}"})
+    last = Chained(folders[1], resume=True, **ONE_WORKER)
     last.finish()
     assert_same(last.run, undisturbed.run, ITERATIONS)
 
@@ -160,10 +156,7 @@ LAG: dict[str, Any] = {**RUN, "iterations": "12", "sampling.max_lag": "1"}
 def test_a_lag_of_one_is_the_same_run_whatever_dies(tmp_path: Path) -> None:
     """Samples are one iteration old, all of them but the first, with one worker or two."""
     folders = [tmp_path / name for name in ("alone", "disturbed")]
-    for folder in folders:
-        folder.mkdir()
-    one = {"cluster.rollout": "{count: 1, cpus: 0.5}"}
-    alone = Chained(folders[0], **LAG, **one)
+    alone = Chained(folders[0], **LAG, **ONE_WORKER)
     alone.finish()
     rows = [row for row in read_rows(alone.run / "metrics.jsonl") if row["kind"] == "train"]
     assert [row["staleness"] for row in rows] == [0] + [1] * 11
