@@ -38,7 +38,8 @@ class Compute:
         from flowgrpo_ray.policies import load_policy
         from flowgrpo_ray.rewards import build
         from flowgrpo_ray.spec.file import load_spec
-        from flowgrpo_ray.spec.prompts import load_prompt_sets, plan_iteration
+        from flowgrpo_ray.spec.plan import plan_iteration
+        from flowgrpo_ray.spec.prompts import load_prompt_sets
 
         torch.set_num_threads(1)
         self.spec = spec = load_spec("tiny-ocr", settings)

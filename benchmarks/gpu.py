@@ -44,7 +44,7 @@ from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.policies.base import Configs, Policy, as_array
 from flowgrpo_ray.run.tracking import read_rows
 from flowgrpo_ray.spec.file import load_spec
-from flowgrpo_ray.spec.prompts import plan_iteration
+from flowgrpo_ray.spec.plan import plan_iteration
 from flowgrpo_ray.spec.training import TrainingSpec
 
 # Dense bfloat16 and float16 FLOP/s of the vendor's data sheets, by a part of the device's name.

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from flowgrpo_ray.cluster.actors import introduce
 from flowgrpo_ray.common.types import (
     LearnerState,
     MicrobatchStats,
@@ -72,7 +73,8 @@ def ticket_of(version: int, arrays: Arrays) -> WeightsTicket:
 class RolloutWorker:
     loaded: WeightsTicket | None = None
 
-    def __init__(self, spec: Any, rank: int) -> None: ...
+    def __init__(self, spec: Any, rank: int) -> None:
+        introduce(f"rollout-{rank}", spec.name)
 
     def start(self) -> None: ...
 
@@ -114,6 +116,7 @@ class LearnerRank:
     """Ranks learn of each other's micro-batches when they step, and of a dead one too."""
 
     def __init__(self, spec: Any, rank: int) -> None:
+        introduce(f"learner-{rank}", spec.name)
         self.rank, self.others = rank, spec.ranks.count - 1
         self.lags = spec.sampling.max_lag > 0
         self.gradient = np.zeros(0)

@@ -54,7 +54,7 @@ def show_plan(
 
     device = device or gpu_here()
     memory = (device[1] if device else ASSUMED) * GIB if spec.ranks.gpus else None
-    work, footprint = count_work(spec, len(held_out)), estimate(spec, memory)
+    work, footprint = count_work(spec, len(held_out)), estimate(spec, memory, len(prompts))
     reserved = required_resources(spec)
     if as_json:
         found: dict[str, Any] = {"name": spec.name, "spec": spec.digest(), "work": asdict(work)}

@@ -66,9 +66,14 @@ async def launch(
             await asyncio.sleep(0.1)
 
 
-def set_up_process(kind: ActorsSpec, name: str, run: str) -> torch.device:
-    """In an actor: who it is, for its log; quiet libraries, its threads and its device."""
+def introduce(name: str, run: str) -> None:
+    """In an actor: who it is, for its log."""
     print(f"{name} of run {run}: pid {os.getpid()} on {socket.gethostname()}", flush=True)
+
+
+def set_up_process(kind: ActorsSpec, name: str, run: str) -> torch.device:
+    """In an actor: who it is; quiet libraries, its threads and its device."""
+    introduce(name, run)
     os.environ["OMP_NUM_THREADS"] = str(kind.threads)  # before torch is imported
     if not kind.gpus:
         hide_gpus()

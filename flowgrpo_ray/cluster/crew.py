@@ -33,7 +33,8 @@ from flowgrpo_ray.serving import deploy
 from flowgrpo_ray.serving.args import args_of
 from flowgrpo_ray.serving.client import Patience, RewardClient, Traffic
 from flowgrpo_ray.spec.cluster import NAMES
-from flowgrpo_ray.spec.prompts import Prompt, plan_probes
+from flowgrpo_ray.spec.plan import plan_encoding, plan_probes
+from flowgrpo_ray.spec.prompts import Prompt
 from flowgrpo_ray.spec.training import TrainingSpec
 
 
@@ -73,10 +74,12 @@ class Crew:
         counts |= {"rollout": 0} if "rollout" in counts else {}  # they come and go
         counts |= {f"reward-{name}": r.replicas for name, r in spec.rewards.items()}
         self.ledger = Ledger(counts)
+        self._encoded = range(0)  # iterations whose prompts are
         self.losses = Losses(spec.cluster.max_restarts, display.note)
 
-    async def start(self) -> None:
-        """Bring up learner, rollout workers and rewards, all at once; encode every new prompt.
+    async def start(self, iteration: int) -> None:
+        """Bring up learner, rollout workers and rewards, all at once; encode the prompts that
+        ``iteration`` needs, and some more.
 
         What shares a GPU with text encoders comes when these are gone.
         """
@@ -93,7 +96,7 @@ class Crew:
             self.learners = LearnerGroup(run, self._kinds.learner)
             learners = self._after_encoding(self.learners.start)
         rewards = self._after_encoding(self._start_rewards)
-        await all_or_none(rewards, learners, self._start_rollouts())
+        await all_or_none(rewards, learners, self._start_rollouts(iteration))
         if (count := self.spec.ranks.count) > 1:
             name = NAMES[self.spec.trains]
             self.display.note(f"{count} {name}s: {self.learners.parallel}")
@@ -120,13 +123,24 @@ class Crew:
         }
         self.rewards = RewardClient(patience, self._traffic, self.ledger)
 
-    async def _start_rollouts(self) -> None:
+    async def _start_rollouts(self, iteration: int) -> None:
         await self.rollouts.start()
-        await self.rollouts.encode([p.text for stream in self.prompts.values() for p in stream])
+        await self.encode(iteration)
         await self.rollouts.load_models()
         self.sigmas, self.eval_sigmas = await self.rollouts.sigmas(
             self.spec.sampling.steps, self.spec.evaluation.steps
         )
+
+    async def encode(self, iteration: int) -> None:
+        """Have all prompts encoded that this iteration needs, or that are sampled during it; if
+        there are new ones, those of later iterations with them."""
+        last = min(iteration + self.spec.sampling.max_lag, self.spec.iterations)
+        if iteration in self._encoded and last in self._encoded:
+            return
+        train = self.prompts["train"]
+        self._encoded, needed = plan_encoding(self.spec, iteration, len(train))
+        prompts = [*self.prompts["eval"], *(train[index] for index in needed)]
+        await self.rollouts.encode([prompt.text for prompt in prompts])
 
     async def publish(self, version: int, *, averaged: bool = False) -> WeightsTicket:
         """Contract: no unit is sampled under other weights than the published, or the run stops."""

@@ -36,7 +36,8 @@ from flowgrpo_ray.run.checkpoint import Progress, save_checkpoint
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.metrics import Scores
 from flowgrpo_ray.run.tracking import RunRecorder, StartClock
-from flowgrpo_ray.spec.prompts import Prompt, plan_evaluation, plan_iteration, prompts_digest
+from flowgrpo_ray.spec.plan import plan_evaluation, plan_iteration
+from flowgrpo_ray.spec.prompts import Prompt, prompts_digest
 from flowgrpo_ray.spec.training import TrainingSpec
 
 Saved = tuple[LearnerState, Progress]
@@ -77,6 +78,7 @@ class Trainer:
     async def iterate(self, iteration: int) -> None:
         """One iteration, as the module's docstring tells it."""
         self.journal.begin_iteration()
+        await self.crew.encode(iteration)
         ticket = await self.crew.publish(iteration)
         with self._stream(iteration, ticket) as stream:
             numbers = [*range(len(stream.plan.updates))] * self.spec.objective.epochs
@@ -132,7 +134,7 @@ class Trainer:
     async def start(self) -> None:
         """Bring up every actor."""
         self.display.stage("starting learner, rollout workers and rewards")
-        await self.crew.start()
+        await self.crew.start(self.journal.progress.iteration + 1)
         self.folder.write_spec(self.crew.spec)  # with what it found out
         self.telemetry.follow(self.crew)
         self.journal.started("actors")

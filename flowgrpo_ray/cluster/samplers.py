@@ -67,7 +67,9 @@ class Pool(ActorGroup):
         super().__init__(run, worker_class)
         self.up: dict[int, Worker] = {}  # by rank
         self.encoded = asyncio.Event()  # are all prompts, so that the model may be loaded
-        self._encoder: dict[str, int] = {}  # the rank that encoded a prompt
+        self._encoder: dict[
+            str, int
+        ] = {}  # the rank that encodes a prompt, of those that are needed
         self._held: dict[str, ObjectRef] = {}  # conditions of this iteration's prompts
         self._waiting: list[Waiting] = []  # in order
         self._turns = itertools.count()
@@ -103,14 +105,22 @@ class Pool(ActorGroup):
         return list(await asyncio.gather(*(worker.actor.sigmas.remote(n) for n in steps)))
 
     async def encode(self, prompts: Sequence[str]) -> None:
-        """Every new prompt once, into the cache of the machine of the worker that does it."""
-        ranks = sorted(self.up)
-        share = -(-len(prompts) // len(ranks))
-        parts = {rank: prompts[i * share : (i + 1) * share] for i, rank in enumerate(ranks)}
-        self._encoder = {text: rank for rank, texts in parts.items() for text in texts}
-        calls = [self.up[rank].actor.encode.remote(list(texts)) for rank, texts in parts.items()]
-        await asyncio.gather(*calls)
+        """Every new prompt once, into the cache of the machine of the worker that does it; those
+        that are not named are no longer needed."""
+        self._encoder = {text: self._encoder.get(text, -1) for text in prompts}
+        new = [text for text, rank in self._encoder.items() if rank not in self.up]
+        workers = [self.up[rank] for rank in sorted(self.up)]
+        shares = [new[i :: len(workers)] for i in range(len(workers))]
+        for worker, share in zip(workers, shares, strict=True):
+            self._encoder |= dict.fromkeys(share, worker.rank)
+        await asyncio.gather(*map(self._encode_on, workers, shares))
         self.encoded.set()
+
+    async def _encode_on(self, worker: Worker, prompts: list[str]) -> None:
+        try:
+            await worker.actor.encode.remote(prompts)
+        except LOST as error:
+            self._blame(worker, error, prompts)
 
     def mine(self, rank: int) -> list[str]:
         """The prompts that a worker encoded."""
@@ -118,16 +128,18 @@ class Pool(ActorGroup):
 
     def hold(self, prompts: Sequence[str]) -> None:
         """Have the conditions of these prompts read, and let go of others."""
-        self._held = {text: ref for text, ref in self._held.items() if text in prompts}
-        self.conditions(prompts)
+        needed = set(prompts)
+        self._held = {text: ref for text, ref in self._held.items() if text in needed}
+        if self.up:
+            self.conditions(prompts)
 
     def conditions(self, prompts: Sequence[str]) -> list[ObjectRef]:
-        """References to the conditions of encoded prompts, each read by the worker that has it; by
-        another one while that one is away."""
+        """References to the conditions of prompts, each read by the worker that has it; by another
+        one, which may have to encode it first, while that one is away."""
         by_worker: dict[Worker, list[str]] = {}
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._held:
-                reader = self.up.get(self._encoder[prompt]) or self.up[min(self.up)]
+                reader = self.up.get(self._encoder.get(prompt, -1)) or self.up[min(self.up)]
                 by_worker.setdefault(reader, []).append(prompt)
         for worker, mine in by_worker.items():
             made = worker.actor.conditions.options(num_returns=len(mine)).remote(mine)

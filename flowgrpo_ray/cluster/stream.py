@@ -14,7 +14,8 @@ from flowgrpo_ray.cluster.samplers import Sampled
 from flowgrpo_ray.common.types import WeightsTicket, WorkUnit
 from flowgrpo_ray.run.ledger import Ledger
 from flowgrpo_ray.run.metrics import Scores, Signal, UnitResult, count_groups, signals
-from flowgrpo_ray.spec.prompts import Block, IterationPlan, Prompt, plan_refill
+from flowgrpo_ray.spec.plan import Block, IterationPlan, plan_refill
+from flowgrpo_ray.spec.prompts import Prompt
 from flowgrpo_ray.spec.training import TrainingSpec
 
 

@@ -22,6 +22,7 @@ from flowgrpo_ray.common.types import Parallel
 from flowgrpo_ray.estimate.dry_run import Cost, give_shapes, measure, scaled, without_data
 from flowgrpo_ray.estimate.layouts import Layout, compare
 from flowgrpo_ray.estimate.memory import (
+    ENCODING,
     Costs,
     Parts,
     Stages,
@@ -251,6 +252,7 @@ class Sized:
     encoders: int | None  # bytes, if known
     rewards: Mapping[str, Parts | None]
     memory: float | None  # bytes of a GPU
+    encodes_later: bool  # not all prompts at the start
 
     def on(
         self, spec: TrainingSpec, nodes: Sequence[object]
@@ -259,21 +261,28 @@ class Sized:
         and the stages of each process."""
 
         def stages(way: Parallel) -> Mapping[str, Stages]:
-            return actor_stages(spec, self.policy, self.cost, self.encoders or 0, way)
+            found = actor_stages(spec, self.policy, self.cost, self.encoders or 0, way)
+            left_out = () if self.encodes_later else (ENCODING,)
+            return {
+                section: {stage: parts for stage, parts in of.items() if stage not in left_out}
+                for section, of in found.items()
+            }
 
         way = choose(spec, nodes, self.memory, stages, self.rewards)
         return way, stages(way)
 
 
-def size_up(spec: TrainingSpec, memory: float | None) -> Sized | None:
-    """For GPUs of ``memory`` bytes; ``None`` if the model's configs are not to be had."""
+def size_up(spec: TrainingSpec, memory: float | None, prompts: int | None = None) -> Sized | None:
+    """For GPUs of ``memory`` bytes and a training set of ``prompts``, if that is known; ``None`` if
+    the model's configs are not to be had."""
     configs = find_configs(spec.model)
     if configs is None:
         return None
     policy = skeleton(spec, configs)
     encoders, cost = encoder_bytes(spec.model), costs(spec, policy, configs)
     rewards = {name: reward_parts(name, reward) for name, reward in spec.rewards.items()}
-    return Sized(policy, cost, encoders, rewards, memory)
+    encodes_later = prompts is None or prompts > spec.prompts.encode_ahead
+    return Sized(policy, cost, encoders, rewards, memory, encodes_later)
 
 
 def decide(spec: TrainingSpec, places: Sequence[tuple[object, float | None]]) -> Parallel:
@@ -285,10 +294,13 @@ def decide(spec: TrainingSpec, places: Sequence[tuple[object, float | None]]) ->
     return sized.on(spec, nodes)[0] if sized else unmeasured(spec, nodes)
 
 
-def estimate(spec: TrainingSpec, memory: float | None = None) -> Footprint | None:
+def estimate(
+    spec: TrainingSpec, memory: float | None = None, prompts: int | None = None
+) -> Footprint | None:
     """The footprint of ``spec`` on GPUs of ``memory`` bytes, its ranks on as few machines as there
-    may be; ``None`` if its model's configs are not to be had."""
-    sized = size_up(spec, memory)
+    may be, for a training set of ``prompts`` (default: a large one); ``None`` if its model's configs
+    are not to be had."""
+    sized = size_up(spec, memory, prompts)
     if sized is None:
         return None
     policy, cost, rewards = sized.policy, sized.cost, sized.rewards

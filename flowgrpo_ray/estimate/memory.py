@@ -27,6 +27,7 @@ FLOAT32_BYTES = 4
 GATHERED_BLOCKS = 2  # whole at once under FSDP: the one at work, and the next that is prefetched
 RESERVED = 2 * 2**30  # bytes of a GPU for CUDA's context, kernels' workspaces and fragmentation
 START = "start"  # the stage in which text encoders are there, and nothing else
+ENCODING = "encoding more prompts"  # of a set larger than prompts.encode_ahead, between iterations
 
 Parts = Mapping[str, int]  # bytes by what they are for
 Stages = Mapping[str, Parts]
@@ -48,7 +49,8 @@ def actor_stages(
     """Bytes of one process of each section of ``cluster``; ``encoders`` are those of their
     weights."""
     reserved = {"reserved": RESERVED if spec.ranks.gpus else 0}
-    start: Stages = {START: {"text encoders": encoders}}
+    reading = {"text encoders": encoders}
+    start: Stages = {START: reading}
     beside = _beside_the_network(spec, policy)
     state, network = learner_state(spec, policy, parallel), _whole_network(policy)
     loading = _loaded_by_blocks(policy, parallel) if parallel.sharded else network
@@ -60,6 +62,7 @@ def actor_stages(
             "workers": {
                 **start,
                 "loading": {**loading, **beside},
+                ENCODING: {**idle, **reading},
                 **_sampling(spec, policy, costs, idle),
                 **{stage: {**beside, **parts} for stage, parts in training.items()},
             }
@@ -70,6 +73,7 @@ def actor_stages(
             "rollout": {
                 **start,
                 "loading": {**network, **beside},
+                ENCODING: {**network, **beside, **reading},
                 **_sampling(spec, policy, costs, {**network, **beside}),
             },
             "learner": {

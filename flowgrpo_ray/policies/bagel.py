@@ -40,6 +40,8 @@ class BagelPolicy(Policy):
 
     config_files = (CONFIG,)
     ways_in = ("read",)
+    encoded_at_once = 1
+    negative_prompt = None  # guidance leads away from a picture of nothing said
     lora_targets = (
         "self_attn.q_proj_moe_gen",
         "self_attn.k_proj_moe_gen",
@@ -109,8 +111,7 @@ class BagelPolicy(Policy):
 
     # --- prompts
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> list[Condition]:
+    def encode_batch(self, prompts: Sequence[str]) -> list[Condition]:
         """``past``: keys and values ``[P, layers, 2, heads, features]`` of the prompt's tokens.
 
         ``model.max_sequence_length`` counts them without the two marks around them.

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import shutil
-import socket
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,9 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flowgrpo_ray.common.errors import ModelError
-from flowgrpo_ray.common.types import Condition, Images
-from flowgrpo_ray.policies.kernels import use_kernels
+from flowgrpo_ray.common.types import NEGATIVE, Condition, Images
+from flowgrpo_ray.policies.kernels import prepare_compiler, use_kernels
 from flowgrpo_ray.policies.linear import use_onednn
 from flowgrpo_ray.policies.lora import add_lora, merge_file, start_lora, switch
 from flowgrpo_ray.policies.lora_file import read_lora
@@ -34,6 +31,7 @@ if TYPE_CHECKING:
     from flowgrpo_ray.spec.sections import ModelSpec, Tuning
 
 Configs = Mapping[str, Any]  # parsed config files of a model, by their path in its folder
+ENCODED_AT_ONCE = 16  # prompts; shorter batches are filled up, so that all have this size
 DECODED_PIXELS = 2**20  # decoded at once: 4 images of 512 x 512; more makes no GPU faster
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,6 +49,8 @@ class Policy(ABC):
     pipeline: ClassVar[str] = ""  # the model's class in diffusers, if it has one
     call_arguments: ClassVar[tuple[str, ...]] = ()  # of that pipeline's call, for the model card
     ways_in: ClassVar[tuple[str, ...]] = ()  # methods of the network that compute, beside forward
+    encoded_at_once: ClassVar[int] = ENCODED_AT_ONCE
+    negative_prompt: ClassVar[str | None] = ""  # what guidance leads away from; None: no prompt
     config_files: ClassVar[tuple[str, ...]]  # that say what the parts are made of
 
     network: nn.Module
@@ -105,10 +105,10 @@ class Policy(ABC):
         """What ``decode`` needs, on ``self.device``."""
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str]) -> list[Condition]:
-        """One condition per prompt, each encoded alone: the result depends on that prompt only.
+    def encode_batch(self, prompts: Sequence[str]) -> list[Condition]:
+        """One condition per prompt of a batch that ``tokens_of`` gives one length.
 
-        Arrays come from ``as_array``; their lengths may differ between prompts if ``collate`` pads.
+        Arrays come from ``as_array``; their lengths may differ between batches if ``collate`` pads.
         """
 
     @abstractmethod
@@ -165,6 +165,40 @@ class Policy(ABC):
             return sigma
         return torch.full((len(x),), sigma, device=x.device)
 
+    def tokens_of(self, prompt: str) -> int:
+        """How long a prompt is for the encoder, where batches are not padded to one length."""
+        return 0
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> list[Condition]:
+        """One condition per prompt, in batches of ``encoded_at_once`` prompts of equal length.
+
+        All batches of a length have one shape, whoever is in them, so that a prompt's bits do not
+        depend on its neighbours. The prompt that guidance leads away from is ``negative_*``.
+        """
+        return [{**condition, **self._negative} for condition in self._encoded(prompts)]
+
+    @cached_property
+    def _negative(self) -> Condition:
+        if self.passes(self.guidance) == 1 or self.negative_prompt is None:
+            return {}
+        (found,) = self._encoded([self.negative_prompt])
+        return {f"{NEGATIVE}{name}": array for name, array in found.items()}
+
+    def _encoded(self, prompts: Sequence[str]) -> list[Condition]:
+        by_length: dict[int, list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            by_length.setdefault(self.tokens_of(prompt), []).append(index)
+        size = self.encoded_at_once
+        found: dict[int, Condition] = {}
+        for same in by_length.values():
+            for start in range(0, len(same), size):
+                batch = same[start : start + size]
+                texts = [prompts[index] for index in batch]
+                texts += texts[-1:] * (size - len(batch))
+                found |= zip(batch, self.encode_batch(texts), strict=False)
+        return [found[index] for index in range(len(prompts))]
+
     def collate(self, conditions: Sequence[Condition]) -> dict[str, Tensor]:
         """``velocity``'s condition from those of single prompts, on the CPU: ``{name: [b, ...]}``.
 
@@ -217,16 +251,7 @@ class Policy(ABC):
             for network in networks:
                 use_onednn(network)
         if self.model.compile:
-            from torch._inductor import config as inductor
-
-            check_compiler()
-            # A program for each kind of block, size of a batch, with and without gradients, and of
-            # the reference; beyond torch's limit blocks would run uncompiled, with other bits.
-            torch._dynamo.config.recompile_limit = 64
-            torch._dynamo.config.fail_on_recompile_limit_hit = True
-            # Fused kernels keep float32 where eager ones round to half precision, and programs with
-            # and without gradients fuse otherwise: round as eager does, and both are the same.
-            inductor.emulate_precision_casts = True
+            prepare_compiler()
             for network in networks:
                 for block in self.blocks_of(network):
                     block.compile(dynamic=False)
@@ -278,17 +303,6 @@ class Policy(ABC):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, in the network's own order."""
         return {n: p for n, p in self.network.named_parameters() if p.requires_grad}
-
-
-def check_compiler() -> None:
-    """``ModelError`` if this machine lacks what torch.compile calls."""
-    wanted = os.environ.get("CXX") or "g++"
-    if shutil.which(wanted) is None:
-        raise ModelError(
-            f"model.compile = true needs a C++ compiler, and {wanted!r} is not on PATH of "
-            f"{socket.gethostname()}: install one on every machine of the run, name it in CXX, or "
-            "leave out that key"
-        )
 
 
 def as_array(tensor: Tensor) -> NDArray[Any]:

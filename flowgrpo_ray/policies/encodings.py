@@ -2,7 +2,8 @@
 
 One folder per fingerprint, which is a digest of all that encodings depend on but the prompt, and
 one safetensors file per prompt in it. Text encoders are loaded only for prompts that are missing,
-and dropped after them.
+and dropped after them. Where all files take more than they may, those go that nobody has used for
+the longest time.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,21 +24,34 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from flowgrpo_ray.common.errors import ModelError
-from flowgrpo_ray.common.types import Condition
+from flowgrpo_ray.common.types import NEGATIVE, Condition
 from flowgrpo_ray.policies.hub import identity
 
 if TYPE_CHECKING:
     from flowgrpo_ray.policies.base import Policy
 
 FOLDER_VARIABLE = "FLOWGRPO_ENCODINGS"
+LIMIT_VARIABLE = "FLOWGRPO_ENCODINGS_GIB"
+LIMIT_GIB = 50.0  # about 30,000 prompts of SD3.5
 CHUNK = 64  # prompts that are encoded before they are written
-NEGATIVE = "negative_"  # arrays of these names are the same for all prompts: kept once
 
 
 def encodings_folder() -> Path:
     """Where encodings live: FLOWGRPO_ENCODINGS, or a folder of the user's cache."""
     default = "~/.cache/flowgrpo_ray/encodings"
     return Path(os.environ.get(FOLDER_VARIABLE) or default).expanduser().absolute()
+
+
+def most_bytes() -> int:
+    """What the folder may hold: FLOWGRPO_ENCODINGS_GIB, or 50 GiB."""
+    given = os.environ.get(LIMIT_VARIABLE) or str(LIMIT_GIB)
+    try:
+        gib = float(given)
+    except ValueError:
+        gib = -1.0
+    if not 0 < gib < math.inf:
+        raise ModelError(f"{LIMIT_VARIABLE} = {given!r} is no number of GiB above 0")
+    return round(gib * 2**30)
 
 
 class EncodingCache:
@@ -52,9 +68,12 @@ class EncodingCache:
 
     def add(self, prompts: Sequence[str]) -> int:
         """Encode the prompts that are not there yet; returns how many those were."""
-        missing = [p for p in dict.fromkeys(prompts) if not self.file(p).exists()]
+        prompts = list(dict.fromkeys(prompts))
+        missing = [prompt for prompt in prompts if not _used(self.file(prompt))]
         if not missing:
             return 0
+        most = most_bytes()
+        _give_back_memory()
         self._policy.load_encoder()
         for start in range(0, len(missing), CHUNK):
             chunk = missing[start : start + CHUNK]
@@ -66,6 +85,7 @@ class EncodingCache:
                 self._write(self.file(prompt), own)
         self._policy.drop_encoder()
         _give_back_memory()
+        _make_room(most, keep={self.file(prompt) for prompt in prompts})
         return len(missing)
 
     def get(self, prompt: str) -> Condition:
@@ -100,8 +120,33 @@ def _read(file: Path, prompt: str) -> Condition:
         ) from error
 
 
+def _used(file: Path) -> bool:
+    """Whether it is there; if so, it is the last that goes."""
+    with suppress(OSError):  # there is none, or the folder is another one's to fill
+        os.utime(file)
+    return file.exists()
+
+
+def _make_room(most: int, keep: Collection[Path]) -> None:
+    """Delete encodings of any model that were not used for the longest time, until all take
+    ``most`` bytes; never ``keep``, nor what a model's prompts share."""
+    found: list[tuple[float, int, Path]] = []
+    total = 0
+    for file in encodings_folder().glob("*/*/*.safetensors"):
+        with suppress(FileNotFoundError):  # another process makes room as well
+            stat = file.stat()
+            total += stat.st_size
+            if file not in keep:
+                found.append((stat.st_mtime, stat.st_size, file))
+    for _, size, file in sorted(found):
+        if total <= most:
+            return
+        file.unlink(missing_ok=True)
+        total -= size
+
+
 def _give_back_memory() -> None:
-    """Of the encoders: to the GPU's other processes too, for which torch would keep it."""
+    """To the GPU's other processes, and to whatever is loaded next: torch would keep it."""
     import torch
 
     gc.collect()
@@ -120,6 +165,7 @@ def fingerprint(policy: Policy) -> str:
                 "max_sequence_length": model.max_sequence_length,
                 "passes": policy.passes(policy.guidance),  # a negative prompt is encoded, or none
                 "dtype": str(policy.encoder_dtype),
+                "batch": policy.encoded_at_once,
                 "device": policy.device.type,  # kernels differ in the last bits
                 "versions": [version(name) for name in ("torch", "transformers", "diffusers")],
             },

@@ -44,15 +44,14 @@ class FluxPolicy(PackedPolicy):
             )
         return network
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> list[Condition]:
-        conditions: list[Condition] = []
-        for prompt in prompts:
-            embeds, pooled, _ = self.encoder.encode_prompt(
-                prompt, max_sequence_length=self.model.max_sequence_length
-            )
-            conditions.append({"embeds": as_array(embeds[0]), "pooled": as_array(pooled[0])})
-        return conditions
+    def encode_batch(self, prompts: Sequence[str]) -> list[Condition]:
+        embeds, pooled, _ = self.encoder.encode_prompt(
+            list(prompts), max_sequence_length=self.model.max_sequence_length
+        )
+        return [
+            {"embeds": as_array(e), "pooled": as_array(p)}
+            for e, p in zip(embeds, pooled, strict=True)
+        ]
 
     def velocity(self, x: Tensor, sigma: float | Tensor, condition: dict[str, Tensor]) -> Tensor:
         from diffusers import FluxPipeline

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from flowgrpo_ray.common.types import Condition, Images
@@ -14,7 +12,6 @@ from flowgrpo_ray.policies.base import Configs, as_array, pad
 from flowgrpo_ray.policies.pipeline import JOINT_ATTENTION, PackedPolicy, as_images
 
 NEGATIVE_TOKENS = 6  # of the negative prompt's encoding, with the end of the template
-NEGATIVE_PROMPT = " "  # what the model's authors guide away from
 
 
 class QwenImagePolicy(PackedPolicy):
@@ -29,6 +26,7 @@ class QwenImagePolicy(PackedPolicy):
     autoencoder = "AutoencoderKLQwenImage"
     blocks = ("QwenImageTransformerBlock",)
     max_tokens = 1024
+    negative_prompt = " "
     lora_targets = (
         *JOINT_ATTENTION,
         "img_mlp.net.0.proj",
@@ -41,17 +39,16 @@ class QwenImagePolicy(PackedPolicy):
     def factor(self) -> int:
         return 2 ** len(self.vae.config.temperal_downsample)
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> list[Condition]:
-        negative = {}
-        if self.guidance > 1:
-            negative = {"negative_embeds": self._encode(NEGATIVE_PROMPT)}
-        return [{"embeds": self._encode(prompt), **negative} for prompt in prompts]
+    def tokens_of(self, prompt: str) -> int:
+        text = self.encoder.prompt_template_encode.format(prompt)
+        return len(self.encoder.tokenizer(text).input_ids)
 
-    def _encode(self, prompt: str) -> NDArray[Any]:
-        """``[tokens, dim]``, without those of the pipeline's template before the prompt."""
-        longest = self.model.max_sequence_length
-        return as_array(self.encoder.encode_prompt(prompt, max_sequence_length=longest)[0][0])
+    def encode_batch(self, prompts: Sequence[str]) -> list[Condition]:
+        """``[tokens, dim]`` each, without those of the pipeline's template before the prompt."""
+        embeds, _ = self.encoder.encode_prompt(
+            list(prompts), max_sequence_length=self.model.max_sequence_length
+        )
+        return [{"embeds": as_array(own)} for own in embeds]
 
     def collate(self, conditions: Sequence[Condition]) -> dict[str, Tensor]:
         collated: dict[str, Tensor] = {}

@@ -23,27 +23,18 @@ class SD3Policy(PipelinePolicy):
     config_files = (*PipelinePolicy.config_files, "text_encoder/config.json")
     lora_targets = JOINT_ATTENTION
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> list[Condition]:
-        names = ("embeds", "negative_embeds", "pooled", "negative_pooled")
-        guided = self.guidance > 1
-        conditions: list[Condition] = []
-        for prompt in prompts:
-            encoded = self.encoder.encode_prompt(
-                prompt,
-                None,
-                None,
-                do_classifier_free_guidance=guided,
-                max_sequence_length=self.model.max_sequence_length,
-            )
-            conditions.append(
-                {
-                    name: as_array(tensor[0])
-                    for name, tensor in zip(names, encoded, strict=True)
-                    if tensor is not None
-                }
-            )
-        return conditions
+    def encode_batch(self, prompts: Sequence[str]) -> list[Condition]:
+        embeds, _, pooled, _ = self.encoder.encode_prompt(
+            list(prompts),
+            None,
+            None,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.model.max_sequence_length,
+        )
+        return [
+            {"embeds": as_array(e), "pooled": as_array(p)}
+            for e, p in zip(embeds, pooled, strict=True)
+        ]
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         network: Any = self.network.config

@@ -22,7 +22,8 @@ from flowgrpo_ray.run.checkpoint import Progress, list_checkpoints, load_checkpo
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.model_card import Exported, model_card
 from flowgrpo_ray.spec.file import load_spec
-from flowgrpo_ray.spec.prompts import Prompt, still_schedule
+from flowgrpo_ray.spec.plan import still_schedule
+from flowgrpo_ray.spec.prompts import Prompt
 from flowgrpo_ray.spec.training import TrainingSpec
 
 WEIGHTS = ("ema", "last")

@@ -16,7 +16,7 @@ import numpy as np
 from flowgrpo_ray.algorithm.advantages import has_gradient, reward_wise_advantages
 from flowgrpo_ray.algorithm.objectives import Objective
 from flowgrpo_ray.common.types import Float32, MicrobatchStats, StepStats, WeightsTicket, WorkUnit
-from flowgrpo_ray.spec.prompts import IterationPlan
+from flowgrpo_ray.spec.plan import IterationPlan
 from flowgrpo_ray.spec.sections import AdvantagesSpec
 from flowgrpo_ray.spec.training import TrainingSpec
 

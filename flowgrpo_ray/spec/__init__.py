@@ -5,7 +5,8 @@ NumPy are all that it loads, so that a spec can be checked anywhere.
 """
 
 from flowgrpo_ray.spec.file import dump_spec, load_spec, recipe_names
-from flowgrpo_ray.spec.prompts import load_prompt_sets, plan_evaluation, plan_iteration
+from flowgrpo_ray.spec.plan import plan_evaluation, plan_iteration
+from flowgrpo_ray.spec.prompts import load_prompt_sets
 from flowgrpo_ray.spec.training import TrainingSpec
 
 __all__ = [

@@ -103,6 +103,12 @@ class PromptsSpec(Strict):
 
     train: str = Field(description="file to train on; builtin:prompts/… for those of the package")
     evaluate: str = Field(description="held-out file for the evaluations")
+    encode_ahead: int = Field(
+        default=2048,
+        ge=1,
+        description="prompts that are encoded before an iteration needs them; of a larger set the "
+        "next ones follow when these are used up",
+    )
 
 
 class RewardSpec(Strict):

@@ -44,7 +44,7 @@ from flowgrpo_ray.algorithm.weights import digest
 from flowgrpo_ray.common.errors import ContractError, SpecError
 from flowgrpo_ray.common.types import Noising, WeightsTicket
 from flowgrpo_ray.run.checkpoint import Progress, load_checkpoint, save_checkpoint
-from flowgrpo_ray.spec.prompts import plan_iteration
+from flowgrpo_ray.spec.plan import plan_iteration
 
 A = np.array([1.7, -0.6, 0.0, -7.0, 6.0])  # advantages: within the bounds, and beyond them
 SHAPE = (5, 2, 3)

@@ -42,7 +42,7 @@ from flowgrpo_ray.algorithm.sampling import (
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.types import Schedule, WorkUnit
 from flowgrpo_ray.policies.base import Policy
-from flowgrpo_ray.spec.prompts import draw_eta
+from flowgrpo_ray.spec.plan import draw_eta
 
 SHAPE = (4, 8, 12)  # of one image's latents
 

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Container, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 from unittest.mock import ANY, patch
 
@@ -28,7 +29,8 @@ from flowgrpo_ray.run.ledger import Ledger
 from flowgrpo_ray.run.metrics import Scores, Signal, count_groups, signals
 from flowgrpo_ray.run.tracking import RunRecorder, StartClock, read_rows
 from flowgrpo_ray.spec.file import load_spec
-from flowgrpo_ray.spec.prompts import Prompt, load_prompt_sets, plan_iteration, plan_refill
+from flowgrpo_ray.spec.plan import plan_iteration, plan_refill
+from flowgrpo_ray.spec.prompts import Prompt, load_prompt_sets
 from flowgrpo_ray.spec.training import TrainingSpec
 
 T = TypeVar("T")
@@ -237,6 +239,29 @@ OBJECTIVES = {
         *("sampling.eta=null", "sampling.window=null"),
     ),
 }
+
+
+def test_prompts_are_encoded_as_they_come_to_be_needed() -> None:
+    """Those of the next iterations when the last are used up, whichever iteration is next."""
+    from flowgrpo_ray.cluster.crew import REAL, Crew
+
+    changes = ["prompts.encode_ahead=20", "iterations=50"]
+    spec = load_spec("tiny-ocr", [*SMALL, *changes])
+    train, held_out = load_prompt_sets(spec)
+    crew = Crew(spec, {"train": train, "eval": held_out}, {}, SilentDisplay(), REAL)
+    encoded: list[list[str]] = []
+
+    async def encode(texts: list[str]) -> None:
+        encoded.append(texts)
+
+    crew.rollouts = SimpleNamespace(encode=encode)  # type: ignore[assignment]
+    for iteration in (1, *range(1, 8), 3, 4):  # a learner was lost after the seventh
+        asyncio.run(crew.encode(iteration))
+        plan = plan_iteration(spec, iteration, len(train), (1.0, 0.9, 0.5, 0.2, 0.0))
+        needed = {train[p].text for unit in plan.units for p in unit.prompts}
+        assert needed | {p.text for p in held_out} <= set(encoded[-1])
+    assert 2 < len(encoded) < 8
+    assert all(len(texts) <= 20 + len(held_out) for texts in encoded)
 
 
 @pytest.mark.slow

@@ -5,13 +5,17 @@ another shell, `rewards scale` during the run, the job stopped and submitted aga
 rewards taken away, a node of rollout workers added and all such nodes taken away, one by one. In
 the end the weights are those of a run on one machine that nobody disturbed. `pytest -s` shows what
 every command printed.
+
+All is real but the network: the nodes' `flowgrpo-ray` has the actors of `chained.py`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -28,7 +32,7 @@ from flowgrpo_ray.run.checkpoint import list_checkpoints
 from flowgrpo_ray.run.tracking import read_rows
 
 pytestmark = SLOW_IN_TURNS
-ITERATIONS = 90
+ITERATIONS = 400
 patiently = partial(wait_until, pause=0.3)
 SPEC = """
 name: signs
@@ -44,8 +48,8 @@ rewards:
   bright: {{reward: "own.rewards:Bright", weight: 0.1, resources: {{reward_node: 0.001}}}}
 objective: {{kind: flow_grpo, clip_low: 1e-3, clip_high: 1e-3}}
 optimizer: {{learning_rate: 2e-4}}
-evaluation: {{every: 30, steps: 4, prompts: 8, micro_batch: 4, grid: 8}}
-checkpoint: {{every: 5, keep: 2}}
+evaluation: {{every: 200, steps: 4, prompts: 8, micro_batch: 4, grid: 8}}
+checkpoint: {{every: 10, keep: 2}}
 cluster:
   rollout: {{count: 2, max_count: 4, cpus: 0.5, resources: {{rollout_node: 0.5}}}}
   learner: {{count: 1, cpus: 0.5, resources: {{learner_node: 0.001}}}}
@@ -127,11 +131,13 @@ def write_project(folder: Path, http_port: int) -> Path:
         "prompts/heldout.txt": "".join(f'blue sign "{n}"\n' for n in range(200, 208)),
         "own/rewards.py": OWN_REWARD,
         "rewards.yaml": REWARDS.format(port=http_port),
+        "bin/flowgrpo-ray": f"#!{sys.executable}\nimport chained\n\nchained.main()\n",
         "large-and-not-for-the-cluster.bin": "0" * 1_000_000,
     }
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
+    (folder / "bin" / "flowgrpo-ray").chmod(0o755)
     return folder
 
 
@@ -140,8 +146,8 @@ def undisturbed(hardly_disturbed: None, tmp_path_factory: pytest.TempPathFactory
     """The same run on this machine alone, from start to end; its folder."""
     folder = write_project(tmp_path_factory.mktemp("alone"), 0)
     subprocess.run(
-        [clusters.BIN / "flowgrpo-ray", "train", "signs.yaml", "--runs", "runs"],
-        env=alone() | {"PYTHONPATH": "."},
+        [folder / "bin" / "flowgrpo-ray", "train", "signs.yaml", "--runs", "runs"],
+        env=alone() | {"PYTHONPATH": f".:{clusters.HERE}"},
         cwd=folder,
         check=True,
         timeout=600,
@@ -152,10 +158,12 @@ def undisturbed(hardly_disturbed: None, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def shell(hardly_disturbed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
     runs = tmp_path_factory.mktemp("shared-storage")
+    folder = tmp_path_factory.mktemp("project")
     head = {"CPU": 4, "learner_node": 1}
-    with clusters.cluster(head, several=True, FLOWGRPO_RUNS=str(runs)) as cluster:
+    path = f"{folder}/bin:{clusters.BIN}:{os.environ['PATH']}"
+    with clusters.cluster(head, several=True, FLOWGRPO_RUNS=str(runs), PATH=path) as cluster:
         cluster.wait_until_it_answers()
-        folder = write_project(tmp_path_factory.mktemp("project"), cluster.http_port)
+        write_project(folder, cluster.http_port)
         cluster.environment |= {"PYTHONPATH": "."}
         yield Shell(cluster, folder)
 

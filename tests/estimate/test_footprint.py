@@ -368,6 +368,7 @@ def test_parts_of_a_worker_that_samples_and_trains_by_hand(std: str):
     assert sizes == {
         "start": 90,
         "loading": network + 24,
+        "encoding more prompts": idle + 90,
         "sampling": idle + 600 + 2 * latents,
         "decoding": idle + 500,
         "evaluation": idle + 700,
@@ -554,8 +555,8 @@ def test_a_gpu_of_24_gb_has_room_for_every_phase_of_its_recipe():
     spec, found = estimate_of("sd35-ocr-1gpu-24gb")
     (gpu,) = gpus(spec, found.actors, found.rewards)
     phases = gpu.phases()
-    names = ["start", "loading", "sampling", "decoding", "evaluation", "training", "update"]
-    assert [*phases] == names
+    names = ["start", "loading", "encoding more prompts", "sampling", "decoding", "evaluation"]
+    assert [*phases] == [*names, "training", "update"]
     assert max(phases.values()) < 22 * GIB
     encoders = 123_650_304 + 694_659_840 + 4_762_310_656
     assert phases["start"] == 2 * encoders + 2 * GIB, "the encoders alone, in 16 bits"

@@ -178,3 +178,30 @@ def test_one_file_per_prompt_and_one_for_the_negative_prompt_are_all_that_is_kep
     files = {p for p in cache.folder.rglob("*") if p.is_file()}
     assert files == {cache.file(p) for p in PROMPTS} | {cache.folder / "negative.safetensors"}
     assert os.environ["FLOWGRPO_ENCODINGS"] in str(cache.folder)
+
+
+def test_what_nobody_used_for_the_longest_time_goes_first(monkeypatch):
+    """Of all models; never what was just asked for, nor a model's negative prompt."""
+    old, new = EncodingCache(policy("sampling.guidance=3")), EncodingCache(policy())
+    old.add(PROMPTS)
+    for age, prompt in enumerate(PROMPTS):
+        os.utime(old.file(prompt), (age, age))
+    new.add(PROMPTS[:1])
+    old.add(PROMPTS[:1])  # is there, and used
+    size = old.file(PROMPTS[0]).stat().st_size
+    monkeypatch.setenv("FLOWGRPO_ENCODINGS_GIB", str(3.5 * size / 2**30))
+    new.add(PROMPTS[:2])
+    there = [cache.file(p).exists() for cache in (old, new) for p in PROMPTS]
+    assert there == [True, False, False, True, True, False]
+    monkeypatch.setenv("FLOWGRPO_ENCODINGS_GIB", "1e-9")
+    new.add(PROMPTS)
+    there = [cache.file(p).exists() for cache in (old, new) for p in PROMPTS]
+    assert there == [False] * 3 + [True] * 3
+    assert (old.folder / "negative.safetensors").exists()
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "much", "inf", "nan"])
+def test_a_limit_that_is_none_is_an_error_that_names_it(monkeypatch, given):
+    monkeypatch.setenv("FLOWGRPO_ENCODINGS_GIB", given)
+    with pytest.raises(ModelError, match=f"FLOWGRPO_ENCODINGS_GIB = '{given}'"):
+        EncodingCache(policy()).add(PROMPTS[:1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from tiny_runs import (
 
 from flowgrpo_ray.algorithm.sampling import INITIAL, batch_condition, draw_noise, rollout
 from flowgrpo_ray.common.errors import ModelError, SpecError
+from flowgrpo_ray.common.types import Condition
 from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.policies.base import Policy
 
@@ -57,10 +58,18 @@ def policy() -> Policy:
     return load_policy(small_spec(), CPU, frozenset({"network", "decoder"}))
 
 
+def encoded_alone(guidance: float) -> Mapping[int, Condition]:
+    """Of each prompt in a batch of its own, as the pipeline encodes one."""
+    spec = small_spec(f"sampling.guidance={guidance}")
+    encoder: Any = load_policy(spec, CPU, frozenset({"encoder"}))
+    encoder.encoded_at_once = 1
+    return dict(enumerate(encoder.encode(PROMPTS)))
+
+
 def ode_samples(policy: Policy, prompts: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Initial noise and final latents of deterministic sampling through ``rollout``."""
     of = unit(schedule(range(0), steps=STEPS), prompts, tuple(range(len(prompts))))
-    _, x = rollout(policy, of, conditions(policy.guidance), SIZE, UNTRAINED)
+    _, x = rollout(policy, of, encoded_alone(policy.guidance), SIZE, UNTRAINED)
     return draw_noise(of, INITIAL, tuple(x.shape[1:])), x
 
 

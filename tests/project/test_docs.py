@@ -29,7 +29,7 @@ from flowgrpo_ray.run.checkpoint import Progress
 from flowgrpo_ray.run.metrics import Scores, Signal, UnitResult, train_row
 from flowgrpo_ray.run.watch import Reading
 from flowgrpo_ray.spec.file import RECIPES, load_spec, recipe_names
-from flowgrpo_ray.spec.prompts import plan_iteration
+from flowgrpo_ray.spec.plan import plan_iteration
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(

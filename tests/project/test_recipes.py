@@ -15,7 +15,8 @@ from flowgrpo_ray.algorithm.objectives import DiffusionNft
 from flowgrpo_ray.estimate.preflight import check_run
 from flowgrpo_ray.policies import policy_class
 from flowgrpo_ray.spec.file import RECIPES, load_spec, recipe_names
-from flowgrpo_ray.spec.prompts import load_prompt_sets, plan_iteration
+from flowgrpo_ray.spec.plan import plan_iteration
+from flowgrpo_ray.spec.prompts import load_prompt_sets
 from flowgrpo_ray.spec.training import TrainingSpec, required_resources
 
 TINY = [name for name in recipe_names() if name.startswith("tiny-")]

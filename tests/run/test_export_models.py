@@ -29,6 +29,7 @@ from flowgrpo_ray.algorithm.learner import Learner
 from flowgrpo_ray.algorithm.sampling import INITIAL, batch_condition, draw_noise
 from flowgrpo_ray.common.types import Images, WorkUnit
 from flowgrpo_ray.policies import load_policy
+from flowgrpo_ray.policies.base import Policy
 from flowgrpo_ray.run.checkpoint import Progress, save_checkpoint
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.inference import export, generate, load_trained
@@ -102,6 +103,14 @@ def runs(tmp_path_factory) -> Mapping[tuple[str, str], Trained]:
         for family in MODELS
         for tuning in TUNINGS
     }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_prompt_alone() -> Iterator[None]:
+    """As the pipelines encode one: in a larger batch encodings have other last bits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Policy, "encoded_at_once", 1)
+        yield
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from flowgrpo_ray.run.metrics import (
     train_row,
 )
 from flowgrpo_ray.spec.file import load_spec
-from flowgrpo_ray.spec.prompts import plan_iteration
+from flowgrpo_ray.spec.plan import plan_iteration
 from flowgrpo_ray.spec.sections import AdvantagesSpec
 from flowgrpo_ray.spec.training import TrainingSpec
 

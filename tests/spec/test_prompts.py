@@ -13,16 +13,15 @@ from hypothesis import strategies as st
 from flowgrpo_ray.common.errors import PromptError
 from flowgrpo_ray.common.types import Noising
 from flowgrpo_ray.spec.file import load_spec
-from flowgrpo_ray.spec.prompts import (
+from flowgrpo_ray.spec.plan import (
     Block,
-    Prompt,
-    load_prompts,
+    plan_encoding,
     plan_evaluation,
     plan_iteration,
     plan_refill,
     progressive_start,
-    prompts_digest,
 )
+from flowgrpo_ray.spec.prompts import Prompt, load_prompts, prompts_digest
 from flowgrpo_ray.spec.sampling import ProgressiveWindow
 from flowgrpo_ray.spec.training import TrainingSpec
 
@@ -259,6 +258,40 @@ def test_refills_go_on_where_the_last_ended():
         used |= {prompt for unit in refill for prompt in unit.prompts}
     assert indices == [[4, 5], [6, 7], [], []]
     assert len(used) == 12
+
+
+@settings(max_examples=60, deadline=None)
+@given(spec=specs(), first=st.integers(1, 50), data=st.data())
+def test_prompts_are_encoded_before_they_are_needed(
+    spec: TrainingSpec, first: int, data: st.DataObject
+):
+    """All that an iteration samples, whatever is replaced in it, and never many more."""
+    sampling, ahead = spec.sampling, data.draw(st.integers(1, PROMPTS), "ahead")
+    size = data.draw(st.integers(sampling.groups, PROMPTS), "training set")
+    tries = data.draw(st.integers(0, 2), "refill")
+    spec = spec.model_copy(
+        update={
+            "iterations": first + 9,
+            "prompts": spec.prompts.model_copy(update={"encode_ahead": ahead}),
+            "advantages": spec.advantages.model_copy(update={"refill": tries}),
+        }
+    )
+    iterations, needed = plan_encoding(spec, first, size)
+    assert len(needed) == len(set(needed))
+    assert {first, first + sampling.max_lag} <= set(iterations)
+    least = sampling.groups * (1 + (1 + tries) * (1 + sampling.max_lag))
+    assert len(needed) <= max(ahead, least)
+    if size > ahead and iterations[-1] < spec.iterations:
+        more = [plan_encoding(spec, later, size)[1] for later in (first, iterations[-1] + 1)]
+        assert len({*more[0], *more[1]}) > ahead, "as many as may be"
+    for iteration in (0, *iterations):
+        found = plan_iteration(spec, iteration, size, sigmas(sampling.steps))
+        used = {prompt for unit in found.units for prompt in unit.prompts}
+        groups = data.draw(st.integers(0, sampling.groups), "groups without spread")
+        for _ in range(tries if iteration else 0):
+            blocks = plan_refill(spec, found, size, used, groups)
+            used |= {p for block in blocks for unit in block for p in unit.prompts}
+        assert used <= set(needed)
 
 
 def test_evaluation_is_constant():
