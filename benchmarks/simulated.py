@@ -124,7 +124,7 @@ class SimulatedLearner:
     def step(self, samples: int, points: int, last: bool) -> StepStats:
         return StepStats(1.0, 1e-4, 0.0)
 
-    def state(self) -> LearnerState:
+    def share(self) -> LearnerState:
         return LearnerState({}, {}, {}, {}, 0)
 
     def load_state(self, state: LearnerState) -> None: ...

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from flowgrpo_ray.cluster.actors import introduce
 from flowgrpo_ray.common.types import (
     LearnerState,
     MicrobatchStats,
@@ -68,6 +67,12 @@ def numbers(*given: object) -> np.ndarray:
 
 def ticket_of(version: int, arrays: Arrays) -> WeightsTicket:
     return WeightsTicket(version, numbers(*arrays.values()).astype(np.uint8).tobytes().hex())
+
+
+def introduce(name: str, run: str) -> None:
+    from flowgrpo_ray.cluster import actors  # not before: Ray reads its token on import
+
+    actors.introduce(name, run)
 
 
 class RolloutWorker:
@@ -181,8 +186,10 @@ class LearnerRank:
         self.ema = {"chain": numbers(self.ema["chain"], self.weights["chain"])}
         return StepStats(float(self.weights["chain"][0]), 1e-4, 0.0)
 
-    def state(self) -> LearnerState:
+    def share(self) -> LearnerState:
         time.sleep(OTHERS_S)
+        if self.rank:
+            return LearnerState({}, {}, {}, {}, self.updates)
         bulk = np.zeros(int(os.environ.get(BULK, "0")) // 4, np.float32)
         return LearnerState(
             weights=self.weights,

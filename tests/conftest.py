@@ -22,6 +22,13 @@ os.environ["FLOWGRPO_ENCODINGS"] = tempfile.mkdtemp(prefix="fge", dir="/tmp")
 atexit.register(shutil.rmtree, os.environ["FLOWGRPO_ENCODINGS"], ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests share a process; those of whole runs, which take turns anyway, share one."""
+    for item in items:
+        apart = "hardly_disturbed" not in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group(item.path.name if apart else "whole runs"))
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """Ray with four logical CPUs, without dashboard, in a folder that is removed at the end."""

@@ -20,7 +20,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from tiny_bagel import build_bagel
-from tiny_runs import CPU, SIZE, UNTRAINED, Batch, gradients, in_shards, kept, small_spec, unit
+from tiny_runs import (
+    CPU,
+    SIZE,
+    UNTRAINED,
+    Batch,
+    gradients,
+    in_shards,
+    kept,
+    small_spec,
+    state_of,
+    unit,
+)
 
 from flowgrpo_ray.algorithm.sampling import rollout
 from flowgrpo_ray.common.types import Condition, LearnerState, Schedule, WeightsTicket
@@ -361,7 +372,7 @@ def train_once(
         batch.into(learner)
     gradient = {name: g.numpy().copy() for name, g in gradients(learner).items()}
     learner.step(kept(of), len(of[0].unit.points))
-    return gradient, learner.state()
+    return gradient, state_of(learner)
 
 
 def train_as_rank(rank: int, folder: Path, listener: socket.socket | None = None) -> dict[Any, Any]:

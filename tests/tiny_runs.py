@@ -117,7 +117,7 @@ def unit(
 
 def sampler(spec: TrainingSpec) -> Policy:
     """What a rollout worker holds: a tuned policy without text encoders."""
-    policy = load_policy(spec, CPU, frozenset({"network", "decoder"}))
+    policy = load_policy(spec, CPU, frozenset({"network", "decoder"}), masters=False)
     policy.tune(spec.seed, with_reference=spec.objective.compares_reference)
     return policy
 
@@ -290,6 +290,24 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def merged(shares: Sequence[LearnerState]) -> LearnerState:
+    """The whole state, of which each rank has given its share."""
+    from flowgrpo_ray.run.checkpoint import ARRAYS, BEHAVIOUR, FOLLOWER, joined
+
+    names = (*ARRAYS, FOLLOWER, BEHAVIOUR)
+    whole = {name: joined(getattr(share, name) for share in shares) for name in names}
+    return replace(shares[0], **whole)
+
+
+def state_of(learner: Any) -> LearnerState:
+    """The whole state of a learner, on every rank; collective."""
+    import torch.distributed as dist
+
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, learner.share())
+    return merged(shares)
+
+
 def train_and_reload(case: Case, mine: Sequence[Batch]) -> RankResult:
     """Two updates on this rank's share, then a fresh learner that loads ``case.load``."""
     from flowgrpo_ray.algorithm.learner import Learner
@@ -305,7 +323,7 @@ def train_and_reload(case: Case, mine: Sequence[Batch]) -> RankResult:
         norms.append(update(learner, mine, of).grad_norm)
     fresh = Learner(case.spec, CPU, parallel=parallel)
     fresh.load_state(case.load)
-    return RankResult(gradient, norms, learner.state(), fresh.state(), seen.calls)
+    return RankResult(gradient, norms, state_of(learner), state_of(fresh), seen.calls)
 
 
 def rank_results(

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flowgrpo_ray.algorithm.gate import OnPolicyGate
@@ -28,7 +29,7 @@ from flowgrpo_ray.algorithm.parallel import (
 )
 from flowgrpo_ray.algorithm.sampling import batch_condition, points, velocities
 from flowgrpo_ray.algorithm.tally import Tally
-from flowgrpo_ray.algorithm.weights import digest, full, gather, load_arrays, to_arrays
+from flowgrpo_ray.algorithm.weights import full, gather, load_arrays, share
 from flowgrpo_ray.common.types import (
     Condition,
     Float32,
@@ -42,9 +43,10 @@ from flowgrpo_ray.common.types import (
     WorkUnit,
 )
 from flowgrpo_ray.policies import load_policy
-from flowgrpo_ray.policies.base import Policy
+from flowgrpo_ray.policies.base import Policy, as_tensor
 from flowgrpo_ray.spec.training import TrainingSpec
 
+Arrays = dict[str, NDArray[Any]]
 Held = Literal["last", "averaged", "follower"]  # sets of weights; the last one is trained
 
 
@@ -71,6 +73,7 @@ class Learner:
         self.policy = policy
         if spec.cluster.learner.activation_checkpointing:
             self.policy.checkpoint_activations()
+        self._dtypes = policy.halved(policy.network)  # by name, where weights travel in another
         if sharded:
             shard(self.policy, self.parallel)
         self.parameters = self.policy.trainable()
@@ -79,25 +82,25 @@ class Learner:
         self.optimizer = Optimizer(self.parameters, spec.optimizer, spec.ema, home, follower)
         self.scale = LossScale(self.policy.dtype, spec.sampling.micro_batch)
         self.gate = OnPolicyGate(self.objective.gate, self.policy.dtype_name, spec.sampling.max_lag)
-        self._arrays: dict[str, Float32] = {}  # of the last one, where a checkpoint needs them
+        self._arrays: Arrays = {}  # what was last published, where a checkpoint needs it
         self._held: Held = "last"  # the set that is in the parameters, and they in its place
 
     # --- weights
 
-    def publish(
-        self, version: int, *, averaged: bool = False
-    ) -> tuple[WeightsTicket, dict[str, Float32]]:
-        """The weights to sample with next, as a ticket and, of rank 0, arrays; collective.
+    def publish(self, version: int, *, averaged: bool = False) -> tuple[WeightsTicket, Arrays]:
+        """The weights to sample with next, as a ticket and, of rank 0, arrays in the dtypes that
+        rollout workers hold them in; collective.
 
         ``averaged`` publishes the EMA weights, for evaluation: nothing is trained on their samples.
         """
         self._hold("last")
         sets = {"last": self.parameters, **self._shelves}
-        found, arrays = gather(sets[self._sampling(averaged=averaged)], keep=self.rank == 0)
+        published = sets[self._sampling(averaged=averaged)]
+        found, arrays = gather(published, keep=self.rank == 0, dtypes=self._dtypes)
         ticket = WeightsTicket(version, found)
         if averaged:
             return ticket, arrays
-        trained = digest(self.parameters) if self.objective.samples_with_follower else found
+        trained = self._digest() if self.objective.samples_with_follower else found
         self.gate.expect(ticket, exact=trained == found)
         if self.spec.sampling.max_lag:
             self._arrays = arrays
@@ -116,14 +119,18 @@ class Learner:
         trained = None
         if wanted == "follower":
             self._hold("last")
-            trained = digest(self.parameters)
+            trained = self._digest()
         self._hold(wanted)
-        ticket = WeightsTicket(version, digest(self.parameters))
+        ticket = WeightsTicket(version, self._digest())
         if self.parallel.sharded:
             gather_weights(self.policy.network)
         if not averaged:
             self.gate.expect(ticket, exact=trained in (None, ticket.digest))
         return ticket
+
+    def _digest(self) -> str:
+        """Of what the parameters hold, as rollout workers would hold it."""
+        return gather(self.parameters, keep=False, dtypes=self._dtypes)[0]
 
     def _sampling(self, *, averaged: bool) -> Held:
         """The set that samples are drawn with."""
@@ -262,21 +269,19 @@ class Learner:
 
     # --- state
 
-    def state(self) -> LearnerState:
-        """All that a checkpoint holds; collective, with arrays on rank 0 alone."""
+    def share(self) -> LearnerState:
+        """This rank's share of all that a checkpoint holds; together the ranks' are whole."""
         self._hold("last")
-        keep = self.rank == 0
-        moments = self.optimizer.moments.items()
+        optimizer = self.optimizer
+        sets = {"weights": self.parameters, "ema": optimizer.ema, "follower": optimizer.follower}
+        sets |= optimizer.moments
         lags = self.spec.sampling.max_lag > 0
         return LearnerState(
-            weights=to_arrays(self.parameters, keep=keep),
-            ema=to_arrays(self.optimizer.ema, keep=keep),
-            follower=to_arrays(self.optimizer.follower, keep=keep),
-            **{name: to_arrays(shelf, keep=keep) for name, shelf in moments},
+            **{name: share(tensors, self.rank, self.world) for name, tensors in sets.items()},
             updates=self.optimizer.updates,
             loss_scale=self.scale.value,
             scale_held=self.scale.held,
-            behaviour=self._arrays,
+            behaviour={name: as_tensor(a).float().numpy() for name, a in self._arrays.items()},
             behaviour_version=self.gate.published.version if lags else -1,
         )
 
@@ -302,6 +307,7 @@ class Learner:
         if not state.behaviour:
             return None
         held = {name: torch.tensor(array) for name, array in state.behaviour.items()}
-        behaviour = WeightsTicket(state.behaviour_version, digest(held))
+        found, _ = gather(held, keep=False, dtypes=self._dtypes)
+        behaviour = WeightsTicket(state.behaviour_version, found)
         self.gate.remember(behaviour)
         return behaviour

@@ -23,11 +23,11 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.nn.modules.conv import _ConvNd
 
 from flowgrpo_ray.common.interfaces import interface_to
 from flowgrpo_ray.common.types import Parallel
 from flowgrpo_ray.policies.base import Policy
+from flowgrpo_ray.policies.kernels import cast_by_autocast
 from flowgrpo_ray.spec.training import TrainingSpec
 
 Place = TypeVar("Place")
@@ -102,15 +102,6 @@ def shard(policy: Policy, parallel: Parallel) -> None:
     network.set_requires_gradient_sync(not parallel.keep_gradients)
     if policy.reference_network is not None:  # which is whole everywhere
         policy.reference_network.to(policy.device)
-
-
-def cast_by_autocast(network: nn.Module) -> set[int]:
-    """The ids of parameters that autocast casts wherever they are used: those of matrix products.
-
-    Gathered in that dtype they give the same bits; any other would lose some.
-    """
-    layers = (m for m in network.modules() if isinstance(m, nn.Linear | _ConvNd))
-    return {id(p) for layer in layers for p in layer.parameters(recurse=False)}
 
 
 def finish(network: nn.Module, parallel: Parallel) -> None:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flowgrpo_ray.common.errors import ContractError
 from flowgrpo_ray.common.types import Float32
+from flowgrpo_ray.policies.base import as_array, as_tensor
 
 _MULTIPLIER = -7046029254386353131  # 2^64 / golden ratio, odd, as a signed 64-bit integer
 _CHUNK = 1 << 22
@@ -30,13 +33,22 @@ def digest(parameters: Mapping[str, Tensor]) -> str:
     return gather(parameters, keep=False)[0]
 
 
-def gather(parameters: Mapping[str, Tensor], *, keep: bool) -> tuple[str, dict[str, Float32]]:
-    """The digest of whole parameters and, to ``keep``, their arrays on the CPU; collective over the
-    ranks that hold shards. Only one whole tensor is on the device at a time."""
+def gather(
+    parameters: Mapping[str, Tensor],
+    *,
+    keep: bool,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> tuple[str, dict[str, NDArray[Any]]]:
+    """The digest of whole parameters, in other ``dtypes`` where these are named, and, to ``keep``,
+    their arrays on the CPU (of bfloat16 its bits, as uint16).
+
+    Collective over the ranks that hold shards. Only one whole tensor is on the device at a time.
+    """
     total = hashlib.blake2b(digest_size=16)
-    arrays: dict[str, Float32] = {}
+    arrays: dict[str, NDArray[Any]] = {}
     for name in sorted(parameters):
         tensor = full(parameters[name])
+        tensor = tensor.to((dtypes or {}).get(name, tensor.dtype))
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {_checksum(tensor)}".encode())
         if keep:
             arrays[name] = _array(tensor)
@@ -67,21 +79,30 @@ def like(whole: Tensor, target: Tensor) -> Tensor:
     return whole
 
 
-def to_arrays(parameters: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Float32]:
-    """Whole arrays on the CPU, copied: later updates of the parameters do not reach them.
+def share(tensors: Mapping[str, Tensor], rank: int, ranks: int) -> dict[str, Float32]:
+    """What a rank adds to whole arrays, copied to the CPU: later updates do not reach it.
 
-    Collective, one tensor at a time; without ``keep`` this rank takes part and has no arrays.
+    Of a sharded tensor its slice, unless that is another one's copy; of those that every rank has
+    whole, each ``ranks``-th. No rank waits for another.
     """
-    whole = ((name, full(parameter)) for name, parameter in parameters.items())
-    return {name: _array(tensor) for name, tensor in whole if keep}
+    mine: dict[str, Float32] = {}
+    for number, (name, tensor) in enumerate(tensors.items()):
+        if isinstance(tensor, DTensor):
+            mesh, local = tensor.device_mesh, tensor.to_local().detach()
+            copied = mesh.ndim > 1 and mesh.get_local_rank(0) > 0
+            if local.numel() and not copied:
+                mine[name] = _array(local)
+        elif number % ranks == rank:
+            mine[name] = _array(tensor.detach())
+    return mine
 
 
-def _array(tensor: Tensor) -> Float32:
-    return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format).numpy()
+def _array(tensor: Tensor) -> NDArray[Any]:
+    return as_array(tensor.to("cpu", copy=True, memory_format=torch.contiguous_format))
 
 
 @torch.no_grad()
-def load_arrays(parameters: Mapping[str, Tensor], arrays: Mapping[str, Float32]) -> None:
+def load_arrays(parameters: Mapping[str, Tensor], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Copy ``arrays`` into ``parameters``; the names and shapes must be the same."""
     if parameters.keys() != arrays.keys():
         odd = sorted(parameters.keys() ^ arrays.keys())
@@ -94,4 +115,4 @@ def load_arrays(parameters: Mapping[str, Tensor], arrays: Mapping[str, Float32])
                 f"weights do not fit the network: {name} is {tuple(parameter.shape)} here and "
                 f"{arrays[name].shape} there"
             )
-        parameter.copy_(like(torch.tensor(arrays[name]), parameter))
+        parameter.copy_(like(as_tensor(arrays[name]), parameter))

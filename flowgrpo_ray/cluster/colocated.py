@@ -48,6 +48,8 @@ class Kept:
 class ColocatedWorker(RolloutWorker, LearnerRank):
     """One process of the group."""
 
+    masters = True
+
     def __init__(self, spec: TrainingSpec, rank: int) -> None:
         LearnerRank.__init__(self, spec, rank, "worker")
         if self.device.type == "cpu":

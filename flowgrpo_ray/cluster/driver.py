@@ -66,6 +66,7 @@ class Trainer:
         # With max_lag 1: the iteration that is sampled meanwhile, and under which weights.
         self._ahead: Stream | None = None
         self._behaviour: WeightsTicket | None = None
+        self._writing: asyncio.Task[None] | None = None  # the last checkpoint, to disk
         self.telemetry = Telemetry(spec, folder, display)
         self.crew = Crew(spec, self.prompts, self.telemetry.traffic, display, kinds)
         digest = prompts_digest([*prompts, *held_out])
@@ -127,8 +128,11 @@ class Trainer:
             try:
                 while not await self._finished():
                     await self._go_back()
+                await self._written()
             finally:
                 self.drop_ahead()
+                if self._writing:  # what ended the run is not its fault
+                    await asyncio.wait([self._writing])
             return self.journal.progress
 
     async def start(self) -> None:
@@ -173,6 +177,8 @@ class Trainer:
         spec, journal = self.spec, self.journal
         while not (self.stopping or journal.complete):
             await self.iterate(journal.progress.iteration + 1)
+            if self._writing and self._writing.done():
+                await self._written()  # or why not, as soon as it is known
             done = journal.progress.iteration
             if done == 1 and not (self.stopping or journal.complete or spec.sampling.max_lag):
                 # A LoRA's adapters are 0 before the first update, and so is what they add to noise.
@@ -187,6 +193,7 @@ class Trainer:
         self.display.stage("replacing the learner")
         self.drop_ahead()
         self._behaviour = None
+        await self._written()
         await self.crew.learners.restart()
         self._saved = await asyncio.to_thread(self.folder.latest)
         self.journal.go_back(self._saved[1] if self._saved else None)
@@ -238,12 +245,21 @@ class Trainer:
                 self.crew.losses.add("images of an evaluation", error)
 
     async def save(self) -> None:
-        """Checkpoint learner and progress."""
+        """Checkpoint learner and progress: copied here, written beside what comes next."""
         self.display.stage("saving a checkpoint")
+        await self._written()
         progress = self.journal.now()
-        state = await self.crew.learners.state()
+        shares = await self.crew.learners.shares()
+        self._writing = asyncio.create_task(self._write(shares, progress))
+
+    async def _write(self, shares: Sequence[LearnerState], progress: Progress) -> None:
         keep, protected = self.spec.checkpoint.keep, self.journal.watch.protected
-        await asyncio.to_thread(
-            save_checkpoint, self.folder.checkpoints, state, progress, keep, protected
-        )
+        folder = self.folder.checkpoints
+        await asyncio.to_thread(save_checkpoint, folder, shares, progress, keep, protected)
         self.telemetry.saved()
+
+    async def _written(self) -> None:
+        """Wait for the last checkpoint to be on disk; ``CheckpointError`` if it is not."""
+        writing, self._writing = self._writing, None
+        if writing:
+            await writing

@@ -91,7 +91,16 @@ def end(driver: int, known: set[Process]) -> None:
         still |= known
     for pid, _ in known:
         _signal(pid, signal.SIGKILL)
+    deadline = time.monotonic() + LOOK_S
     while known & processes().keys() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def remove(folder: Path) -> None:
+    """Delete it, whatever the last breath of a process still put there."""
+    deadline = time.monotonic() + LOOK_S
+    while folder.exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.05)
 
 
@@ -108,7 +117,7 @@ def main(driver: int, folder: Path, logs: Path) -> None:
         return
     end(driver, known)
     keep_logs(folder, logs)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
 
 
 if __name__ == "__main__":

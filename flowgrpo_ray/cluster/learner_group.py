@@ -129,9 +129,8 @@ class LearnerRank:
     def step(self, samples: int, points: int, last: bool) -> StepStats:
         return self.learner.step(samples, points, last=last)
 
-    def state(self) -> LearnerState | None:
-        state = self.learner.state()
-        return state if self.rank == 0 else None
+    def share(self) -> LearnerState:
+        return self.learner.share()
 
     def load_state(self, state: LearnerState) -> WeightsTicket | None:
         return self.learner.load_state(state)
@@ -272,10 +271,10 @@ class LearnerGroup(ActorGroup):
         answers = await self._of_all([*running, *updates])
         return answers[: len(running)], answers[len(running)]
 
-    async def state(self) -> LearnerState:
-        """What a checkpoint holds."""
+    async def shares(self) -> list[LearnerState]:
+        """What a checkpoint holds: of each rank its share, as read-only memory of Ray's store."""
         calls = zip(self.calls, self.ranks, strict=True)
-        return (await self._of_all([of.answer("save", r.state.remote()) for of, r in calls]))[0]
+        return await self._of_all([of.answer("save", r.share.remote()) for of, r in calls])
 
     async def load_state(self, state: LearnerState) -> WeightsTicket | None:
         """Go on from a checkpoint; the ticket of the weights that it holds of the iteration before,

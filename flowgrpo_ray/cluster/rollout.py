@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
 
 from flowgrpo_ray.cluster.actors import set_up_process
 from flowgrpo_ray.common.errors import ContractError
 from flowgrpo_ray.common.types import (
     Condition,
-    Float32,
     Images,
     Trajectory,
     WeightsTicket,
@@ -28,6 +29,7 @@ class RolloutWorker:
 
     policy: Policy
     on_host = False  # the network is loaded there, to be sharded
+    masters = False  # it trains, too
 
     def __init__(self, spec: TrainingSpec, rank: int) -> None:
         self.name = f"rollout-{rank}"
@@ -63,7 +65,9 @@ class RolloutWorker:
         if hasattr(self, "policy"):
             return
         parts = frozenset({"network", "decoder"})
-        self.policy = load_policy(self.spec, self.device, parts, on_host=self.on_host)
+        self.policy = load_policy(
+            self.spec, self.device, parts, on_host=self.on_host, masters=self.masters
+        )
         self.policy.tune(self.spec.seed, with_reference=self.spec.objective.compares_reference)
         self.parameters = self.policy.trainable()
         self.policy.latent_shape(self.spec.sampling.size)  # an impossible size fails here, early
@@ -82,7 +86,7 @@ class RolloutWorker:
         found = [self.encodings.get(prompt) for prompt in prompts]
         return found if len(found) > 1 else found[0]
 
-    def load(self, ticket: WeightsTicket, arrays: dict[str, Float32]) -> tuple[str, float]:
+    def load(self, ticket: WeightsTicket, arrays: dict[str, NDArray[Any]]) -> tuple[str, float]:
         """Take over published weights; the digest of what the parameters now hold, busy seconds."""
         from flowgrpo_ray.algorithm.weights import digest, load_arrays
 

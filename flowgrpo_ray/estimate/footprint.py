@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowgrpo_ray.algorithm.parallel import cast_by_autocast
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.common.types import Parallel
@@ -34,6 +33,7 @@ from flowgrpo_ray.estimate.memory import (
 from flowgrpo_ray.estimate.parallel import choose, presumed_nodes, unmeasured, ways
 from flowgrpo_ray.policies import policy_class
 from flowgrpo_ray.policies.base import DTYPES, Configs, Policy
+from flowgrpo_ray.policies.kernels import cast_by_autocast
 from flowgrpo_ray.spec.sections import ModelSpec
 from flowgrpo_ray.spec.training import TrainingSpec
 
@@ -298,8 +298,8 @@ def estimate(
     spec: TrainingSpec, memory: float | None = None, prompts: int | None = None
 ) -> Footprint | None:
     """The footprint of ``spec`` on GPUs of ``memory`` bytes, its ranks on as few machines as there
-    may be, for a training set of ``prompts`` (default: a large one); ``None`` if its model's configs
-    are not to be had."""
+    may be, for a training set of ``prompts`` (default: a large one); ``None`` if its model's
+    configs are not to be had."""
     sized = size_up(spec, memory, prompts)
     if sized is None:
         return None

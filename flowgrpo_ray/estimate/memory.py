@@ -14,10 +14,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from flowgrpo_ray.algorithm.optimizer import MOMENTS
-from flowgrpo_ray.algorithm.parallel import PIECE, cast_by_autocast
+from flowgrpo_ray.algorithm.parallel import PIECE
 from flowgrpo_ray.common.types import Parallel
 from flowgrpo_ray.estimate.dry_run import Cost
 from flowgrpo_ray.policies.base import DTYPES, Policy
+from flowgrpo_ray.policies.kernels import cast_by_autocast
 from flowgrpo_ray.rewards import resolve
 from flowgrpo_ray.rewards.loading import ModelSize
 from flowgrpo_ray.spec.sections import RewardSpec
@@ -53,6 +54,9 @@ def actor_stages(
     start: Stages = {START: reading}
     beside = _beside_the_network(spec, policy)
     state, network = learner_state(spec, policy, parallel), _whole_network(policy)
+    saved, copy = _saved_by_halves(policy), "frozen copy of the base model"
+    sampled = {"weights": network["weights"] - saved, **beside}
+    sampled[copy] -= saved if sampled[copy] else 0
     loading = _loaded_by_blocks(policy, parallel) if parallel.sharded else network
     training = _training(spec, policy, costs, state, parallel)
     if spec.cluster.layout == "colocated":
@@ -72,9 +76,9 @@ def actor_stages(
         found = {
             "rollout": {
                 **start,
-                "loading": {**network, **beside},
-                ENCODING: {**network, **beside, **reading},
-                **_sampling(spec, policy, costs, {**network, **beside}),
+                "loading": sampled,
+                ENCODING: {**sampled, **reading},
+                **_sampling(spec, policy, costs, sampled),
             },
             "learner": {
                 "loading": loading,
@@ -90,6 +94,13 @@ def actor_stages(
 
 def _whole_network(policy: Policy) -> Parts:
     return {"weights": _bytes([*policy.network.parameters(), *policy.network.buffers()])}
+
+
+def _saved_by_halves(policy: Policy) -> int:
+    """Bytes that a rollout worker saves, which has no masters of full tuning."""
+    halved = policy.halved(policy.network)
+    weights = (policy.network.get_parameter(name) for name in halved)
+    return sum(w.numel() * (w.itemsize - policy.dtype.itemsize) for w in weights)
 
 
 def _beside_the_network(spec: TrainingSpec, policy: Policy) -> Parts:
@@ -226,7 +237,7 @@ def _shard(tensors: Iterable[Tensor], ranks: int) -> int:
 
 def reward_parts(name: str, reward: RewardSpec) -> Parts | None:
     """Bytes of a replica on a GPU, of the published model; ``None`` if its size is not known."""
-    if not reward.gpus or reward.options.get("device") == "cpu":
+    if not reward.gpus:
         return {}
     cls = resolve(reward.reward or name)
     size: ModelSize | None = getattr(cls, "SIZE", None)

@@ -33,14 +33,16 @@ def load_policy(
     parts: frozenset[str] | None = None,
     *,
     on_host: bool = False,
+    masters: bool = True,
 ) -> Policy:
     """The spec's base model on ``device``, not yet tuned; all its parts, or those named.
 
-    ``on_host`` leaves the network on the CPU, for whoever shards it.
+    ``on_host`` leaves the network on the CPU, for whoever shards it; who never trains needs no
+    float32 ``masters``.
     """
     cls = policy_class(spec.model.family)
     parts = cls.PARTS if parts is None else parts
     guidance = spec.sampling.guidance
-    policy = cls(spec.model, spec.tuning, guidance, device, parts, on_host=on_host)
+    policy = cls(spec.model, spec.tuning, guidance, device, parts, on_host=on_host, masters=masters)
     policy.onednn = spec.cluster.cpu_linear == "onednn" and device.type == "cpu"
     return policy

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flowgrpo_ray.common.types import NEGATIVE, Condition, Images
-from flowgrpo_ray.policies.kernels import prepare_compiler, use_kernels
+from flowgrpo_ray.policies.kernels import cast_by_autocast, prepare_compiler, use_kernels
 from flowgrpo_ray.policies.linear import use_onednn
 from flowgrpo_ray.policies.lora import add_lora, merge_file, start_lora, switch
 from flowgrpo_ray.policies.lora_file import read_lora
@@ -41,7 +41,8 @@ class Policy(ABC):
 
     ``parts`` says what to load: ``"network"`` (the trainable denoiser), ``"decoder"`` (latents to
     images) and ``"encoder"`` (prompts to conditions); a learner needs only the first, ``on_host``
-    (on the CPU) where shards of it shall come to ``device``.
+    (on the CPU) where shards of it shall come to ``device``. Who never trains needs no ``masters``:
+    then what autocast would cast for every product is held in half precision.
     """
 
     PARTS: ClassVar[frozenset[str]] = frozenset({"network", "decoder", "encoder"})
@@ -65,6 +66,7 @@ class Policy(ABC):
         parts: frozenset[str] = PARTS,
         *,
         on_host: bool = False,
+        masters: bool = True,
     ) -> None:
         self.model, self.tuning, self.guidance, self.device = model, tuning, guidance, device
         self.dtype = DTYPES[model.dtype]
@@ -76,7 +78,12 @@ class Policy(ABC):
         if "network" in parts:
             master = torch.float32 if tuning.kind == "full" else self.dtype
             home = torch.device("cpu") if on_host else device
-            self.network = self.load_network(master).to(home).eval()
+            network = self.load_network(master)
+            if not masters:
+                for name, dtype in self.halved(network).items():
+                    weight = network.get_parameter(name)
+                    weight.data = weight.data.to(dtype)
+            self.network = network.to(home).eval()
         if "encoder" in parts:
             self.load_encoder()
         if "decoder" in parts:
@@ -274,6 +281,13 @@ class Policy(ABC):
             self.reference_network = copy.deepcopy(self.network, memo)
         for parameter in trained:
             parameter.requires_grad_(True)
+
+    def halved(self, network: nn.Module) -> dict[str, torch.dtype]:
+        """Weights of full tuning that sampling needs in half precision only, and that dtype."""
+        if self.tuning.kind != "full" or self.dtype == torch.float32:
+            return {}
+        cast = cast_by_autocast(network)
+        return {name: self.dtype for name, p in network.named_parameters() if id(p) in cast}
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -11,6 +11,8 @@ import shutil
 import socket
 
 import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.spec.sections import ModelSpec
@@ -37,6 +39,15 @@ def use_kernels(model: ModelSpec) -> None:
     if model.deterministic:  # cuBLAS reads it when a process first calls it
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(model.deterministic)
+
+
+def cast_by_autocast(network: nn.Module) -> set[int]:
+    """The ids of parameters that autocast casts wherever they are used: those of matrix products.
+
+    Gathered in that dtype they give the same bits; any other would lose some.
+    """
+    layers = (m for m in network.modules() if isinstance(m, nn.Linear | _ConvNd))
+    return {id(p) for layer in layers for p in layer.parameters(recurse=False)}
 
 
 def prepare_compiler() -> None:

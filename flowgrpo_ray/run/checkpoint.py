@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there: written beside, fsynced, renamed, with digests.
 
 A checkpoint is a folder ``checkpoints/iteration-000070`` of safetensors files, ``state.json`` and
-``manifest.json`` with the SHA-256 of each. Nothing in it is pickled.
+``manifest.json`` with the SHA-256 of each. Nothing in it is pickled. What several learner ranks
+share out is in a file of each, ``weights-00001-of-00002.safetensors``; any number can go on.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,7 @@ from flowgrpo_ray.common.errors import CheckpointError
 from flowgrpo_ray.common.strict_json import parse
 
 if TYPE_CHECKING:
-    from flowgrpo_ray.common.types import LearnerState
+    from flowgrpo_ray.common.types import Float32, LearnerState
 
 PREFIX = "iteration-"
 ARRAYS = ("weights", "ema", "exp_avg", "exp_avg_sq")
@@ -44,13 +46,14 @@ class Progress:
 
 def save_checkpoint(
     folder: Path,
-    state: LearnerState,
+    shares: Sequence[LearnerState],
     progress: Progress,
     keep: int,
     protect: Collection[int] = (),
 ) -> Path:
     """Write the checkpoint of ``progress.iteration`` under ``folder``; keep the newest ``keep``.
 
+    ``shares`` are those of the learner's ranks (``Learner.share``), in order.
     Beside these, of each iteration in ``protect`` the newest checkpoint up to it is kept. One that
     cannot be written whole (a full disk) leaves nothing behind: ``CheckpointError``.
     """
@@ -63,7 +66,7 @@ def save_checkpoint(
         for leftover in folder.glob(f".{PREFIX}*.partial"):
             shutil.rmtree(leftover)
         partial.mkdir()
-        _write(partial, state, progress)
+        _write(partial, shares, progress)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         kept = list_checkpoints(folder)
@@ -83,14 +86,18 @@ def save_checkpoint(
     return final
 
 
-def _write(partial: Path, state: LearnerState, progress: Progress) -> None:
+def _write(partial: Path, shares: Sequence[LearnerState], progress: Progress) -> None:
     """All files of a checkpoint, on disk."""
     from safetensors.numpy import save_file
 
-    more = [name for name in (FOLLOWER, BEHAVIOUR) if getattr(state, name)]
-    for name in [*ARRAYS, *more]:
-        save_file(getattr(state, name), partial / f"{name}.safetensors")
-    numbers = {name: getattr(state, name) for name in NUMBERS}
+    for name in (*ARRAYS, FOLLOWER, BEHAVIOUR):
+        parts = [part for share in shares if (part := getattr(share, name))]
+        if not parts and name in ARRAYS:
+            parts = [{}]
+        for number, part in enumerate(parts, 1):
+            of = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
+            save_file(part, partial / f"{name}{of}.safetensors")
+    numbers = {name: getattr(shares[0], name) for name in NUMBERS}
     _write_json(partial / "state.json", {**numbers, **asdict(progress)})
     files = sorted(path for path in partial.iterdir())
     _write_json(partial / "manifest.json", {path.name: _sha256(path) for path in files})
@@ -128,12 +135,13 @@ def load_checkpoint(path: Path) -> tuple[LearnerState, Progress]:
         if odd := [name for name, value in row.items() if not _is(value, kinds[name])]:
             raise TypeError(f"{odd[0]} = {row[odd[0]]!r} in state.json")
         numbers = {name: row.pop(name) for name in NUMBERS}
-        names = [
-            *ARRAYS,
-            *([FOLLOWER] if (path / f"{FOLLOWER}.safetensors").exists() else []),
-            *([BEHAVIOUR] if numbers["behaviour_version"] >= 0 else []),
-        ]
-        arrays = {name: load_file(path / f"{name}.safetensors") for name in names}
+        present = {file.name for file in path.iterdir()}
+        arrays = {
+            name: joined(load_file(path / file) for file in files_of(name, present))
+            for name in (*ARRAYS, FOLLOWER, BEHAVIOUR)
+        }
+        if (numbers["behaviour_version"] >= 0) != bool(arrays[BEHAVIOUR]):
+            raise ValueError(f"{BEHAVIOUR} is there, or it is not")
         if any(array.dtype != "float32" for of in arrays.values() for array in of.values()):
             raise TypeError("arrays that are not float32")
         return LearnerState(**arrays, **numbers), Progress(**row)
@@ -144,6 +152,26 @@ def load_checkpoint(path: Path) -> tuple[LearnerState, Progress]:
         ) from error
 
 
+def files_of(name: str, files: Iterable[str]) -> list[str]:
+    """Those of ``files`` that hold an array set, in order: all of its parts, or none."""
+    pattern = re.compile(rf"{name}(?:-(\d{{5}})-of-(\d{{5}}))?\.safetensors")
+    found = {file: match for file in files if (match := pattern.fullmatch(file))}
+    numbered = sorted((m[1] or "00001", m[2] or "00001") for m in found.values())
+    whole = [(f"{number:05d}", f"{len(found):05d}") for number in range(1, len(found) + 1)]
+    return sorted(found) if numbered == whole else []
+
+
+def joined(parts: Iterable[Mapping[str, Float32]]) -> dict[str, Float32]:
+    """Whole arrays from the ranks' shares, in rank order: of some a slice each, of others all."""
+    import numpy as np
+
+    slices: dict[str, list[Float32]] = {}
+    for part in parts:
+        for name, array in part.items():
+            slices.setdefault(name, []).append(array)
+    return {name: of[0] if len(of) == 1 else np.concatenate(of) for name, of in slices.items()}
+
+
 def verify(path: Path) -> dict[str, Any]:
     """Check every file against the manifest; the content of ``state.json``."""
     manifest_file = path / "manifest.json"
@@ -151,8 +179,8 @@ def verify(path: Path) -> dict[str, Any]:
         manifest = parse(manifest_file.read_bytes())
         if not isinstance(manifest, dict) or any(Path(name).name != name for name in manifest):
             raise ValueError("it is no table of this folder's files")
-        needed = {f"{array}.safetensors" for array in ARRAYS} | {"state.json"}
-        for name in sorted(needed | manifest.keys()):
+        needed = {f"{name}.safetensors" for name in ARRAYS if not files_of(name, manifest)}
+        for name in sorted({*needed, "state.json", *manifest}):
             file = path / name
             if not file.is_file() or _sha256(file) != manifest.get(name):
                 raise CheckpointError(f"{file}: missing or not what was saved. {_REMEDY}")

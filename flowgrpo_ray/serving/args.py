@@ -4,6 +4,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from flowgrpo_ray.rewards.bounds import check_device
 from flowgrpo_ray.spec.cluster import Resources
 from flowgrpo_ray.spec.sections import RewardSpec
 
@@ -80,6 +81,7 @@ class RewardServiceArgs(Strict):
     @model_validator(mode="after")
     def _complete(self) -> Self:
         self.reward = self.reward or self.name
+        check_device(self.options, self.gpus)
         if self.autoscaling and self.replicas != 1:
             raise ValueError(
                 f"replicas = {self.replicas} and autoscaling exclude each other: give "

@@ -8,12 +8,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from flowgrpo_ray.common.paths import local_path
 from flowgrpo_ray.common.strict import Strict
+from flowgrpo_ray.rewards.bounds import check_device
 from flowgrpo_ray.spec.cluster import Resources
 from flowgrpo_ray.spec.families import FAMILIES
 from flowgrpo_ray.spec.sampling import Solver
@@ -132,6 +133,11 @@ class RewardSpec(Strict):
     )
     deadline_s: float = Field(default=60, gt=0, description="of one attempt to score a call")
     retries: int = Field(default=2, ge=0, description="more attempts, on other replicas if any")
+
+    @model_validator(mode="after")
+    def _device(self) -> Self:
+        check_device(self.options, self.gpus)
+        return self
 
 
 RewardName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]

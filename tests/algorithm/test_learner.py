@@ -35,6 +35,7 @@ from tiny_runs import (
     sampler,
     schedule,
     small_spec,
+    state_of,
     train_and_reload,
     unit,
     update,
@@ -43,13 +44,14 @@ from tiny_runs import (
 from flowgrpo_ray.algorithm import optimizer as optimizer_module
 from flowgrpo_ray.algorithm.learner import Learner
 from flowgrpo_ray.algorithm.optimizer import LossScale
-from flowgrpo_ray.algorithm.parallel import cast_by_autocast, join_group
+from flowgrpo_ray.algorithm.parallel import join_group
 from flowgrpo_ray.algorithm.sampling import batch_condition
 from flowgrpo_ray.algorithm.weights import digest, load_arrays
 from flowgrpo_ray.common.errors import ContractError
 from flowgrpo_ray.common.types import LearnerState, MicrobatchStats
 from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.policies.base import Policy
+from flowgrpo_ray.policies.kernels import cast_by_autocast
 from flowgrpo_ray.run.checkpoint import Progress, load_checkpoint, save_checkpoint
 from flowgrpo_ray.spec.training import TrainingSpec
 
@@ -409,7 +411,7 @@ def test_two_epochs_are_those_of_plain_autograd(tuning, objective, grad_norm, li
         bounded = sum(s.sums["clip_fraction.low"] + s.sums["clip_fraction.high"] for s in stats)
         assert 0 < bounded < terms if n else bounded == 0
     assert stats[0].gate_max > 1e-4
-    assert largest_difference(learner.state().weights, weights) < WEIGHT_BOUND
+    assert largest_difference(state_of(learner).weights, weights) < WEIGHT_BOUND
     untrained = sampler(spec).trainable()
     moved = largest_difference(weights, {n: p.detach() for n, p in untrained.items()})
     assert moved > 100 * WEIGHT_BOUND
@@ -460,17 +462,17 @@ def test_a_step_without_samples_changes_nothing():
     learner, other = Learner(spec, CPU), Learner(spec, CPU)
     update(learner, batches)
     update(other, batches)
-    before = state_digests(learner.state())
+    before = state_digests(state_of(learner))
     nothing = replace(batches[0], advantages=np.zeros(4, np.float32), keep=np.zeros(4, bool))
     stats = nothing.into(learner)
     assert (stats.samples, stats.gate_max, stats.sums.get("kl", 0.0)) == (0, 0.0, 0.0)
     assert stats.gate_sum.tolist() == [0, 0]
     assert learner.step(0, 2).grad_norm is None
-    assert state_digests(learner.state()) == before
+    assert state_digests(state_of(learner)) == before
     assert not gradients(learner)
     update(learner, batches)
     update(other, batches)
-    assert state_digests(learner.state()) == state_digests(other.state())
+    assert state_digests(state_of(learner)) == state_digests(state_of(other))
 
 
 # --- float16 losses are scaled
@@ -492,7 +494,7 @@ def test_an_update_does_not_depend_on_the_scale(scale):
         assert steps[0].grad_norm == steps[1].grad_norm
         assert [step.loss_scale for step in steps] == [1, scale]
     scaled.scale.value = 1.0
-    assert state_digests(scaled.state()) == state_digests(plain.state())
+    assert state_digests(state_of(scaled)) == state_digests(state_of(plain))
 
 
 @pytest.mark.parametrize(("samples", "exponent"), [(1, 16), (4, 14), (24, 11), (64, 10)])
@@ -509,10 +511,10 @@ def test_an_overflow_costs_an_update_and_halves_the_scale():
     assert learner.scale.value == 2.0**14, "2^16 of a mean over the micro-batch of 4"
     assert update(learner, batches) == replace(update(other, batches), seconds=ANY)
     learner.scale.value = 2.0**100
-    before = state_digests(learner.state())
+    before = state_digests(state_of(learner))
     stats = update(learner, batches)
     assert (stats.overflow, stats.grad_norm, stats.loss_scale) == (True, None, 2.0**100)
-    after = state_digests(learner.state())
+    after = state_digests(state_of(learner))
     changed = {name for name, of in after.items() if of != before[name]}
     assert changed == {"loss_scale", "scale_held"}
     assert (learner.scale.value, learner.scale.held) == (2.0**99, 0)
@@ -521,7 +523,7 @@ def test_an_overflow_costs_an_update_and_halves_the_scale():
     stats = update(learner, batches)
     assert not stats.overflow
     assert stats == replace(update(other, batches), seconds=ANY)
-    assert state_digests(learner.state()) == state_digests(other.state())
+    assert state_digests(state_of(learner)) == state_digests(state_of(other))
 
 
 def test_the_scale_doubles_after_enough_updates_without_overflow(monkeypatch):
@@ -547,10 +549,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run(dtype):
     (batch,) = draw_batches(learner.spec, 1)
     bad = replace(batch, advantages=np.full(4, np.inf, np.float32))
     bad.into(learner)
-    before = arrays_digest(learner.state().weights)
+    before = arrays_digest(state_of(learner).weights)
     with pytest.raises(ContractError, match="gradient of update 1 is not finite"):
         learner.step(4, 2)
-    assert arrays_digest(learner.state().weights) == before
+    assert arrays_digest(state_of(learner).weights) == before
 
 
 # --- averaged weights
@@ -561,29 +563,29 @@ def test_averaging_follows_the_decay_of_its_formula():
     spec = small_spec("ema={decay: 0.3, every: 2}", LORA)
     batches = draw_batches(spec, 1)
     learner = Learner(spec, CPU)
-    average = {n: a.astype(np.float64) for n, a in learner.state().ema.items()}
-    assert digest_of_ema(learner) == arrays_digest(learner.state().weights), "starts as they are"
+    average = {n: a.astype(np.float64) for n, a in state_of(learner).ema.items()}
+    assert digest_of_ema(learner) == arrays_digest(state_of(learner).weights), "starts as they are"
     for n, decay in ((1, None), (2, 3 / 12), (3, None), (4, 0.3)):  # 5 / 14 is above 0.3
         before = digest_of_ema(learner)
         update(learner, batches)
         if decay is None:
             assert digest_of_ema(learner) == before, f"update {n}"
             continue
-        weights = learner.state().weights
+        weights = state_of(learner).weights
         average = {k: decay * a + (1 - decay) * weights[k] for k, a in average.items()}
-        assert largest_difference(learner.state().ema, average) < 2e-7  # 6e-8 measured
-    assert largest_difference(learner.state().ema, learner.state().weights) > 1e-4
+        assert largest_difference(state_of(learner).ema, average) < 2e-7  # 6e-8 measured
+    assert largest_difference(state_of(learner).ema, state_of(learner).weights) > 1e-4
 
 
 def digest_of_ema(learner: Learner) -> str:
-    return arrays_digest(learner.state().ema)
+    return arrays_digest(state_of(learner).ema)
 
 
 def test_no_decay_means_the_weights_themselves():
     spec = small_spec("ema={decay: 0, every: 1}", LORA)
     learner = Learner(spec, CPU)
     update(learner, draw_batches(spec, 1))
-    assert digest_of_ema(learner) == arrays_digest(learner.state().weights)
+    assert digest_of_ema(learner) == arrays_digest(state_of(learner).weights)
 
 
 # --- publishing
@@ -598,7 +600,7 @@ def test_published_weights_are_those_that_a_worker_loads(tuning):
     last, arrays = learner.publish(5)
     averaged, mean_arrays = learner.publish(6, averaged=True)
     assert (last.version, averaged.version) == (5, 6)
-    assert last.digest == arrays_digest(arrays) == arrays_digest(learner.state().weights)
+    assert last.digest == arrays_digest(arrays) == arrays_digest(state_of(learner).weights)
     assert averaged.digest == arrays_digest(mean_arrays) == digest_of_ema(learner)
     assert last.digest != averaged.digest
     worker = sampler(spec)
@@ -638,7 +640,7 @@ def test_a_run_without_averaging_publishes_the_weights():
     learner = Learner(spec, CPU)
     update(learner, draw_batches(spec, 1))
     assert learner.publish(1, averaged=True)[0].digest == learner.publish(1)[0].digest
-    assert not learner.state().ema
+    assert not state_of(learner).ema
 
 
 def test_weights_of_another_network_are_refused():
@@ -676,13 +678,13 @@ def test_saved_and_continued_is_the_same_as_never_stopped(
         update(whole, batches)
     first = Learner(spec, CPU)
     update(first, batches)
-    path = save_checkpoint(tmp_path, first.state(), PROGRESS, keep=1)
+    path = save_checkpoint(tmp_path, [state_of(first)], PROGRESS, keep=1)
     second = Learner(spec, CPU)
     second.load_state(load_checkpoint(path)[0])
-    assert state_digests(second.state()) == state_digests(first.state())
+    assert state_digests(state_of(second)) == state_digests(state_of(first))
     for _ in range(2):
         update(second, batches)
-    assert state_digests(second.state()) == state_digests(whole.state())
+    assert state_digests(state_of(second)) == state_digests(state_of(whole))
     assert whole.scale.value == (2.0**15 if dtype == "float16" else 1.0)
     assert second.publish(3)[0] == whole.publish(3)[0]
 
@@ -690,10 +692,10 @@ def test_saved_and_continued_is_the_same_as_never_stopped(
 def test_a_state_before_the_first_update_can_be_saved_and_loaded(tmp_path):
     spec = small_spec(LORA)
     first = Learner(spec, CPU)
-    path = save_checkpoint(tmp_path, first.state(), PROGRESS, keep=1)
+    path = save_checkpoint(tmp_path, [state_of(first)], PROGRESS, keep=1)
     second = Learner(small_spec(LORA, "seed=8"), CPU)
     second.load_state(load_checkpoint(path)[0])
-    assert state_digests(second.state()) == state_digests(first.state())
+    assert state_digests(state_of(second)) == state_digests(state_of(first))
 
 
 # --- several ranks
@@ -811,7 +813,7 @@ def on_ranks(group: str, folder: Path) -> dict[str, Results]:
             if name == "overflow":  # on rank 1 alone
                 huge = batches[1].advantages * np.float32(1e30)
                 batches[1] = replace(batches[1], advantages=huge)
-            case = Case(spec, batches, Learner(spec, CPU).state())
+            case = Case(spec, batches, state_of(Learner(spec, CPU)))
             known[overrides] = case, train_and_reload(case, batches)
         case, alone = known[overrides]
         found[name] = {1: alone}
@@ -831,7 +833,7 @@ def test_an_overflow_on_one_rank_is_one_of_all(ranks):
     one, two = ranks("overflow").values()
     assert one.grad_norms == two.grad_norms == [None, None]
     assert state_digests(two.state) == state_digests(one.state)
-    untrained = Learner(small_spec(*OTHERS["overflow"]), CPU).state()
+    untrained = state_of(Learner(small_spec(*OTHERS["overflow"]), CPU))
     skipped = replace(untrained, loss_scale=2.0**12)
     assert state_digests(one.state) == state_digests(skipped)
 
@@ -933,7 +935,7 @@ def test_a_state_moves_between_several_ranks_and_one_exactly(ranks, case, count)
     assert state_digests(several.reloaded) == state_digests(one.state), "from one rank to several"
     learner = Learner(small_spec(*CASES[case]), CPU)
     learner.load_state(several.state)
-    assert state_digests(learner.state()) == state_digests(several.state), "from several to one"
+    assert state_digests(state_of(learner)) == state_digests(several.state), "from several to one"
 
 
 HALF = ("model.dtype=bfloat16", grpo("1e-3"), "sampling.guidance=3.0")
@@ -953,7 +955,7 @@ def test_weights_gathered_in_half_precision_give_the_bits_that_autocast_gives(tu
     """The ratio of shards to a worker's float32 weights is exactly 1, after updates and loads."""
     overrides = (TUNINGS[tuning], *HALF)
     learner = Learner(small_spec(*overrides), CPU, parallel=in_shards(**keep))
-    first = learner.state()
+    first = state_of(learner)
     for version in range(3):
         if version == 2:  # while the weights of the last update are gathered
             learner.load_state(first)
@@ -963,4 +965,4 @@ def test_weights_gathered_in_half_precision_give_the_bits_that_autocast_gives(tu
         assert batch.into(learner).gate_max == 0.0
         if version < 1:
             learner.step(4, 2)
-    assert state_digests(learner.state())["weights"] == state_digests(first)["weights"]
+    assert state_digests(state_of(learner))["weights"] == state_digests(first)["weights"]

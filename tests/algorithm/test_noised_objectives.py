@@ -23,6 +23,7 @@ from tiny_runs import (
     sampler,
     schedule,
     small_spec,
+    state_of,
     unit,
     update,
 )
@@ -329,12 +330,12 @@ def test_a_set_of_weights_follows_after_the_last_update(kind: str):
     learner, batches = Learner(spec, CPU), draw_batches(spec)
     for batch in batches:
         batch.into(learner)
-    untrained = learner.state().weights
+    untrained = state_of(learner).weights
     learner.step(kept(batches), 2, last=False)
-    state = learner.state()
+    state = state_of(learner)
     assert all((state.follower[n] == untrained[n]).all() for n in untrained), "not yet"
     update(learner, batches)
-    state = learner.state()
+    state = state_of(learner)
     moved = 0.0
     for name, weights in state.weights.items():  # two updates: 0.3 x 2, at most 0.4
         expected = 0.4 * untrained[name].astype(np.float64) + 0.6 * weights
@@ -350,7 +351,7 @@ def test_nft_samples_with_the_weights_that_follow():
     update(learner, batches)
     update(learner, batches)
     ticket, arrays = learner.publish(1)
-    state = learner.state()
+    state = state_of(learner)
     assert all((arrays[name] == state.follower[name]).all() for name in arrays)
     assert ticket.digest != digest(learner.parameters)
     held = learner.announce(1, averaged=False)  # as a worker that samples and trains does
@@ -370,7 +371,7 @@ def test_nft_samples_with_the_weights_that_follow():
     evaluated = learner.announce(1, averaged=True)
     averages = {name: torch.tensor(array) for name, array in state.ema.items()}
     assert evaluated.digest == digest(averages)
-    after = learner.state()
+    after = state_of(learner)
     for name in state.weights:
         assert (after.weights[name] == state.weights[name]).all()
         assert (after.follower[name] == state.follower[name]).all()
@@ -382,7 +383,7 @@ def test_the_anchor_is_the_velocity_of_the_weights_that_follow():
     learner, batches = Learner(spec, CPU), draw_batches(spec)
     update(learner, batches)
     update(learner, batches)
-    state = learner.state()
+    state = state_of(learner)
     other = sampler(spec)
     with torch.no_grad():
         for name, parameter in other.trainable().items():
@@ -416,12 +417,12 @@ def test_saved_and_continued_is_the_same_as_never_stopped(tmp_path: Path, kind: 
     first = Learner(spec, CPU)
     train(first, 2)
     progress = Progress(2, 0, 0.0, 0, spec.identity(), "")
-    path = save_checkpoint(tmp_path, first.state(), progress, keep=1)
+    path = save_checkpoint(tmp_path, [state_of(first)], progress, keep=1)
     assert (path / "follower.safetensors").exists()
     second = Learner(spec, CPU)
     second.load_state(load_checkpoint(path)[0])
     train(second, 2)
-    one, other = straight.state(), second.state()
+    one, other = state_of(straight), state_of(second)
     for part in ("weights", "ema", "follower", "exp_avg", "exp_avg_sq"):
         arrays, others = getattr(one, part), getattr(other, part)
         assert arrays.keys() == others.keys() != set()

@@ -25,6 +25,7 @@ from tiny_runs import (
     sampler,
     schedule,
     small_spec,
+    state_of,
     unit,
     update,
 )
@@ -98,7 +99,7 @@ def test_offloaded_updates_are_those_without(tuning, visits):
         for names, _ in frugal.optimizer.pieces
     )
     assert visits.most == 2 * largest, "one piece's two moments at a time"
-    assert_equal(frugal.state(), plain.state())
+    assert_equal(state_of(frugal), state_of(plain))
     assert frugal.publish(1, averaged=True)[0] == plain.publish(1, averaged=True)[0]
     assert not visits.alive
 
@@ -110,11 +111,11 @@ def test_offload_may_be_switched_when_a_run_goes_on(first, visits):
     whole, before = Learner(spec, CPU), Learner(small_spec(LORA, *first), CPU)
     update(before, batches)
     after = Learner(small_spec(LORA, *(() if first else (OFFLOAD,))), CPU)
-    after.load_state(before.state())
+    after.load_state(state_of(before))
     update(after, batches)
     for _ in range(2):
         update(whole, batches)
-    assert_equal(after.state(), whole.state())
+    assert_equal(state_of(after), state_of(whole))
 
 
 def test_pieces_hold_every_parameter_once_in_order(monkeypatch):

@@ -20,6 +20,7 @@ from unittest.mock import ANY, patch
 import numpy as np
 import pytest
 import torch
+from tiny_runs import merged
 from waiting import PATIENCE_S
 
 from flowgrpo_ray.common.errors import ClusterError, ContractError, RewardError
@@ -159,7 +160,7 @@ def train_small(
             trainer.crew.rewards = Brightness(trainer)
             await trainer.crew.measure_floor()
             await trainer.iterate(1)
-            after_first = await trainer.crew.learners.state()
+            after_first = merged(await trainer.crew.learners.shares())
             for iteration in range(2, iterations + 1):
                 await trainer.iterate(iteration)
             await trainer.crew.learners.load_state(after_first)
@@ -192,7 +193,7 @@ def layout_of(
                 await trainer.evaluate()
                 await trainer.iterate(iteration)
             await trainer.evaluate()
-            state = await crew.learners.state()
+            state = merged(await crew.learners.shares())
             if trainer.spec.cluster.layout == "colocated":
                 await refuses_what_was_not_announced(trainer)
             return state
@@ -454,7 +455,7 @@ def test_a_checkpoint_is_freed_as_soon_as_it_is_taken_up(
     trainer: Any, loop: asyncio.AbstractEventLoop
 ) -> None:
     """The driver would hold a whole learner in memory until the end of a resumed run."""
-    state = run(loop, trainer.crew.learners.state())
+    state = merged(run(loop, trainer.crew.learners.shares()))
     held = weakref.ref(state)
     trainer._saved = state, trainer.journal.progress
     del state

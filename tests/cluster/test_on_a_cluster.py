@@ -32,7 +32,7 @@ from flowgrpo_ray.run.checkpoint import list_checkpoints
 from flowgrpo_ray.run.tracking import read_rows
 
 pytestmark = SLOW_IN_TURNS
-ITERATIONS = 400
+ITERATIONS = 300
 patiently = partial(wait_until, pause=0.3)
 SPEC = """
 name: signs
@@ -42,7 +42,7 @@ model: {{family: sd3, path: "builtin:tiny-sd3", dtype: float32, max_sequence_len
 tuning: {{kind: full}}
 prompts: {{train: prompts/train.txt, evaluate: prompts/heldout.txt}}
 sampling: {{size: [32, 48], steps: 8, eta: 0.8, window: {{kind: random, length: 2, within: [0, 4]}},
-           group_size: 6, groups: 8, micro_batch: 12}}
+           group_size: 6, groups: 4, micro_batch: 12}}
 rewards:
   ocr: {{options: {{detect: false}}}}
   bright: {{reward: "own.rewards:Bright", weight: 0.1, resources: {{reward_node: 0.001}}}}

@@ -68,7 +68,7 @@ def assert_same(run: Path, undisturbed: Path, iterations: int = LONG, but: str =
             [
                 ("ray::LearnerRank.accumulate", KILL),
                 ("ray::LearnerRank.step", KILL),
-                ("ray::LearnerRank.state", KILL),  # while it is saved
+                ("ray::LearnerRank.share", KILL),  # while it is saved
                 ("ray::LearnerRank", STOP),
             ],
             id="the learner",
@@ -103,7 +103,7 @@ def test_workers_that_sample_and_train_are_replaced_together(tmp_path: Path) -> 
         ("sample", KILL),
         ("accumulate", KILL),
         ("step", KILL),
-        ("state", KILL),
+        ("share", KILL),
         ("", STOP),
     ):
         disturbed.wait_for(furthest + 2)

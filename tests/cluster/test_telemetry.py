@@ -234,6 +234,7 @@ def expected_from_rows(run: Watched) -> dict[str, Any]:
         "log_ratio_max": ratio["max_abs"],
         "log_ratio_mean": ratio["mean"],
         "log_ratio_std": ratio["std"],
+        "log_ratio_excess_total": sum(r["log_ratio"]["excess"] for r in rows),
         "clip_fraction bound=low": row["clip_fraction"]["low"],
         "clip_fraction bound=high": row["clip_fraction"]["high"],
         "grad_norm": sum(row["grad_norm"]) / len(row["grad_norm"]),
@@ -318,6 +319,9 @@ def test_what_the_driver_and_the_replicas_count(watched: Watched):
     known = {m.exported.removeprefix("ray_flowgrpo_") for m in (*OF_DRIVER, *OF_REPLICAS)}
     clocked = {"reward_seconds_total", "replica_seconds_total", "replica_busy_seconds_total"}
     histograms = {"reward_latency_seconds", "replica_latency_seconds"}
+    row = watched.rows("metrics", "train")[-1]
+    for name in ("gate", "max_abs", "mean", "std"):
+        expected[f"objective statistic=log_ratio.{name}"] = row["log_ratio"][name]
     names = {name.partition(" ")[0].removesuffix("_count") for name in expected}
     assert names | clocked == known, "every metric of the table is looked at"
     assert {name: found[name] for name in expected} == expected

@@ -28,7 +28,6 @@ from tiny_runs import (
 from torch import Tensor, nn
 
 from flowgrpo_ray.algorithm.learner import Learner
-from flowgrpo_ray.algorithm.parallel import cast_by_autocast
 from flowgrpo_ray.algorithm.sampling import batch_condition
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.types import Parallel
@@ -38,6 +37,7 @@ from flowgrpo_ray.estimate.gpus import gpus
 from flowgrpo_ray.estimate.layouts import recommended
 from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.policies.base import Policy
+from flowgrpo_ray.policies.kernels import cast_by_autocast
 from flowgrpo_ray.rewards.clipscore import ClipScoreReward
 from flowgrpo_ray.rewards.pickscore import PickScoreReward
 from flowgrpo_ray.spec.file import load_spec, recipe_names
@@ -386,7 +386,7 @@ def test_a_reward_is_counted_where_it_takes_a_gpu():
     assert exact["weights"] == 4 * 986_109_441
     assert half["weights"] == exact["weights"] / 2
     assert half["activations"] == exact["activations"] / 2 / 4, "8 of 32 images at once"
-    assert parts("{device: cpu}") == parts("{}", gpus=0) == {}
+    assert parts("{device: cpu}", gpus=0) == parts("{}", gpus=0) == {}
     assert parts("{}", reward="sign_colour") is None
 
 
@@ -513,6 +513,28 @@ QUICK = ("tiny-ocr", "sd35-ocr-1gpu-24gb")
 H100 = 79  # GiB that torch can use
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _costs_once() -> Iterator[None]:
+    """The network runs on shapes once for recipes that differ in rewards or counts alone."""
+    known: dict[Any, Any] = {}
+    original = footprint.costs
+
+    def costs(spec: TrainingSpec, policy: Any, configs: Any) -> Any:
+        sampling, learner = spec.sampling, spec.cluster.learner
+        key = (
+            *(spec.model.model_dump_json(), spec.tuning.model_dump_json(), spec.ranks.gpus > 0),
+            *(sampling.micro_batch, sampling.size, sampling.guidance, spec.evaluation.micro_batch),
+            *(learner.activation_checkpointing, max(spec.ranks.count, spec.gpus) > 1),
+        )
+        if key not in known:
+            known[key] = original(spec, policy, configs)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(footprint, "costs", costs)
+        yield
+
+
 @cache
 def estimate_of(recipe: str) -> tuple[TrainingSpec, footprint.Footprint]:
     spec = load_spec(recipe)
@@ -541,7 +563,8 @@ def test_every_recipe_has_an_estimate(name: str):
         for parts in stages.values():
             assert min(parts.values()) >= 0
             assert sum(parts.values()) < 200 * GIB
-        assert stages["loading"]["weights"] >= 2 * found.parameters
+        if not found.parallel.sharded:  # else by blocks
+            assert stages["loading"]["weights"] >= 2 * found.parameters
     if spec.gpus:  # each has the layout that plan recommends, and fits
         chosen = recommended(found.layouts, H100 * GIB)
         assert chosen is not None

@@ -23,6 +23,7 @@ from tiny_runs import (
     one_thread,
     perturb,
     small_spec,
+    state_of,
     update,
 )
 
@@ -198,13 +199,13 @@ def test_a_learner_trains_on_from_it(folder, tuning):
         spec = small_spec(tuning, start(folder), "objective.kl={beta: 0.5}")
         learner = Learner(spec, CPU)
         workers = tuned(tuning, start(folder)).trainable()
-        first = learner.state().weights
+        first = state_of(learner).weights
         assert all(torch.equal(torch.from_numpy(first[n]), p) for n, p in workers.items())
         for batch in draw_batches(spec, 1):
             stats = batch.into(learner)
             assert (stats.gate_max, stats.sums.get("kl", 0.0)) == (0.0, 0.0)
         update(learner, draw_batches(spec, 1))
-        moved = learner.state().weights
+        moved = state_of(learner).weights
         assert any((moved[n] != first[n]).any() for n in first)
 
 

@@ -46,7 +46,7 @@ from tiny_runs import (
 from flowgrpo_ray.algorithm.learner import Learner
 from flowgrpo_ray.algorithm.parallel import join_group
 from flowgrpo_ray.algorithm.sampling import INITIAL, batch_condition, draw_noise, replay, rollout
-from flowgrpo_ray.algorithm.weights import digest, load_arrays
+from flowgrpo_ray.algorithm.weights import digest, gather, load_arrays
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.types import Condition
 from flowgrpo_ray.policies import base, load_policy
@@ -244,6 +244,29 @@ def same(one: Condition, other: Condition) -> bool:
     """Bit for bit."""
     assert one.keys() == other.keys()
     return all(one[name].tobytes() == other[name].tobytes() for name in one)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_who_never_trains_needs_no_masters(family):
+    """Published weights in half precision where autocast casts them anyway: the same bits."""
+    spec = spec_of(family, "tuning={kind: full}", "model.dtype=bfloat16")
+    trained, sampling = (
+        load_policy(spec, CPU, frozenset({"network", "decoder"}), masters=masters)
+        for masters in (True, False)
+    )
+    for policy in (trained, sampling):
+        policy.tune(spec.seed, with_reference=False)
+    perturb(trained, size=0.1)
+    found, arrays = gather(trained.trainable(), keep=True, dtypes=trained.halved(trained.network))
+    load_arrays(sampling.trainable(), arrays)
+    assert digest(sampling.trainable()) == found != digest(trained.trainable())
+    overrides = ("tuning={kind: full}", "model.dtype=bfloat16")
+    assert torch.equal(
+        velocity(trained, (0, 1, 2), *overrides), velocity(sampling, (0, 1, 2), *overrides)
+    )
+    sizes = [sum(p.nbytes for p in of.network.parameters()) for of in (trained, sampling)]
+    assert sizes[1] < 0.75 * sizes[0]
+    assert sum(array.nbytes for array in arrays.values()) < 0.75 * sizes[0]
 
 
 @pytest.mark.parametrize(("family", "guidance"), GUIDED)

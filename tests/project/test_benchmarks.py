@@ -217,5 +217,5 @@ def test_a_soak_of_two_minutes(tmp_path: Path):
     options = ["--minutes", "2", "--period", "20", "--driver", "--runs", str(tmp_path / "runs")]
     found = run("soak", tmp_path / "out.json", *options)
     assert found["equal"]
-    assert found["rows"] > 2
+    assert found["rows"] > 1, "that both runs have"
     assert len(found["struck"]) > 2

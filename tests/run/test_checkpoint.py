@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from flowgrpo_ray.algorithm import weights
 from flowgrpo_ray.algorithm.learner import LearnerState
-from flowgrpo_ray.algorithm.weights import digest, load_arrays, to_arrays
+from flowgrpo_ray.algorithm.weights import digest, load_arrays, share
 from flowgrpo_ray.common.errors import CheckpointError, ContractError
 from flowgrpo_ray.run.checkpoint import (
     Progress,
@@ -59,7 +59,7 @@ def progress(iteration: int) -> Progress:
 
 
 def save(folder: Path, iteration: int, keep: int = 2) -> Path:
-    return save_checkpoint(folder, state(iteration), progress(iteration), keep)
+    return save_checkpoint(folder, [state(iteration)], progress(iteration), keep)
 
 
 def assert_is(path: Path, iteration: int) -> None:
@@ -86,7 +86,7 @@ def test_round_trip_bit_for_bit(tmp_path: Path):
 def test_no_averages_is_no_error(tmp_path: Path):
     """A run with ``ema: null`` has an empty set of them."""
     plain = LearnerState(state(1).weights, {}, state(1).exp_avg, state(1).exp_avg_sq, 2)
-    assert load_checkpoint(save_checkpoint(tmp_path, plain, progress(1), 1))[0].ema == {}
+    assert load_checkpoint(save_checkpoint(tmp_path, [plain], progress(1), 1))[0].ema == {}
 
 
 def test_nothing_is_pickled(tmp_path: Path):
@@ -113,13 +113,13 @@ def test_only_the_newest_are_kept(tmp_path: Path):
 def test_a_protected_checkpoint_is_kept_beside_the_newest(tmp_path: Path):
     """Of each protected iteration the newest checkpoint up to it; released when it moves on."""
     for iteration in (10, 20, 30, 40, 50):
-        save_checkpoint(tmp_path, state(1), progress(iteration), 2, protect={25, 5})
+        save_checkpoint(tmp_path, [state(1)], progress(iteration), 2, protect={25, 5})
     assert kept(tmp_path) == [20, 40, 50]  # there is none up to 5
-    save_checkpoint(tmp_path, state(1), progress(60), 2, protect=[49, 20])
+    save_checkpoint(tmp_path, [state(1)], progress(60), 2, protect=[49, 20])
     assert kept(tmp_path) == [20, 40, 50, 60]
-    save_checkpoint(tmp_path, state(1), progress(70), 2, protect=[60])
+    save_checkpoint(tmp_path, [state(1)], progress(70), 2, protect=[60])
     assert kept(tmp_path) == [60, 70]
-    save_checkpoint(tmp_path, state(1), progress(80), 2)
+    save_checkpoint(tmp_path, [state(1)], progress(80), 2)
     assert kept(tmp_path) == [70, 80]
 
 
@@ -162,7 +162,7 @@ def test_the_checkpoint_before_over_optimization_is_always_there(
             watch.see(row)
             if iteration % every == 0 or iteration in stops:
                 small = LearnerState({}, {}, {}, {}, 0)
-                save_checkpoint(folder, small, progress(iteration), keep, watch.protected)
+                save_checkpoint(folder, [small], progress(iteration), keep, watch.protected)
                 saved.append(iteration)
             for best in watch.protected:
                 right = max((i for i in saved if i <= best), default=None)
@@ -251,7 +251,7 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch
 
 def test_saving_an_iteration_again_replaces_it(tmp_path: Path):
     save(tmp_path, 1)
-    save_checkpoint(tmp_path, state(5), progress(2), 2)
+    save_checkpoint(tmp_path, [state(5)], progress(2), 2)
     save(tmp_path, 2)
     assert_is(list_checkpoints(tmp_path)[-1], 2)
     assert len(list_checkpoints(tmp_path)) == 2
@@ -392,7 +392,7 @@ def test_digest_does_not_depend_on_how_it_is_cut(monkeypatch: pytest.MonkeyPatch
 def test_load_arrays_makes_the_digest_that_was_published():
     """In place, in each parameter's own dtype; the copies do not follow later updates."""
     source = {n: p.float() for n, p in parameters().items()}
-    arrays, published = to_arrays(source), digest(source)
+    arrays, published = share(source, 0, 1), digest(source)
     source["a"].zero_()
     target = {n: torch.nn.Parameter(torch.zeros_like(p)) for n, p in source.items()}
     places = {n: p.data_ptr() for n, p in target.items()}
@@ -403,7 +403,7 @@ def test_load_arrays_makes_the_digest_that_was_published():
 
 def test_load_arrays_refuses_what_does_not_fit():
     target = {n: p.float() for n, p in parameters().items()}
-    arrays = to_arrays(target)
+    arrays = share(target, 0, 1)
     with pytest.raises(ContractError, match="'c'"):
         load_arrays(target, {n: a for n, a in arrays.items() if n != "c"})
     with pytest.raises(ContractError, match="'extra'"):

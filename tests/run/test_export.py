@@ -28,6 +28,7 @@ from tiny_runs import (
     draw_batches,
     one_thread,
     small_spec,
+    state_of,
     update,
 )
 from typer.testing import CliRunner
@@ -83,7 +84,7 @@ def runs(tmp_path_factory) -> Mapping[str, RunFolder]:
                     eval_before={"sign_colour": 0.25},
                     eval_last={"sign_colour": 0.5 + iteration / 8},
                 )
-                save_checkpoint(folder.checkpoints, learner.state(), progress, keep=2)
+                save_checkpoint(folder.checkpoints, [state_of(learner)], progress, keep=2)
     return folders
 
 

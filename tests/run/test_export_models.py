@@ -23,7 +23,7 @@ from tiny_models import (
     model_folder,
     spec_of,
 )
-from tiny_runs import CPU, TUNINGS, alone, one_thread, sampler, schedule, unit, update
+from tiny_runs import CPU, TUNINGS, alone, one_thread, sampler, schedule, state_of, unit, update
 
 from flowgrpo_ray.algorithm.learner import Learner
 from flowgrpo_ray.algorithm.sampling import INITIAL, batch_condition, draw_noise
@@ -90,7 +90,7 @@ def train(family: str, tuning: str, folder: Path) -> Trained:
     folder.mkdir()
     run.spec_file.write_text(dump_spec(spec))
     progress = Progress(1, 4, 1.0, 0, spec.identity(), "")
-    save_checkpoint(run.checkpoints, learner.state(), progress, keep=1)
+    save_checkpoint(run.checkpoints, [state_of(learner)], progress, keep=1)
     return Trained(family, spec, run)
 
 

@@ -116,7 +116,7 @@ PROGRESS = Progress(5, 480, 1 / 3, 1, "abc", "def", {"ocr": 0.1}, {"ocr": None})
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    return save_checkpoint(tmp_path / "checkpoints", state(), PROGRESS, keep=2)
+    return save_checkpoint(tmp_path / "checkpoints", [state()], PROGRESS, keep=2)
 
 
 def resign(path: Path) -> None:
@@ -304,7 +304,7 @@ def test_links_are_no_checkpoints(saved: Path, tmp_path: Path):
     (saved.parent / "iteration-000011").touch()
     assert list_checkpoints(saved.parent) == [saved]
     assert newest_checkpoint(saved.parent, 10**6) == saved
-    save_checkpoint(saved.parent, state(), PROGRESS, keep=1)
+    save_checkpoint(saved.parent, [state()], PROGRESS, keep=1)
     assert sorted(path.name for path in precious.iterdir()) == sorted(
         path.name for path in saved.iterdir()
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -375,6 +376,27 @@ def test_unknown_reward_option(options: str, fragments: list[str]):
         check_run(spec(f"rewards.ocr.options={options}"))
     for fragment in fragments:
         assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "says"),
+    [
+        ("cuda", 0, "a replica sees no GPU that it has not reserved"),
+        ("cuda:1", 0, "Give it a share"),
+        ("cpu", 0.5, "gpus = 0.5: the share of a GPU would be reserved and never used"),
+    ],
+)
+def test_a_reward_computes_where_it_has_reserved(device: str, gpus: float, says: str):
+    """In a run and in a deployment of its own."""
+    from flowgrpo_ray.serving.args import RewardServiceArgs
+
+    options = f"{{device: '{device}'}}"
+    with pytest.raises(SpecError, match=re.escape(says)):
+        spec(f"rewards={{pickscore: {{gpus: {gpus}, options: {options}}}}}")
+    with pytest.raises(ValueError, match=re.escape(says)):
+        RewardServiceArgs(name="pickscore", gpus=float(gpus), options={"device": device})
+    spec("rewards={pickscore: {gpus: 0.5, options: {device: 'cuda'}}}")
+    spec("rewards={pickscore: {options: {device: 'cpu'}}}")
 
 
 SIGN = b'red sign "1"\n'
