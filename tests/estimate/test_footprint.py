@@ -266,6 +266,9 @@ class TwoBlocks:
     def trainable(self) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self.network.named_parameters() if p.requires_grad}
 
+    def halved(self, network: nn.Module) -> dict[str, torch.dtype]:
+        return {}
+
     def block_classes(self) -> tuple[type[nn.Module], ...]:
         return (Block,)
 
@@ -432,9 +435,9 @@ def test_sizes_of_published_models_are_those_of_their_configs():
 
 
 def test_parts_of_a_rollout_worker_by_hand():
-    """Weights in the masters' float32, twice with KL; the encoders as the files have them."""
+    """Weights without masters, twice with KL; the encoders as the files have them."""
     spec = small_spec("objective.kl={beta: 0.1}", "model.dtype=bfloat16")
-    real = load_policy(spec, CPU)
+    real = load_policy(spec, CPU, masters=False)
     found = footprint.estimate(spec)
     assert found is not None
     assert found.layouts == [], "no GPU is asked for"
