@@ -105,7 +105,7 @@ def _chosen(
 
 def _check_can_score(name: str, reward: RewardSpec, pictures: Sequence[Picture]) -> None:
     check_options(reward.reward or name, reward.options)
-    check_prompt = prompt_check(reward.reward or name)
+    check_prompt = prompt_check(reward.reward or name, reward.options)
     for prompt in dict.fromkeys(picture.prompt for picture in pictures):
         try:
             check_prompt(prompt, {})

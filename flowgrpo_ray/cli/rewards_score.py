@@ -16,7 +16,8 @@ from rich.table import Table
 
 from flowgrpo_ray.cli.options import parse_option
 from flowgrpo_ray.common.errors import SpecError
-from flowgrpo_ray.rewards import build, check_options, weighted_total
+from flowgrpo_ray.common.images import WHITE, check_colour
+from flowgrpo_ray.rewards import build, check_options, prompt_check, weighted_total
 from flowgrpo_ray.run.metrics import mean_and_std
 from flowgrpo_ray.spec.prompts import check_prompts, load_prompts
 
@@ -54,6 +55,9 @@ def score(
         "scores.csv"
     ),
     batch: Annotated[int, typer.Option(min=1, help="images that a reward is given at once")] = 32,
+    background: Annotated[
+        str, typer.Option(help="what shows through where an image is transparent: a colour")
+    ] = WHITE,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the table")] = False,
 ) -> None:
     """Score image files against their prompts, without training and without Ray."""
@@ -62,12 +66,17 @@ def score(
     weights = _weights(rewards)
     chosen = _options(options or [], weights)
     scoring.check_table_file(out, overwrite)
+    try:
+        check_colour(background)
+    except ValueError as error:
+        raise SpecError(f"--background: {error}") from error
     files = scoring.find_images(images)
     own = load_prompts(prompts, "PROMPTS")
     for name in weights:
-        check_prompts(own, "PROMPTS", name, f"the reward {name!r}")
+        check = prompt_check(name, chosen[name])
+        check_prompts(own, "PROMPTS", check, f"the reward {name!r}")
     own = scoring.pair(files, own)
-    batches = scoring.plan_batches(files, batch)
+    batches = scoring.plan_batches(files, batch, background)
 
     scores: dict[str, np.ndarray] = {}
     console = Console()
@@ -75,7 +84,8 @@ def score(
         for name in weights:
             # Built one after another: two large models may not fit beside each other.
             watched = progress.track(batches, description=escape(name))
-            scores[name] = scoring.score_files(name, build(name, chosen[name]), files, own, watched)
+            reward = build(name, chosen[name])
+            scores[name] = scoring.score_files(name, reward, files, own, watched, background)
     scores[scoring.TOTAL] = weighted_total(scores, weights)
     scoring.write_table(out, scoring.as_rows(files, own, scores))
     _show(console, weights, scores)

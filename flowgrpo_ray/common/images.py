@@ -1,4 +1,4 @@
-"""Image files to arrays, 8-bit RGB: what cannot become that without loss is refused."""
+"""Image files to arrays, 8-bit RGB, as a viewer shows them: upright, on a background."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor, ImageOps
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-# 16-bit and floating-point images are refused: converting them to 8 bits would saturate.
-MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
+# Those of floating point are refused: nothing says which of their values is white.
+MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
+DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # 16 bits of grey
+WHITE = "white"
 # Pillow's own bound, which any library in the process may lift for all.
 MOST_PIXELS = 178_956_970
 # What Pillow raises for files that are cut off or damaged on purpose.
@@ -55,12 +57,33 @@ def opened(
         raise ImageError(f"{name} is not a readable {', '.join(formats)} file") from error
 
 
-def decode_rgb(data: bytes, name: str, max_pixels: int = MOST_PIXELS) -> np.ndarray:
+def decode_rgb(
+    data: bytes, name: str, max_pixels: int = MOST_PIXELS, background: str = WHITE
+) -> np.ndarray:
     """The image file `data` as uint8 [H, W, 3]; ImageError, which calls it `name`, if it is none.
 
-    Its header is read, and refused, before its pixels.
+    Its header is read, and refused, before its pixels. It is turned as its EXIF orientation says;
+    what is transparent shows the colour `background`; 16 bits of grey become 8.
     """
     with opened(io.BytesIO(data), name, max_pixels=max_pixels) as image:
-        if image.mode not in MODES:
-            raise ImageError(f"{name} has mode {image.mode}, not 8-bit RGB")
-        return np.array(image.convert("RGB"))
+        if image.mode not in (*MODES, *DEEP):
+            raise ImageError(f"{name} has mode {image.mode}, which has no 8-bit RGB")
+        return np.array(_seen(ImageOps.exif_transpose(image), background))
+
+
+def _seen(image: Image.Image, background: str) -> Image.Image:
+    """In RGB, nothing transparent."""
+    if image.mode in DEEP:
+        grey = np.asarray(image, np.uint32).clip(0, 65535)
+        image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
+    if image.has_transparency_data:
+        above = image.convert("RGBA")
+        below = Image.new("RGBA", image.size, background)
+        image = Image.alpha_composite(below, above)
+    return image.convert("RGB")
+
+
+def check_colour(name: str) -> str:
+    """A colour by its name or as #rrggbb; ValueError for anything else."""
+    ImageColor.getrgb(name)
+    return name

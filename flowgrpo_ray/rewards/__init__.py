@@ -8,6 +8,7 @@ built, so that a spec can be checked without them.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -36,7 +37,8 @@ class Reward(Protocol):
     """Scores a batch of images. Not assumed to be thread-safe.
 
     A class may also have a static method `check_prompt(prompt, metadata)` that raises ValueError
-    for a prompt which it could never score; prompts are checked with it before a run starts. A
+    for a prompt which it could never score; prompts are checked with it before a run starts. If it
+    has a parameter `options`, it is given the reward's own. A
     method `golden()` returns pictures whose ranking is known (`rewards.golden`): a deployment is
     refused where it does not rank them so. An attribute `SIZE` (`loading.ModelSize`) lets
     `flowgrpo-ray plan` count its model.
@@ -93,9 +95,14 @@ def build(reward: str, options: Mapping[str, Any] | None = None) -> Reward:
         raise SpecError(f"reward {reward!r}: {error}") from error
 
 
-def prompt_check(reward: str) -> Callable[[str, Mapping[str, Any]], None]:
+def prompt_check(
+    reward: str, options: Mapping[str, Any] | None = None
+) -> Callable[[str, Mapping[str, Any]], None]:
     """The function that raises ValueError for a prompt which `reward` could never score."""
-    return getattr(resolve(reward), "check_prompt", _accept)
+    check = getattr(resolve(reward), "check_prompt", _accept)
+    if "options" in inspect.signature(check).parameters:
+        return functools.partial(check, options=options or {})
+    return check
 
 
 def checked(scores: object, count: int) -> np.ndarray:

@@ -2,7 +2,10 @@
 
 The pictures are signs of our own drawing. For each of a few prompts there is the right picture,
 `clean`, and one of every other kind, all of which deserve less, or in the case of the repeated
-text no more. This module needs NumPy and the libraries that draw; it imports neither torch nor ray.
+text no more. Some of them are what a model finds out that is trained by a reward which pays for
+it: these are no faults of a reward, but it is said which are paid for.
+
+This module needs NumPy and the libraries that draw; it imports neither torch nor ray.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from flowgrpo_ray.rewards import Reward, checked, signs
 PROMPTS = 8
 CLEAN, REPEATED = "clean", "text twice"
 WORSE = ("blank grey", "blank white", "noise", "wrong text", "other prompt")
-KINDS = (CLEAN, *WORSE, REPEATED)
+CHEATS = ("longer word", "page of text", "sideways")
+KINDS = (CLEAN, *WORSE, REPEATED, *CHEATS)
 
 # A mean difference must exceed so many of its standard errors over the prompts: a reward that does
 # not read must not be said to prefer the text that it happens to give more.
@@ -106,11 +110,26 @@ def calibration_set(size: tuple[int, int]) -> list[Picture]:
             signs.render_plain(_wrong(text), colour, size),
             signs.render_plain(other, other_colour, size),
             signs.render_plain(f"{text} {text}", colour, size),
+            signs.render_plain(f"{text}{_wrong(text)[0]}", colour, size),
+            _page(text, other, colour, size),
+            np.rot90(signs.render_plain(text, colour, size[::-1])),
         )
         pictures += [
             Picture(kind, prompt, image) for kind, image in zip(KINDS, images, strict=True)
         ]
     return pictures
+
+
+def _page(text: str, other: str, colour: str, size: tuple[int, int]) -> np.ndarray:
+    """Up to four lines, as many as are legible, and the text in the first of them."""
+    bands = np.array_split(np.arange(size[0]), min(4, size[0] // signs.HEIGHT))
+    lines = [f"{text} {other}", *(f"{other} {_wrong(other)}" for _ in bands[1:])]
+    return np.concatenate(
+        [
+            signs.render_plain(line, colour, (len(rows), size[1]))
+            for line, rows in zip(lines, bands, strict=True)
+        ]
+    )
 
 
 def _wrong(text: str) -> str:
@@ -142,7 +161,7 @@ def check_reward(
     clean = goodness[kinds == CLEAN]
     comparisons = tuple(
         _compare(kind, first[kinds == kind], clean - goodness[kinds == kind], noise)
-        for kind in (*WORSE, REPEATED)
+        for kind in KINDS[1:]
     )
     spread = float(np.ptp(finite)) if len(finite) else 0.0
     findings = (
@@ -238,7 +257,7 @@ def _judge_order(comparisons: Sequence[Comparison]) -> list[Finding]:
     for found in comparisons:
         prompts = found.worse + found.equal + found.better
         if found.order == "better":
-            code = "repeats" if found.kind == REPEATED else "inverted"
+            code = "inverted" if found.kind in WORSE else "repeats"
             text = f"{found.kind} ranks above clean, for {found.better} of {prompts} prompts"
             findings.append(Finding(code, True, text))
         elif found.order == "no score":
@@ -253,10 +272,13 @@ def _judge_order(comparisons: Sequence[Comparison]) -> list[Finding]:
         elif found.better:
             text = f"{found.kind} ranks above clean for {found.better} of {prompts} prompts"
             findings.append(Finding("some-inverted", False, text))
-        elif found.order == "no difference" and found.kind != REPEATED:
+        elif found.order == "no difference" and found.kind in WORSE:
             text = f"no difference between clean and {found.kind}"
             findings.append(Finding("no-difference", False, text))
-    orders = {found.order for found in comparisons if found.kind != REPEATED}
+        elif found.order == "no difference" and found.kind in CHEATS:
+            text = f"{found.kind} is paid as clean is: training may find it"
+            findings.append(Finding("paid", False, text))
+    orders = {found.order for found in comparisons if found.kind in WORSE}
     if not orders & {"worse", "better"} and orders != {"no score"}:
         text = "no distinction: no kind of worse picture ranks clearly below clean"
         findings.append(Finding("no-distinction", True, text))

@@ -3,14 +3,14 @@
     reward = 1 - min(edit distance(read, target), |target|) / |target|
 
 Both sides are lowercased and without white space, and a target that stands anywhere in what was
-read counts as distance 0. This is the definition of the Flow-GRPO paper; nothing else is
-normalised (an apostrophe is not a typographic apostrophe), so that scores compare with published
-ones.
+read counts as distance 0. This is the definition of the Flow-GRPO paper. Beyond it only that is
+normalised which looks the same (accents composed or not, letters of full width); an apostrophe is
+not a typographic apostrophe, so that scores compare with published ones. With `extra: penalise` the
+whole of what was read is compared, so that a longer word or a page of text costs.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,12 +18,13 @@ import numpy as np
 
 from flowgrpo_ray.rewards.bounds import check_counts
 from flowgrpo_ray.rewards.golden import Golden, Rankings
+from flowgrpo_ray.rewards.ocr_text import check_letters, plain, target_of
 from flowgrpo_ray.rewards.paddle_reader import paddleocr_reader
 from flowgrpo_ray.rewards.signs import render_plain
 from flowgrpo_ray.rewards.text_readers import ReaderOptions, rapidocr_reader
 
 ENGINES = {"rapidocr": rapidocr_reader, "paddleocr": paddleocr_reader}
-QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
+EXTRA, UNREADABLE = ("ignore", "penalise"), ("refuse", "keep")
 
 
 class OcrReward:
@@ -39,6 +40,8 @@ class OcrReward:
     det_model, rec_model: of paddleocr, which finds lines and which reads them: a local folder, or
         the name of a model that PaddleOCR downloads. By default the PP-OCRv6 small models of
         RapidOCR's wheel, as the other engine has them.
+    extra: text beyond the target: `ignore` it, or `penalise` every letter of it.
+    unreadable: `refuse` prompts with a letter that the reader never puts out, or `keep` them.
     """
 
     def __init__(
@@ -50,9 +53,17 @@ class OcrReward:
         batch: int = 8,
         det_model: str | None = None,
         rec_model: str | None = None,
+        extra: str = "ignore",
+        unreadable: str = "refuse",
     ) -> None:
-        if engine not in ENGINES:
-            raise ValueError(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}")
+        for option, value, known in (
+            ("engine", engine, tuple(ENGINES)),
+            ("extra", extra, EXTRA),
+            ("unreadable", unreadable, UNREADABLE),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {option} {value!r}; known: {', '.join(known)}")
+        self._whole = extra == "penalise"
         check_counts(rec_width=rec_width, threads=threads, batch=batch)
         options = ReaderOptions(detect, rec_width, threads, batch, det_model, rec_model)
         self._reader = ENGINES[engine](options)
@@ -67,7 +78,7 @@ class OcrReward:
         targets = [target_of(prompt, data) for prompt, data in zip(prompts, metadata, strict=True)]
         texts = self._reader.read(images)
         return np.array(
-            [text_score(text, target) for text, target in zip(texts, targets, strict=True)],
+            [text_score(*pair, whole=self._whole) for pair in zip(texts, targets, strict=True)],
             dtype=np.float32,
         )
 
@@ -77,40 +88,21 @@ class OcrReward:
         return [[Golden(sign, '"407"', low=1, high=1), Golden(sign, '"582"', low=0, high=0)]]
 
     @staticmethod
-    def check_prompt(prompt: str, metadata: Mapping[str, Any]) -> None:
-        """ValueError for a prompt that names no text to render."""
-        target_of(prompt, metadata)
+    def check_prompt(
+        prompt: str, metadata: Mapping[str, Any], options: Mapping[str, Any] | None = None
+    ) -> None:
+        """ValueError for a prompt that names no text to render, or one that cannot be read."""
+        target, options = target_of(prompt, metadata), options or {}
+        if options.get("unreadable") != "keep":
+            check_letters(target, options.get("rec_model"))
 
 
-def quoted_target(prompt: str) -> str:
-    """The text to render: the FIRST part of `prompt` in double quotes, straight or curly.
-
-    Typographic single quotes and apostrophes belong to the text. A prompt with several quoted
-    parts whose others matter needs the metadata key `target`.
-    """
-    match = QUOTED.search(prompt)
-    if match is None:
-        raise ValueError(f'no text in double quotes ("...") in the prompt {prompt!r}')
-    target = match[1] if match[1] is not None else match[2]
-    if not _plain(target):
-        raise ValueError(f"the text in double quotes is empty in the prompt {prompt!r}")
-    return target
-
-
-def target_of(prompt: str, metadata: Mapping[str, Any]) -> str:
-    """The text to render: the metadata's `target` if there is one, else the quoted part."""
-    if "target" not in metadata:
-        return quoted_target(prompt)
-    target = metadata["target"]
-    if not isinstance(target, str) or not _plain(target):
-        raise ValueError(f"metadata 'target' is {target!r}, not a text, for the prompt {prompt!r}")
-    return target
-
-
-def text_score(read: str, target: str) -> float:
-    """1 - min(edit distance, |target|) / |target|; 1 where `read` contains `target`."""
-    read, target = _plain(read), _plain(target)
-    distance = 0 if target in read else min(edit_distance(read, target), len(target))
+def text_score(read: str, target: str, *, whole: bool = False) -> float:
+    """1 - min(edit distance, |target|) / |target|; 1 where `read` contains `target`, unless the
+    `whole` of it is to be the target."""
+    read, target = plain(read), plain(target)
+    found = target in read and not whole
+    distance = 0 if found else min(edit_distance(read, target), len(target))
     return 1 - distance / len(target)
 
 
@@ -124,8 +116,3 @@ def edit_distance(a: str, b: str) -> int:
             current.append(min(previous[column] + 1, current[-1] + 1, substituted))
         previous = current
     return previous[-1]
-
-
-def _plain(text: str) -> str:
-    """Lowercased, without any white space."""
-    return "".join(text.lower().split())

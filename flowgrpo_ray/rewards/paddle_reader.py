@@ -7,7 +7,7 @@ base environment holds.
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import yaml
 
 from flowgrpo_ray.common.errors import ModelError, RewardEnvironmentError
 from flowgrpo_ray.common.paths import expand
+from flowgrpo_ray.rewards.ocr_text import wheel_file
 from flowgrpo_ray.rewards.text_readers import (
     MIN_CONFIDENCE,
     ReaderOptions,
@@ -156,9 +157,7 @@ def _recogniser(scratch: str, least_width: int) -> Model:
 
 
 def _wheel_file(name: str) -> Path:
-    """A model of RapidOCR's wheel, found without importing it."""
-    spec = importlib.util.find_spec("rapidocr")
-    file = Path((spec and spec.origin) or "rapidocr").parent / "models" / name
+    file = wheel_file(name)
     if not file.is_file():
         raise ModelError(f"{file}: the models of rapidocr 3.10 are not there; install it again")
     return file

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from flowgrpo_ray.rewards.golden import Golden, Rankings
-from flowgrpo_ray.rewards.ocr import QUOTED
+from flowgrpo_ray.rewards.ocr_text import QUOTED
 from flowgrpo_ray.rewards.signs import COLOURS
 
 

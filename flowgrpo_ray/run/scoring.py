@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowgrpo_ray.common.errors import RewardError, SpecError
-from flowgrpo_ray.common.images import ImageError, decode_rgb
+from flowgrpo_ray.common.images import WHITE, ImageError, decode_rgb
 from flowgrpo_ray.rewards import Reward, checked
 from flowgrpo_ray.run.tracking import write_atomic
 
@@ -70,25 +70,25 @@ def pair(files: Sequence[Path], prompts: Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)
 
 
-def plan_batches(files: Sequence[Path], batch: int) -> list[list[int]]:
+def plan_batches(files: Sequence[Path], batch: int, background: str = WHITE) -> list[list[int]]:
     """Places in `files` of up to `batch` images of one size.
 
     Every file is decoded once for this: one that is torn is found now and not after hours.
     """
     sizes: dict[tuple[int, ...], list[int]] = {}
     for place, file in enumerate(files):
-        sizes.setdefault(_read(file).shape, []).append(place)
+        sizes.setdefault(_read(file, background).shape, []).append(place)
     return [
         places[i : i + batch] for places in sizes.values() for i in range(0, len(places), batch)
     ]
 
 
-def _read(file: Path) -> np.ndarray:
+def _read(file: Path, background: str) -> np.ndarray:
     """uint8 [H, W, 3]."""
     try:
         if file.stat().st_size > MOST_BYTES:
             raise ImageError(f"'{file}' is larger than {MOST_BYTES >> 20} MiB", too_large=True)
-        return decode_rgb(file.read_bytes(), f"'{file}'")
+        return decode_rgb(file.read_bytes(), f"'{file}'", background=background)
     except (OSError, ImageError) as error:
         raise SpecError(f"IMAGES: {error}") from error
 
@@ -99,11 +99,12 @@ def score_files(
     files: Sequence[Path],
     prompts: Sequence[Prompt],
     batches: Iterable[Sequence[int]],
+    background: str = WHITE,
 ) -> np.ndarray:
     """Scores, float32 [n]; NaN: no score. RewardError if `reward` fails or returns no scores."""
     scores = np.full(len(files), np.nan, np.float32)
     for places in batches:
-        images = np.stack([_read(files[i]) for i in places])
+        images = np.stack([_read(files[i], background) for i in places])
         images.flags.writeable = False
         texts, metadata = [prompts[i].text for i in places], [prompts[i].metadata for i in places]
         what = (

@@ -2,8 +2,9 @@
 
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from flowgrpo_ray.common.images import WHITE, check_colour
 from flowgrpo_ray.rewards.bounds import check_device
 from flowgrpo_ray.spec.cluster import Resources
 from flowgrpo_ray.spec.sections import RewardSpec
@@ -75,8 +76,15 @@ class RewardServiceArgs(Strict):
     """This and the next two limit a request over HTTP."""
     max_image_pixels: int = Field(default=2**21, ge=1)
     max_body_bytes: int = Field(default=64 * 2**20, ge=1)
+    background: str = WHITE
+    """What shows through where an image that comes over HTTP is transparent: a colour's name."""
     token_env: str = "FLOWGRPO_REWARD_TOKEN"
     """Variable, in the environment of the cluster's nodes, of the bearer token over HTTP."""
+
+    @field_validator("background")
+    @classmethod
+    def _colour(cls, name: str) -> str:
+        return check_colour(name)
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

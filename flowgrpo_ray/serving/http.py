@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import flowgrpo_ray
-from flowgrpo_ray.common.images import ImageError, decode_rgb
+from flowgrpo_ray.common.images import WHITE, ImageError, decode_rgb
 from flowgrpo_ray.common.strict_json import parse
 
 
@@ -35,6 +35,7 @@ class Limits:
     images: int
     pixels: int  # of one image
     body_bytes: int
+    background: str = WHITE  # what shows through where an image is transparent
 
 
 class Scores(BaseModel):
@@ -107,7 +108,7 @@ def build_api(
         shape = images[0].headers.get(SHAPE_HEADER)
         files = [await image.read() for image in images]
         if shape is None:
-            batch = await asyncio.to_thread(decode, files, limits.pixels)
+            batch = await asyncio.to_thread(decode, files, limits.pixels, limits.background)
         else:
             batch = _raw(shape, files, limits)
         texts = _json_list("prompts", prompts, str, len(batch))
@@ -146,10 +147,12 @@ def _raw(header: str, files: Sequence[bytes], limits: Limits) -> np.ndarray:
     return np.frombuffer(files[0], np.uint8).reshape(count, height, width, 3)
 
 
-def decode(files: Sequence[bytes], max_pixels: int) -> np.ndarray:
+def decode(files: Sequence[bytes], max_pixels: int, background: str = WHITE) -> np.ndarray:
     """Images of one size as uint8 [b, H, W, 3]; HTTPException for what cannot be scored."""
     try:
-        images = [decode_rgb(data, f"image {i}", max_pixels) for i, data in enumerate(files)]
+        images = [
+            decode_rgb(data, f"image {i}", max_pixels, background) for i, data in enumerate(files)
+        ]
     except ImageError as error:
         raise HTTPException(413 if error.too_large else 422, str(error)) from error
     sizes = sorted({image.shape[:2] for image in images})

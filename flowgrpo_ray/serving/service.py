@@ -72,7 +72,7 @@ class RewardReplica:
             hide_gpus()
         self._args = args
         self._token = _token(args)
-        self._check_prompt = prompt_check(args.reward)
+        self._check_prompt = prompt_check(args.reward, args.options)
         self._reward = build(args.reward, args.options)
         self._golden = _golden(args, self._reward)
         self._check_golden()
@@ -93,7 +93,8 @@ class RewardReplica:
 
     def __serve_build_asgi_app__(self) -> Any:
         args = self._args
-        limits = Limits(args.max_images_per_request, args.max_image_pixels, args.max_body_bytes)
+        sizes = args.max_images_per_request, args.max_image_pixels, args.max_body_bytes
+        limits = Limits(*sizes, args.background)
         return build_api(args.name, limits, self._check, self.score, self._token)
 
     def describe(self) -> dict[str, Any]:

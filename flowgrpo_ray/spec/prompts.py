@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -86,7 +86,8 @@ def load_prompt_sets(spec: TrainingSpec) -> tuple[list[Prompt], list[Prompt]]:
     held_out = load_prompts(spec.prompts.evaluate, "prompts.evaluate")[: spec.evaluation.prompts]
     for name, reward in spec.rewards.items():
         for key, prompts in (("prompts.train", train), ("prompts.evaluate", held_out)):
-            check_prompts(prompts, key, reward.reward or name, f"rewards.{name}")
+            check = prompt_check(reward.reward or name, reward.options)
+            check_prompts(prompts, key, check, f"rewards.{name}")
     if len(train) < spec.sampling.groups:
         raise PromptError(
             f"prompts.train = {spec.prompts.train!r} holds {len(train)} prompts; an iteration "
@@ -95,10 +96,14 @@ def load_prompt_sets(spec: TrainingSpec) -> tuple[list[Prompt], list[Prompt]]:
     return train, held_out
 
 
-def check_prompts(prompts: Sequence[Prompt], key: str, reward: str, called: str) -> None:
-    """``PromptError`` for a prompt that ``reward`` could never score; it names the prompts ``key``
-    and the reward as it is ``called``."""
-    check = prompt_check(reward)
+def check_prompts(
+    prompts: Sequence[Prompt],
+    key: str,
+    check: Callable[[str, Mapping[str, Any]], None],
+    called: str,
+) -> None:
+    """``PromptError`` for a prompt that a reward could never score, as its ``check`` says; it names
+    the prompts ``key`` and the reward as it is ``called``."""
     for number, prompt in enumerate(prompts, 1):
         try:
             check(prompt.text, prompt.metadata)

@@ -16,6 +16,7 @@ import pytest
 from flowgrpo_ray.common.errors import RewardError, SpecError
 from flowgrpo_ray.rewards import build
 from flowgrpo_ray.rewards.calibration import (
+    CHEATS,
     CLEAN,
     KINDS,
     PROMPTS,
@@ -31,7 +32,8 @@ from flowgrpo_ray.rewards.signs import COLOURS, colour_error, parse_prompt, rend
 
 SMALL = (32, 48)
 PICTURES = calibration_set(SMALL)
-GOOD = dict(zip(KINDS, (1.0, 0.0, 0.0, 0.125, 0.25, 0.5, 1.0), strict=True))
+GOOD = dict(zip(KINDS, (1.0, 0.0, 0.0, 0.125, 0.25, 0.5, 1.0, 0.75, 0.5, 0.25), strict=True))
+LESS = (*WORSE, *CHEATS)
 
 
 class ByKind:
@@ -132,10 +134,12 @@ def test_the_ocr_reward_passes(detect: bool, size: tuple[int, int], prompts: int
     pictures = calibration_set(size)[: prompts * len(KINDS)]
     report = check_reward(build("ocr", {"detect": detect}), pictures)
     assert report.passed
-    assert report.findings == ()
-    assert orders(report) == {**dict.fromkeys(WORSE, "worse"), REPEATED: "no difference"}
+    assert {finding.code for finding in report.findings} <= {"paid", "unclear", "some-inverted"}
+    assert "paid" in codes(report, fails=False), "it ignores extra text"
+    assert {kind: orders(report)[kind] for kind in WORSE} == dict.fromkeys(WORSE, "worse")
     assert all(counts(report, kind) == (prompts, 0, 0) for kind in WORSE)
-    assert counts(report, REPEATED) == (0, prompts, 0)
+    for kind in (REPEATED, "longer word"):
+        assert counts(report, kind) == (0, prompts, 0)
     assert (report.clean, report.minimum, report.maximum) == (1, 0, 1)
     assert report.repeat_difference == report.alone_difference == 0
     assert report.first_call_s > 0
@@ -143,16 +147,22 @@ def test_the_ocr_reward_passes(detect: bool, size: tuple[int, int], prompts: int
     assert report.batch_s > 0
 
 
+def test_the_ocr_reward_pays_for_no_extra_text_where_that_is_penalised():
+    report = check_reward(build("ocr", {"detect": False, "extra": "penalise"}), PICTURES)
+    assert report.passed
+    assert orders(report) == dict.fromkeys(KINDS[1:], "worse")
+    assert report.findings == ()
+
+
 def test_the_colour_reward_passes_and_cannot_tell_texts():
     report = check_reward(SignColourReward(), PICTURES)
     assert report.passed
-    same = dict.fromkeys(("wrong text", REPEATED), "no difference")
-    assert orders(report) == {**dict.fromkeys(WORSE, "worse"), **same}
-    (note,) = report.findings
-    assert (note.code, note.text) == (
-        "no-difference",
-        "no difference between clean and wrong text",
-    )
+    same = dict.fromkeys(("wrong text", REPEATED, *CHEATS[:2]), "no difference")
+    assert orders(report) == {**dict.fromkeys(LESS, "worse"), **same}
+    assert [(note.code, note.text) for note in report.findings] == [
+        ("no-difference", "no difference between clean and wrong text"),
+        *(("paid", f"{kind} is paid as clean is: training may find it") for kind in CHEATS[:2]),
+    ]
 
 
 # --- orderings by hand
@@ -217,9 +227,9 @@ def test_a_constant_reward_makes_no_distinction():
 
 def test_an_inverted_reward_is_found_for_every_kind():
     report = judged(lambda kind, *_: 1 - GOOD[kind])
-    assert codes(report, fails=True) == ["inverted"] * len(WORSE)
+    assert codes(report, fails=True) == ["inverted"] * len(WORSE) + ["repeats"] * len(CHEATS)
     assert [finding.text for finding in report.findings] == [
-        f"{kind} ranks above clean, for 8 of 8 prompts" for kind in WORSE
+        f"{kind} ranks above clean, for 8 of 8 prompts" for kind in LESS
     ]
 
 
@@ -272,7 +282,7 @@ def test_no_score_at_all():
     report = judged(lambda *_: math.nan)
     assert codes(report, fails=True) == ["clean-unscored"]
     assert set(orders(report).values()) == {"no score"}
-    assert (report.mean, report.std, report.clean, report.unscored) == (None, None, None, 56)
+    assert (report.mean, report.std, report.clean, report.unscored) == (None, None, None, 80)
 
 
 def test_no_score_for_worse_pictures_is_a_note():

@@ -20,7 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 from flowgrpo_ray.common.errors import ModelError, RewardEnvironmentError, SpecError
 from flowgrpo_ray.rewards import build, environments, paddle_reader
 from flowgrpo_ray.rewards.golden import check_golden, golden_of, score_golden
-from flowgrpo_ray.rewards.ocr import OcrReward, edit_distance, quoted_target, text_score
+from flowgrpo_ray.rewards.ocr import OcrReward, edit_distance, text_score
+from flowgrpo_ray.rewards.ocr_text import letters_of, plain, quoted_target
 from flowgrpo_ray.rewards.signs import render
 from flowgrpo_ray.rewards.text_readers import reading_order
 
@@ -88,10 +89,86 @@ def test_score_of_a_text_by_hand(read, target, score):
         ('a sign "say “hi” twice" there', "say “hi” twice"),
         ("a stone “first” beside \"second\"", "first"),
         ('a 5" nail and a 6" one', " nail and a 6"),  # what an odd prompt gets: see `target`
+        ("ein Schild „Bäckerei“ am Haus", "Bäckerei"),
+        ("an Polish shop „Kwiaty”", "Kwiaty"),
+        ("une affiche « Liberté »", " Liberté "),
+        ("看板「出口」", "出口"),
+        ("a book 『雪国』 and “other”", "雪国"),
+        ("a sign ＂ＯＰＥＮ＂", "ＯＰＥＮ"),
     ],
 )  # fmt: skip
 def test_quoted_target(prompt, target):
     assert quoted_target(prompt) == target
+
+
+@pytest.mark.parametrize(
+    ("read", "target", "score"),
+    [
+        ("cafe\u0301", "café", 1.0),  # an accent that follows its letter
+        ("café", "cafe\u0301", 1.0),
+        ("ＯＰＥＮ", "open", 1.0),
+        ("open", "\u200bo\u00adpen\ufeff", 1.0),  # what nobody sees
+        ("O2", "O₂", 0.5),  # another letter, as published scores have it
+        ("Dont", "Don’t", 0.8),
+    ],
+)
+def test_what_looks_the_same_is_the_same(read, target, score):
+    assert text_score(read, target) == score
+
+
+@pytest.mark.parametrize(
+    ("read", "score"),
+    [("open", 1.0), ("open 24", 0.5), ("reopened", 0.0), ("a page with open in it", 0.0)],
+)
+def test_text_beyond_the_target_costs_where_it_is_penalised(read, score):
+    assert text_score(read, "open", whole=True) == score
+    assert text_score(read, "open") == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "named"),
+    [
+        ("Привет", "'П' (CYRILLIC CAPITAL LETTER PE)"),
+        ("안녕", "HANGUL SYLLABLE"),
+        ("مرحبا", "ARABIC LETTER"),
+        ("שלום", "HEBREW LETTER"),
+        ("สวัสดี", "THAI CHARACTER"),
+        ("नमस्ते", "DEVANAGARI LETTER"),
+        ("Room13⅓", "'⅓' (VULGAR FRACTION ONE THIRD)"),
+    ],
+)
+def test_a_text_that_the_reader_has_no_letters_for_is_refused(target, named):
+    """By the reader that is chosen, and unless it is to be kept."""
+    with pytest.raises(ValueError, match="not even a perfect picture") as caught:
+        OcrReward.check_prompt(f'a sign "{target}"', {})
+    assert named in str(caught.value)
+    with pytest.raises(ValueError, match="has no"):
+        OcrReward.check_prompt("a sign", {"target": target})
+    OcrReward.check_prompt(f'a sign "{target}"', {}, {"unreadable": "keep"})
+    OcrReward.check_prompt(f'a sign "{target}"', {}, {"rec_model": "cyrillic_PP-OCRv5_mobile_rec"})
+
+
+def test_letters_of_a_recognition_model_in_a_folder(tmp_path):
+    letters = {"PostProcess": {"character_dict": list("привет")}}
+    (tmp_path / "inference.yml").write_text(yaml.safe_dump(letters, allow_unicode=True))
+    options = {"engine": "paddleocr", "rec_model": str(tmp_path)}
+    OcrReward.check_prompt('a sign "ПРИВЕТ 1"', {}, options)
+    with pytest.raises(ValueError, match="CYRILLIC SMALL LETTER ZHE"):
+        OcrReward.check_prompt('a sign "жир"', {}, options)
+
+
+def test_every_plain_letter_can_be_read():
+    """They are not looked up."""
+    assert {chr(code) for code in range(33, 127)} <= (letters_of(None) or set())
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ['a 27" monitor showing "HELLO"', 'a 27" monitor showing “HELLO”', 'a sign "\u200b\u00ad"'],
+)
+def test_a_prompt_that_means_no_one_text_is_refused(prompt):
+    with pytest.raises(ValueError, match="double quotes"):
+        OcrReward.check_prompt(prompt, {})
 
 
 @pytest.mark.parametrize("prompt", ["a sign", 'a 5" nail', 'a sign "  "', "a sign 'open'", ""])
@@ -109,16 +186,24 @@ def test_metadata_target_overrides():
 
 
 @given(
-    st.text(st.characters(exclude_characters='"“”', exclude_categories=["Cs"]), min_size=1),
+    st.text(st.characters(exclude_characters='"“”„«「『＂', exclude_categories=["Cs"]), min_size=1),
     st.sampled_from(['"{}"', "“{}”"]),
 )
 def test_any_text_comes_back_from_between_quotes(text, quotes):
     prompt = f"A poster, {quotes.format(text)}, isn't it?"
-    if text.strip():
+    if plain(text):
         assert quoted_target(prompt) == text
     else:
         with pytest.raises(ValueError, match="is empty"):
             quoted_target(prompt)
+
+
+def refused(prompt: str) -> bool:
+    try:
+        OcrReward.check_prompt(prompt, {})
+    except ValueError:
+        return True
+    return False
 
 
 @pytest.mark.skipif("FLOWGRPO_TEST_DATA" not in os.environ, reason="needs FLOWGRPO_TEST_DATA")
@@ -126,6 +211,8 @@ def test_targets_of_the_public_prompt_set():
     lines = Path(os.environ["FLOWGRPO_TEST_DATA"], "ocr_test.txt").read_text("utf-8").splitlines()
     assert len(lines) == 1018
     targets = [quoted_target(line) for line in lines]
+    unread = [line for line in lines if refused(line)]
+    assert [line.split('"')[1] for line in unread] == ["Room13⅓"]
     assert targets == [line.split('"')[1] for line in lines]
     for target in targets:
         letters = target.lower().replace(" ", "")

@@ -228,7 +228,7 @@ def broken(score):
         (["no"], "IMAGES = 'no': there is no such folder or file"),
         (["empty"], "IMAGES = 'empty': the folder holds no .png, .jpg, .jpeg, .webp files"),
         (["torn", "two.txt"], "'torn/1.png' is not a readable PNG, JPEG, WEBP file"),
-        (["deep", "one.txt"], "'deep/0.png' has mode I;16, not 8-bit RGB"),
+        (["grey", "three.txt", "--background", "whitish"], "--background: unknown color specifier"),
         (["liar", "one.txt"], "'liar/0.png' is not a readable PNG, JPEG, WEBP file"),
         (["gif", "one.txt"], "'gif/0.png' is not a readable PNG, JPEG, WEBP file"),
         (["grey", "two.txt"], "3 files, but PROMPTS 2 prompts: '2.png' has no prompt. Give one"),
@@ -273,6 +273,68 @@ def test_a_total_of_watched_rewards_alone_is_refused(score):
     status, _, err = score("grey", "three.txt")
     assert status == 2
     assert "--reward" in err
+
+
+def file_of(image: Image.Image, kind: str = "PNG", **more: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **more)
+    return file.getvalue()
+
+
+def turned() -> bytes:
+    """Blue left of red as it lies in the file, to be turned by a quarter to the right."""
+    image = Image.new("RGB", (2, 1), "blue")
+    image.putpixel((1, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return file_of(image, exif=exif)
+
+
+def clear_palette() -> bytes:
+    image = Image.new("P", (1, 2), 0)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((0, 1), 1)
+    return file_of(image, transparency=1)
+
+
+def deep(*values: int) -> bytes:
+    return file_of(Image.fromarray(np.array([values], np.uint16)))
+
+
+SEEN = {  # what a viewer shows on white, pixel by pixel
+    "opaque": (file_of(Image.new("RGBA", (1, 1), (9, 8, 7, 255))), [(9, 8, 7)]),
+    "half transparent": (file_of(Image.new("RGBA", (1, 1), (255, 0, 0, 128))), [(255, 127, 127)]),
+    "transparent": (file_of(Image.new("RGBA", (1, 1), (0, 0, 0, 0))), [(255, 255, 255)]),
+    "transparent grey": (file_of(Image.new("LA", (1, 1), (0, 0))), [(255, 255, 255)]),
+    "a grey that is clear": (file_of(Image.new("L", (1, 1), 7), transparency=7), [(255,) * 3]),
+    "palette": (clear_palette(), [(10, 20, 30), (255, 255, 255)]),
+    "grey": (file_of(Image.new("L", (1, 1), 77)), [(77, 77, 77)]),
+    "16 bits": (deep(0, 257, 32768, 65535), [(0,) * 3, (1,) * 3, (128,) * 3, (255,) * 3]),
+    "turned": (turned(), [(0, 0, 255), (255, 0, 0)]),
+    "CMYK": (file_of(Image.new("CMYK", (1, 1), (0, 0, 0, 255)), "JPEG"), [(0, 0, 0)]),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_images_are_scored_as_a_viewer_shows_them(name: str):
+    data, pixels = SEEN[name]
+    found = decode_rgb(data, "x")
+    assert found.dtype == np.uint8
+    assert [tuple(pixel) for pixel in found.reshape(-1, 3).tolist()] == pixels
+    if name == "turned":
+        assert found.shape == (2, 1, 3)
+
+
+def test_what_is_transparent_shows_the_background():
+    data, _ = SEEN["half transparent"]
+    assert decode_rgb(data, "x", background="black").tolist() == [[[128, 0, 0]]]
+    assert decode_rgb(data, "x", background="#0000ff").tolist() == [[[128, 0, 127]]]
+
+
+def test_an_image_of_floats_is_refused():
+    data = file_of(Image.new("F", (1, 1)), "TIFF")
+    with pytest.raises(ImageError, match="not a readable"):
+        decode_rgb(data, "x")
 
 
 def test_an_image_that_is_too_large_is_told_from_one_that_is_none(monkeypatch):
