@@ -69,7 +69,9 @@ def score(
     try:
         check_colour(background)
     except ValueError as error:
-        raise SpecError(f"--background: {error}") from error
+        raise SpecError(
+            f"--background {background!r} is no colour: write a name, or #rrggbb"
+        ) from error
     files = scoring.find_images(images)
     own = load_prompts(prompts, "PROMPTS")
     for name in weights:

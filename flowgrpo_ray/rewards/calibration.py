@@ -112,7 +112,7 @@ def calibration_set(size: tuple[int, int]) -> list[Picture]:
             signs.render_plain(f"{text} {text}", colour, size),
             signs.render_plain(f"{text}{_wrong(text)[0]}", colour, size),
             _page(text, other, colour, size),
-            np.rot90(signs.render_plain(text, colour, size[::-1])),
+            np.rot90(signs.render_plain(text, colour, (size[1], size[0]))),
         )
         pictures += [
             Picture(kind, prompt, image) for kind, image in zip(KINDS, images, strict=True)

@@ -173,7 +173,7 @@ def test_a_good_reward_by_hand():
     assert report.passed
     assert report.findings == ()
     assert [(found.kind, found.mean) for found in report.comparisons] == list(GOOD.items())[1:]
-    assert (report.pictures, report.unscored, report.clean) == (56, 0, 1)
+    assert (report.pictures, report.unscored, report.clean) == (80, 0, 1)
     values = list(GOOD.values())
     assert (report.minimum, report.maximum) == (0, 1)
     assert report.mean == pytest.approx(np.mean(values))
@@ -309,8 +309,8 @@ def test_a_reward_that_favours_repeated_text():
     ("answer", "said"),
     [
         (lambda n: [0.0] * n, "not list"),
-        (np.zeros, r"float32 \[56\], not float64 \[56\]"),
-        (lambda n: np.zeros((n, 1), np.float32), r"not float32 \[56, 1\]"),
+        (np.zeros, r"float32 \[80\], not float64 \[80\]"),
+        (lambda n: np.zeros((n, 1), np.float32), r"not float32 \[80, 1\]"),
     ],
 )
 def test_what_is_no_array_of_scores_is_an_error(answer: Callable[[int], object], said: str):
@@ -357,9 +357,10 @@ def check(monkeypatch: pytest.MonkeyPatch, command_line: Any, tmp_path: Path):
 def test_the_rewards_of_a_recipe_pass(check):
     status, out, _ = check("tiny-ocr")
     assert status == 0
-    assert "ocr passes: 56 pictures of 32 x 48" in out
+    assert "ocr passes: 80 pictures of 32 x 48" in out
     assert "sign_colour (only watched) passes" in out
     assert "note: no difference between clean and wrong text" in out
+    assert "note: longer word is paid as clean is" in out
     assert "FAILS" not in out
 
 

@@ -228,7 +228,7 @@ def broken(score):
         (["no"], "IMAGES = 'no': there is no such folder or file"),
         (["empty"], "IMAGES = 'empty': the folder holds no .png, .jpg, .jpeg, .webp files"),
         (["torn", "two.txt"], "'torn/1.png' is not a readable PNG, JPEG, WEBP file"),
-        (["grey", "three.txt", "--background", "whitish"], "--background: unknown color specifier"),
+        (["grey", "three.txt", "--background", "whitish"], "--background 'whitish' is no colour"),
         (["liar", "one.txt"], "'liar/0.png' is not a readable PNG, JPEG, WEBP file"),
         (["gif", "one.txt"], "'gif/0.png' is not a readable PNG, JPEG, WEBP file"),
         (["grey", "two.txt"], "3 files, but PROMPTS 2 prompts: '2.png' has no prompt. Give one"),
