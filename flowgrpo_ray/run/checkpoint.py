@@ -141,7 +141,7 @@ def load_checkpoint(path: Path) -> tuple[LearnerState, Progress]:
             for name in (*ARRAYS, FOLLOWER, BEHAVIOUR)
         }
         if (numbers["behaviour_version"] >= 0) != bool(arrays[BEHAVIOUR]):
-            raise TypeError(f"{BEHAVIOUR} where state.json says otherwise")
+            raise KeyError(BEHAVIOUR)
         if any(array.dtype != "float32" for of in arrays.values() for array in of.values()):
             raise TypeError("arrays that are not float32")
         return LearnerState(**arrays, **numbers), Progress(**row)
