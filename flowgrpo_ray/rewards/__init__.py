@@ -28,6 +28,7 @@ BUILTIN: dict[str, str] = {
     "jpeg_incompressibility": "flowgrpo_ray.rewards.jpeg:JpegIncompressibilityReward",
     "geneval": "flowgrpo_ray.rewards.geneval:GenevalReward",
     "unified_reward": "flowgrpo_ray.rewards.unified_reward:UnifiedReward",
+    "vlm_judge": "flowgrpo_ray.rewards.vlm_judge:VlmJudge",
     "http": "flowgrpo_ray.rewards.http:HttpReward",
     "sign_colour": "flowgrpo_ray.rewards.sign_colour:SignColourReward",
 }

@@ -182,7 +182,7 @@ def png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def check_bounds(*, timeout_s: float, retries: int, **counts: int) -> None:
+def check_bounds(*, timeout_s: float, retries: int, **counts: int | None) -> None:
     """ValueError for an option that is too small."""
     check_seconds(timeout_s=timeout_s)
     if retries < 0:

@@ -207,7 +207,7 @@ def test_a_server_that_is_forgotten_ends():
 def test_one_restart_serves_all_requests_in_flight():
     launch = {"model": "m", "server": "fake", "python": sys.executable, "max_restarts": 1}
     reward = UnifiedReward(launch=launch)
-    server = reward._server
+    server = reward._judge._server
     batch = np.zeros((12, 2, 2, 3), np.uint8), ["x"] * 12, [{}] * 12
     np.testing.assert_array_equal(reward(*batch), np.float32([0.6] * 12))
     kill(server)

@@ -1,0 +1,169 @@
+"""Asks a vision-language model about images, over the OpenAI chat API.
+
+Of a server that runs already, or of one that the reward starts. What is asked, and what an answer
+is worth, is up to the reward.
+"""
+
+from __future__ import annotations
+
+import base64
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from flowgrpo_ray.common.errors import RewardError
+from flowgrpo_ray.common.strict_json import parse
+from flowgrpo_ray.rewards.http import answer, base_url, bearer, check_bounds, png, post
+from flowgrpo_ray.rewards.judge_server import JudgeServer
+
+WARMER = 0.7  # temperature of what is asked again, as the first answer would come again without
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote, and of its first token the likeliest ones with their probabilities."""
+
+    text: str
+    first: Mapping[str, float]
+
+
+class JudgeClient:
+    """The options are those of the rewards that ask, which describe them."""
+
+    def __init__(
+        self,
+        *,
+        url: str | None,
+        launch: Mapping[str, Any] | None,
+        model: str | None,
+        api_key_env: str | None,
+        image_size: int | None,
+        concurrency: int,
+        timeout_s: float,
+        max_tokens: int,
+        retries: int,
+    ) -> None:
+        sizes = {"concurrency": concurrency, "max_tokens": max_tokens}
+        check_bounds(timeout_s=timeout_s, retries=retries, image_size=image_size, **sizes)
+        self._size, self._max_tokens, self._retries = image_size, max_tokens, retries
+        self._server: JudgeServer | None = None
+        if url is not None and launch is None:
+            if model is None:
+                raise ValueError("url needs model, by which the server knows it")
+            self._url, self._model = base_url(url), model
+            headers = bearer("api_key_env", api_key_env)
+        elif launch is not None and url is None:
+            if api_key_env is not None:
+                raise ValueError("model and api_key_env belong to url; launch has its own model")
+            self._server = _launch(launch)
+            self._model = self._server.model
+            headers = {"Authorization": f"Bearer {self._server.api_key}"}
+        else:
+            raise ValueError("give either url (a running server) or launch (one to start)")
+        self._client = httpx.Client(
+            headers=headers,
+            timeout=timeout_s,
+            trust_env=self._server is None,  # proxies are not for loopback
+            limits=httpx.Limits(max_connections=concurrency),
+        )
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="judge")
+
+    def scores(
+        self,
+        images: np.ndarray,
+        questions: Sequence[str],
+        worth: Callable[[Answer], float],
+        *,
+        likeliest: int = 0,
+    ) -> np.ndarray:
+        """``worth`` of the answers, float32 [b]; NaN where no answer has any.
+
+        An answer without is asked for again, `retries` times, at another temperature and seed.
+        ``likeliest`` tokens are to come with the first one. RewardError: the judge did not answer.
+        """
+
+        def score(image: np.ndarray, question: str) -> float:
+            content = self._content(image, question)
+            for attempt in range(1 + self._retries):
+                value = worth(self._ask(content, attempt, likeliest))
+                if not np.isnan(value):
+                    return value
+            return np.nan
+
+        return np.array(list(self._pool.map(score, images, questions)), dtype=np.float32)
+
+    def close(self) -> None:
+        """Ends the server that the reward started, and its connections."""
+        if self._server is not None:
+            self._server.close()
+        self._pool.shutdown(cancel_futures=True)
+        self._client.close()
+
+    def _content(self, image: np.ndarray, question: str) -> list[dict[str, Any]]:
+        """One message about an image, uint8 [H, W, 3]."""
+        shown = Image.fromarray(image)
+        if self._size is not None:
+            shown = shown.resize((self._size, self._size))
+        # The type must be named: without it some servers refuse the image.
+        data = f"data:image/png;base64,{base64.b64encode(png(shown)).decode()}"
+        # No placeholder of the image in the text: the chat template puts in one per image.
+        return [
+            {"type": "image_url", "image_url": {"url": data}},
+            {"type": "text", "text": question},
+        ]
+
+    def _ask(self, content: list[dict[str, Any]], attempt: int, likeliest: int) -> Answer:
+        payload: dict[str, Any] = {
+            "model": self._model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": WARMER if attempt else 0,
+            "max_tokens": self._max_tokens,  # unbounded, a model may write to its context's end
+        }
+        payload |= {"seed": attempt} if attempt else {}
+        payload |= {"logprobs": True, "top_logprobs": likeliest} if likeliest else {}
+
+        def send() -> httpx.Response:
+            url = self._server.url if self._server else self._url  # a restart changes it
+            return post(self._client, f"{url}/v1/chat/completions", json=payload)
+
+        response = answer(
+            send,
+            retries=self._retries,
+            retried=(httpx.TransportError,),
+            recover=self._server.ensure_running if self._server else lambda: None,
+        )
+        try:
+            choice = parse(response.content)["choices"][0]
+            text = choice["message"]["content"]
+            if not isinstance(text, str | None):
+                raise TypeError(f"content is {type(text).__name__}")
+            return Answer(text or "", _first(choice) if likeliest else {})
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            wanted = "no chat completion with probabilities" if likeliest else "no chat completion"
+            raise RewardError(f"{response.url}: {wanted}: {response.text[:500]!r}") from error
+
+
+def _first(choice: Mapping[str, Any]) -> dict[str, float]:
+    """The likeliest first tokens; those that are alike but for case and space are one."""
+    found: dict[str, float] = {}
+    for token in choice["logprobs"]["content"][0]["top_logprobs"]:
+        name = str(token["token"]).strip().lower()
+        found[name] = found.get(name, 0.0) + float(np.exp(float(token["logprob"])))
+    return found
+
+
+def _launch(options: Mapping[str, Any]) -> JudgeServer:
+    """The server that the option `launch` describes, running."""
+    known = list(inspect.signature(JudgeServer).parameters)
+    for key in options:
+        if key not in known:
+            raise ValueError(f"launch has no option {key!r}; options: {', '.join(known)}")
+    if "model" not in options:
+        raise ValueError("launch needs model, a folder or a hub id")
+    return JudgeServer(**options)

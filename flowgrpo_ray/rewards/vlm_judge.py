@@ -1,0 +1,153 @@
+"""A judge with your own question: what does a vision-language model say of the image?
+
+    number    reward = (number in the answer - low) / (high - low)
+    yes_no    reward = p(yes) / (p(yes) + p(no))
+    digits    reward = (sum of d p(d) / sum of p(d) - low) / (high - low), over d = low..high
+
+The probabilities p are those of the first token of the answer. Any server with the OpenAI chat API
+will do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flowgrpo_ray.rewards.http import check_lengths
+from flowgrpo_ray.rewards.judge_client import Answer, JudgeClient
+
+ANSWERS = ("number", "yes_no", "digits")
+LAST_NUMBER = r"(-?\d+(?:\.\d+)?)(?!.*\d)"
+PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(\w+)\}")
+LIKELIEST = 20  # tokens: as many as the API gives
+
+
+class VlmJudge:
+    """Asks your question about each image.
+
+    question: with `{prompt}` and any metadata key in braces, as `{style}`; braces are doubled.
+    answer: `number` reads one by `pattern`, `yes_no` and `digits` weigh the first token.
+    low, high: numbers that are worth 0 and 1; for `digits` single ones.
+    pattern: finds the number, its first group or all of it; default: the last one.
+    url: of a running server, without the `/v1`. Either this or `launch` must be given.
+    launch: options of the server to start (`judge_server.JudgeServer`), `model` first of all.
+    model: by which the server at `url` knows the model.
+    api_key_env: name of the environment variable with the key of the server at `url`.
+    image_size: to which both sides are resized; by default images are sent as they are.
+    concurrency: requests in flight.
+    timeout_s: of one request.
+    max_tokens: of one answer.
+    retries: of an answer without a number, and of a request that failed.
+    """
+
+    def __init__(
+        self,
+        question: str,
+        answer: str = "number",
+        low: float = 0,
+        high: float = 10,
+        pattern: str = LAST_NUMBER,
+        url: str | None = None,
+        launch: Mapping[str, Any] | None = None,
+        model: str | None = None,
+        api_key_env: str | None = None,
+        image_size: int | None = None,
+        concurrency: int = 16,
+        timeout_s: float = 60.0,
+        max_tokens: int = 512,
+        retries: int = 2,
+    ) -> None:
+        if answer not in ANSWERS:
+            raise ValueError(f"unknown answer {answer!r}; known: {', '.join(ANSWERS)}")
+        if not low < high:
+            raise ValueError(f"low = {low} must be below high = {high}")
+        if answer == "digits" and not {low, high} <= set(range(10)):
+            raise ValueError(f"low = {low} and high = {high}: for digits single ones, from 0 to 9")
+        try:
+            self._pattern = re.compile(pattern, re.DOTALL)
+        except re.error as error:
+            raise ValueError(f"pattern = {pattern!r} is no regular expression: {error}") from error
+        self._question, self._answer, self._low, self._high = question, answer, low, high
+        single = answer != "number"
+        self._judge = JudgeClient(
+            url=url,
+            launch=launch,
+            model=model,
+            api_key_env=api_key_env,
+            image_size=image_size,
+            concurrency=concurrency,
+            timeout_s=timeout_s,
+            max_tokens=1 if single else max_tokens,
+            retries=retries,
+        )
+
+    def __call__(
+        self,
+        images: np.ndarray,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]],
+    ) -> np.ndarray:
+        """Scores in [0, 1], float32 [b], of `images`, uint8 [b, H, W, 3].
+
+        NaN: the judge answered, but never as it should. RewardError: the judge did not answer.
+        """
+        check_lengths(images, prompts, metadata)
+        asked = [ask(self._question, *of) for of in zip(prompts, metadata, strict=True)]
+        likeliest = 0 if self._answer == "number" else LIKELIEST
+        return self._judge.scores(images, asked, self._worth, likeliest=likeliest)
+
+    @staticmethod
+    def check_prompt(
+        prompt: str, metadata: Mapping[str, Any], options: Mapping[str, Any] | None = None
+    ) -> None:
+        """ValueError for a prompt without the metadata that the question names."""
+        ask(str((options or {}).get("question", "")), prompt, metadata)
+
+    def close(self) -> None:
+        """Ends the server that the reward started, and its connections."""
+        self._judge.close()
+
+    def _worth(self, answer: Answer) -> float:
+        if self._answer == "number":
+            return self._on_scale(self._number(answer.text))
+        if self._answer == "yes_no":
+            yes, no = (answer.first.get(word, 0.0) for word in ("yes", "no"))
+            return yes / (yes + no) if yes + no else np.nan
+        digits = range(int(self._low), int(self._high) + 1)
+        weights = [answer.first.get(str(digit), 0.0) for digit in digits]
+        if not any(weights):
+            return np.nan
+        return self._on_scale(float(np.average(digits, weights=weights)))
+
+    def _number(self, text: str) -> float:
+        found = self._pattern.search(text)
+        try:
+            return float(found[(found.lastindex and 1) or 0]) if found else np.nan
+        except (TypeError, ValueError):  # a group that took no part, or no number
+            return np.nan
+
+    def _on_scale(self, number: float) -> float:
+        """NaN for what lies beyond it."""
+        if not self._low <= number <= self._high:
+            return np.nan
+        return (number - self._low) / (self._high - self._low)
+
+
+def ask(question: str, prompt: str, metadata: Mapping[str, Any]) -> str:
+    """The question about one image; ValueError for a name in braces that the prompt has not."""
+    values = {**metadata, "prompt": prompt}
+
+    def fill(found: re.Match[str]) -> str:
+        name = found[1]
+        if name is None:
+            return found[0][0]
+        if name not in values:
+            raise ValueError(
+                f"the question names {{{name}}}, which is no metadata of the prompt {prompt!r}"
+            )
+        return str(values[name])
+
+    return PLACEHOLDER.sub(fill, question)
