@@ -66,12 +66,7 @@ def score(
     weights = _weights(rewards)
     chosen = _options(options or [], weights)
     scoring.check_table_file(out, overwrite)
-    try:
-        check_colour(background)
-    except ValueError as error:
-        raise SpecError(
-            f"--background {background!r} is no colour: write a name, or #rrggbb"
-        ) from error
+    _check_background(background)
     files = scoring.find_images(images)
     own = load_prompts(prompts, "PROMPTS")
     for name in weights:
@@ -93,6 +88,13 @@ def score(
     _show(console, weights, scores)
     count = f"{len(files)} image{'s' if len(files) > 1 else ''}"
     console.print(f"scores of {count} in {out}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _check_background(name: str) -> None:
+    try:
+        check_colour(name)
+    except ValueError as error:
+        raise SpecError(f"--background {name!r} is no colour: write a name, or #rrggbb") from error
 
 
 def _weights(rewards: Sequence[str]) -> dict[str, float]:

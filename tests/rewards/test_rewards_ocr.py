@@ -212,7 +212,7 @@ def test_targets_of_the_public_prompt_set():
     assert len(lines) == 1018
     targets = [quoted_target(line) for line in lines]
     unread = [line for line in lines if refused(line)]
-    assert [line.split('"')[1] for line in unread] == ["Room13⅓"]
+    assert [line.split('"')[1] for line in unread] == ["Room 13⅓"]
     assert targets == [line.split('"')[1] for line in lines]
     for target in targets:
         letters = target.lower().replace(" ", "")
