@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.images import WHITE, check_colour
 from flowgrpo_ray.rewards import build, check_options, prompt_check, weighted_total
 from flowgrpo_ray.run.metrics import mean_and_std
-from flowgrpo_ray.spec.prompts import check_prompts, load_prompts
+from flowgrpo_ray.spec.prompts import Prompt, check_prompts, load_prompts
 
 
 def score(
@@ -68,11 +68,7 @@ def score(
     scoring.check_table_file(out, overwrite)
     _check_background(background)
     files = scoring.find_images(images)
-    own = load_prompts(prompts, "PROMPTS")
-    for name in weights:
-        check = prompt_check(name, chosen[name])
-        check_prompts(own, "PROMPTS", check, f"the reward {name!r}")
-    own = scoring.pair(files, own)
+    own = scoring.pair(files, _prompts(prompts, chosen))
     batches = scoring.plan_batches(files, batch, background)
 
     scores: dict[str, np.ndarray] = {}
@@ -88,6 +84,15 @@ def score(
     _show(console, weights, scores)
     count = f"{len(files)} image{'s' if len(files) > 1 else ''}"
     console.print(f"scores of {count} in {out}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _prompts(file: str, chosen: Mapping[str, Mapping[str, Any]]) -> list[Prompt]:
+    """Those of a file, which every chosen reward can score."""
+    prompts = load_prompts(file, "PROMPTS")
+    for name, options in chosen.items():
+        check = prompt_check(name, options)
+        check_prompts(prompts, "PROMPTS", check, f"the reward {name!r}")
+    return prompts
 
 
 def _check_background(name: str) -> None:
