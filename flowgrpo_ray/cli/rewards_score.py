@@ -71,13 +71,14 @@ def score(
     own = scoring.pair(files, _prompts(prompts, chosen))
     batches = scoring.plan_batches(files, batch, background)
 
-    scores: dict[str, np.ndarray] = {}
-    console = Console()
+    console, scores = Console(), {}
     with Progress(transient=True, disable=not console.is_terminal, console=console) as progress:
-        for name in weights:
+        for name, its_options in chosen.items():
             # Built one after another: two large models may not fit beside each other.
-            watched = progress.track(batches, description=escape(name))
-            reward = build(name, chosen[name])
+            watched, reward = (
+                progress.track(batches, description=escape(name)),
+                build(name, its_options),
+            )
             scores[name] = scoring.score_files(name, reward, files, own, watched, background)
     scores[scoring.TOTAL] = weighted_total(scores, weights)
     scoring.write_table(out, scoring.as_rows(files, own, scores))
