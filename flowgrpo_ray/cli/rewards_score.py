@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,20 +71,26 @@ def score(
     own = scoring.pair(files, _prompts(prompts, chosen))
     batches = scoring.plan_batches(files, batch, background)
 
-    console, scores = Console(), {}
-    with Progress(transient=True, disable=not console.is_terminal, console=console) as progress:
-        for name, its_options in chosen.items():
-            # Built one after another: two large models may not fit beside each other.
-            watched, reward = (
-                progress.track(batches, description=escape(name)),
-                build(name, its_options),
-            )
-            scores[name] = scoring.score_files(name, reward, files, own, watched, background)
+    console = Console()
+    scores: dict[str, np.ndarray] = {}
+    for name, watched in _in_turn(chosen, batches, console):
+        reward = build(name, chosen[name])
+        scores[name] = scoring.score_files(name, reward, files, own, watched, background)
     scores[scoring.TOTAL] = weighted_total(scores, weights)
     scoring.write_table(out, scoring.as_rows(files, own, scores))
     _show(console, weights, scores)
     count = f"{len(files)} image{'s' if len(files) > 1 else ''}"
     console.print(f"scores of {count} in {out}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _in_turn(
+    rewards: Iterable[str], batches: Sequence[list[int]], console: Console
+) -> Iterator[tuple[str, Iterable[list[int]]]]:
+    """Each reward with the batches, whose progress shows. Built one after another: two large models
+    may not fit beside each other."""
+    with Progress(transient=True, disable=not console.is_terminal, console=console) as progress:
+        for name in rewards:
+            yield name, progress.track(batches, description=escape(name))
 
 
 def _prompts(file: str, chosen: Mapping[str, Mapping[str, Any]]) -> list[Prompt]:
