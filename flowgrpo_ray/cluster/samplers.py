@@ -67,9 +67,7 @@ class Pool(ActorGroup):
         super().__init__(run, worker_class)
         self.up: dict[int, Worker] = {}  # by rank
         self.encoded = asyncio.Event()  # are all prompts, so that the model may be loaded
-        self._encoder: dict[
-            str, int
-        ] = {}  # the rank that encodes a prompt, of those that are needed
+        self._encoder: dict[str, int] = {}  # of needed prompts: the rank that encodes them
         self._held: dict[str, ObjectRef] = {}  # conditions of this iteration's prompts
         self._waiting: list[Waiting] = []  # in order
         self._turns = itertools.count()
