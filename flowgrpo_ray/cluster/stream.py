@@ -78,10 +78,15 @@ class Stream:
         """The units of update ``number`` as they become ready, in order of accumulation."""
         async for ready in self._update(number):
             yield ready
-        for unit in self._planned if self._colocated else ():
+        if self._colocated:
+            await self._all_drawn()
+
+    async def _all_drawn(self) -> None:
+        """Wait until every unit is sampled; or for the error for which one never will be."""
+        for unit in self._planned:
             await self._drawn[unit.index].wait()
             if self._units[unit.index].done():
-                self._units[unit.index].result()  # or why it never will be drawn
+                self._units[unit.index].result()
 
     async def _update(self, number: int) -> AsyncIterator[tuple[WorkUnit, Sampled, Signal]]:
         together = self._advantages.std == "global"
@@ -91,6 +96,8 @@ class Stream:
             self._complete = [[block async for block in self._grow(n)] for n in updates]
             if together:
                 self._compare(self._planned)
+            if self._sampled_first:
+                await self._all_drawn()  # the last refills, too
         if number < len(self._complete):
             for block in self._complete[number]:
                 for unit in block:

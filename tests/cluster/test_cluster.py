@@ -864,6 +864,22 @@ def test_workers_that_train_draw_all_refills_before_an_update() -> None:
     assert [[u for u, _, _ in update] for update in here] == [[u for u, _, _ in up] for up in there]
 
 
+def test_no_training_begins_before_the_last_refill_is_sampled() -> None:
+    """Of the last update, after which no scores are waited for."""
+    spec = stream_spec(COLOCATED, std="group", refill=1)
+    last = plan_iteration(spec, 1, 40, (1.0, 0.75, 0.5, 0.25, 0.0)).updates[-1]
+    flat = {prompt for unit in last.units for prompt in unit.prompts}
+    slow_refills = lambda index: asyncio.sleep(0.1 * (index >= 4))  # noqa: E731
+    source = StandIn(spec, flat=lambda prompt: prompt in flat, delay=slow_refills)
+
+    async def consume() -> None:
+        with source.stream() as stream:
+            async for _ in stream.update(0):
+                assert sorted(source.sampled) == [0, 1, 2, 3, 4, 5]
+
+    asyncio.run(asyncio.wait_for(consume(), 20))
+
+
 def test_a_unit_that_fails_ends_the_update_of_workers_that_train() -> None:
     async def one_fails(index: int) -> None:
         if index == 3:
