@@ -86,7 +86,8 @@ def share(tensors: Mapping[str, Tensor], rank: int, ranks: int) -> dict[str, Flo
     whole, each ``ranks``-th. No rank waits for another.
     """
     mine: dict[str, Float32] = {}
-    for number, (name, tensor) in enumerate(tensors.items()):
+    for number, name in enumerate(sorted(tensors)):  # after a load they may be in another order
+        tensor = tensors[name]
         if isinstance(tensor, DTensor):
             mesh, local = tensor.device_mesh, tensor.to_local().detach()
             copied = mesh.ndim > 1 and mesh.get_local_rank(0) > 0

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -292,6 +293,36 @@ def test_a_changed_manifest_is_an_error(tmp_path: Path):
 
 
 @pytest.mark.parametrize("change", ["missing", "cut"])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_share_out_arrays_the_same_way_whatever_their_order(tmp_path: Path, ranks: int):
+    """As they are after a load; and a checkpoint of all shares is the whole state."""
+    whole = state(4)
+    tensors = {name: torch.tensor(array) for name, array in whole.weights.items()}
+    turned = dict(reversed(tensors.items()))
+    shares = [share(tensors, rank, ranks) for rank in range(ranks)]
+    for rank, mine in enumerate(shares):
+        again = share(turned, rank, ranks)
+        assert mine.keys() == again.keys()
+        assert all(np.array_equal(mine[name], again[name]) for name in mine)
+    parts = [replace(whole, weights=shares[0])]
+    parts += [
+        LearnerState(weights=mine, ema={}, exp_avg={}, exp_avg_sq={}, updates=8)
+        for mine in shares[1:]
+    ]
+    path = save_checkpoint(tmp_path, parts, progress(1), 1)
+    found, _ = load_checkpoint(path)
+    assert found.weights.keys() == whole.weights.keys()
+    assert all(np.array_equal(found.weights[name], whole.weights[name]) for name in whole.weights)
+    files = sorted(file.name for file in path.glob("weights*"))
+    counted = sum(map(bool, shares))
+    expected = [f"weights-{n:05d}-of-{counted:05d}.safetensors" for n in range(1, counted + 1)]
+    assert files == (expected if counted > 1 else ["weights.safetensors"])
+    if counted > 1:
+        (path / files[0]).unlink()
+        with pytest.raises(CheckpointError):
+            load_checkpoint(path)
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", "ema.safetensors"])
 def test_a_missing_or_cut_file_is_an_error(tmp_path: Path, name: str, change: str):
     file = save(tmp_path, 1) / name
