@@ -22,6 +22,7 @@ os.environ["FLOWGRPO_ENCODINGS"] = tempfile.mkdtemp(prefix="fge", dir="/tmp")
 atexit.register(shutil.rmtree, os.environ["FLOWGRPO_ENCODINGS"], ignore_errors=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file's tests share a process; those of whole runs, which take turns anyway, share one."""
     for item in items:
