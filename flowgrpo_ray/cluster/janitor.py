@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 RAY = "ray"  # in a run's folder for temporary files, which no other user can enter
+MARK = "FLOWGRPO_FOLDER"  # of a run, in the environment of all that it starts
 LOOK_S = 5.0  # between two looks at what processes there are
 Process = tuple[int, int]  # a process id, and when it began: ids are used again
 
@@ -69,21 +70,33 @@ def below(roots: set[int], parents: dict[Process, int]) -> set[Process]:
     return found
 
 
-def family(driver: int, known: set[Process]) -> set[Process]:
+def marked(folder: Path, parents: dict[Process, int]) -> set[Process]:
+    """The processes of the run, by their environment: also one whose parent died before anybody had
+    looked."""
+    mark = f"{MARK}={folder}".encode()
+    found: set[Process] = set()
+    for process in parents:
+        with suppress(OSError):  # ended meanwhile, or another user's
+            if mark in Path(f"/proc/{process[0]}/environ").read_bytes().split(b"\0"):
+                found.add(process)
+    return found
+
+
+def family(driver: int, known: set[Process], folder: Path) -> set[Process]:
     """What is alive of the processes below ``driver``: those ``known``, whoever is their parent now
-    that theirs may have died, and all that were started since."""
+    that theirs may have died, those of the run in ``folder``, and all that were started since."""
     now = processes()
-    alive = known & now.keys()
+    alive = (known & now.keys()) | marked(folder, now)
     return alive | below({driver, *(pid for pid, _ in alive)}, now)
 
 
-def end(driver: int, known: set[Process]) -> None:
+def end(driver: int, known: set[Process], folder: Path) -> None:
     """Kill what is left of the family, all at once: one that goes on while another is killed may
     start a third, whose parent nobody would know."""
     deadline = time.monotonic() + LOOK_S
     still: set[Process] = set()
     while time.monotonic() < deadline:
-        known = {p for p in family(driver, known) if p[0] != os.getpid()}
+        known = {p for p in family(driver, known, folder) if p[0] != os.getpid()}
         if not known - still:
             break
         for pid, _ in known - still:
@@ -112,10 +125,10 @@ def _signal(pid: int, number: int) -> None:
 def main(driver: int, folder: Path, logs: Path) -> None:
     known: set[Process] = set()
     while not select.select([sys.stdin], [], [], LOOK_S)[0]:
-        known = family(driver, known)
+        known = family(driver, known, folder)
     if not folder.exists():
         return
-    end(driver, known)
+    end(driver, known, folder)
     keep_logs(folder, logs)
     remove(folder)
 

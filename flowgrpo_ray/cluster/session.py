@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flowgrpo_ray.cluster.janitor import RAY, janitor, keep_logs
+from flowgrpo_ray.cluster.janitor import MARK, RAY, janitor, keep_logs
 from flowgrpo_ray.common.errors import ClusterError, token_refused
 from flowgrpo_ray.estimate.store import store_size
 from flowgrpo_ray.spec.training import TrainingSpec, required_resources
@@ -74,6 +74,7 @@ def _private(spec: TrainingSpec, logs: Path) -> Iterator[None]:
     needed = required_resources(spec)
     temporary = Path(tempfile.mkdtemp(prefix="flowgrpo-", dir="/tmp"))  # short: it holds sockets
     with janitor(temporary, logs), _cleared(temporary, logs):
+        os.environ[MARK] = str(temporary)  # which all that Ray starts inherits
         try:
             ray.init(
                 num_gpus=gpus,
@@ -107,6 +108,7 @@ def _cleared(temporary: Path, logs: Path) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        os.environ.pop(MARK, None)
         keep_logs(temporary, logs)
         shutil.rmtree(temporary, ignore_errors=True)
 

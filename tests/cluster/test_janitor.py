@@ -1,5 +1,6 @@
 """A killed driver's processes are ended, whenever the janitor looked. Real processes."""
 
+import os
 import random
 import subprocess
 import sys
@@ -52,6 +53,21 @@ def test_orphans_seen_before_the_driver_is_missed_are_ended(tmp_path: Path):
     assert not folder.exists()
 
 
+def test_an_orphan_that_nobody_has_seen_is_ended(tmp_path: Path):
+    """Its parent died between two looks: it is known by the mark in its environment alone."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    environment = os.environ | {janitor.MARK: str(folder)}
+    begun = ["sh", "-c", "sleep 600 > /dev/null 2>&1 & echo $!"]
+    printed = subprocess.run(begun, env=environment, capture_output=True, text=True, check=True)
+    orphan, other = psutil.Process(int(printed.stdout)), subprocess.Popen(["sleep", "600"])
+    janitor.end(2**22 + 1, set(), folder)
+    assert not orphan.is_running()
+    assert other.poll() is None
+    other.kill()
+    other.wait()
+
+
 BREEDING = "import subprocess, time\nwhile True:\n    subprocess.Popen(['sleep', '{mark}'])\n"
 
 
@@ -64,6 +80,6 @@ def test_a_process_that_goes_on_starting_others_leaves_none_behind(tmp_path: Pat
     code = BREEDING.format(mark=mark)
     with subprocess.Popen(["sh", "-c", f'{sys.executable} -c "{code}"; true']) as driver:
         wait_until(bred, "it has started some")
-        janitor.end(driver.pid, set())
+        janitor.end(driver.pid, set(), tmp_path)
         assert bred() == []
         driver.kill()
