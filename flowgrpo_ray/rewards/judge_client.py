@@ -59,7 +59,7 @@ class JudgeClient:
             self._url, self._model = base_url(url), model
             headers = bearer("api_key_env", api_key_env)
         elif launch is not None and url is None:
-            if api_key_env is not None:
+            if model is not None or api_key_env is not None:
                 raise ValueError("model and api_key_env belong to url; launch has its own model")
             self._server = _launch(launch)
             self._model = self._server.model

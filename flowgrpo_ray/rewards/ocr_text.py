@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flowgrpo_ray.common.errors import ModelError
+
 QUOTES = {'"': '"', "“": "”", "„": "“”", "«": "»", "「": "」", "『": "』", "＂": "＂"}
 QUOTED = re.compile("|".join(f"{start}([^{end}]*)[{end}]" for start, end in QUOTES.items()))
 FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # to their narrow forms
+WHEEL_MODEL = "PP-OCRv6_rec_small.onnx"  # that reads lines
 INVISIBLE = ("Cc", "Cf")  # Unicode categories: controls, and marks such as a zero-width space
 
 
@@ -81,12 +84,7 @@ def letters_of(rec_model: str | None) -> frozenset[str] | None:
     """What a recognition model can put out: that of RapidOCR's wheel, or of a folder; None if it is
     to be downloaded."""
     if rec_model is None:
-        from onnxruntime import InferenceSession
-
-        session = InferenceSession(
-            wheel_file("PP-OCRv6_rec_small.onnx"), providers=["CPUExecutionProvider"]
-        )
-        return frozenset(session.get_modelmeta().custom_metadata_map["character"].splitlines())
+        return frozenset(wheel_letters())
     import yaml
 
     from flowgrpo_ray.common.paths import expand
@@ -100,7 +98,18 @@ def letters_of(rec_model: str | None) -> frozenset[str] | None:
         return None  # what is wrong with it is said by who loads it
 
 
+def wheel_letters() -> list[str]:
+    """What the recognition model of RapidOCR's wheel puts out, in its order."""
+    from onnxruntime import InferenceSession
+
+    session = InferenceSession(wheel_file(WHEEL_MODEL), providers=["CPUExecutionProvider"])
+    return session.get_modelmeta().custom_metadata_map["character"].splitlines()
+
+
 def wheel_file(name: str) -> Path:
-    """A model of RapidOCR's wheel, found without importing it."""
+    """A model of RapidOCR's wheel, found without importing it; ModelError if it is not there."""
     spec = importlib.util.find_spec("rapidocr")
-    return Path((spec and spec.origin) or "rapidocr").parent / "models" / name
+    file = Path((spec and spec.origin) or "rapidocr").parent / "models" / name
+    if not file.is_file():
+        raise ModelError(f"{file}: the models of rapidocr 3.10 are not there; install it again")
+    return file

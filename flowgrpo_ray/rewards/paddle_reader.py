@@ -19,7 +19,7 @@ import yaml
 
 from flowgrpo_ray.common.errors import ModelError, RewardEnvironmentError
 from flowgrpo_ray.common.paths import expand
-from flowgrpo_ray.rewards.ocr_text import wheel_file
+from flowgrpo_ray.rewards.ocr_text import WHEEL_MODEL, wheel_file, wheel_letters
 from flowgrpo_ray.rewards.text_readers import (
     MIN_CONFIDENCE,
     ReaderOptions,
@@ -134,7 +134,7 @@ def _detector(scratch: str) -> Model:
     resize = {"DetResizeForTest": {"limit_side_len": 64, "limit_type": "min"}}
     return _wrapped(
         Path(scratch, "det"),
-        _wheel_file("PP-OCRv6_det_small.onnx"),
+        wheel_file("PP-OCRv6_det_small.onnx"),
         "PP-OCRv6_small_det",
         [DECODE, resize, NORMALIZE, {"ToCHWImage": None}],
         {"name": "DBPostProcess", "thresh": 0.3, "box_thresh": 0.6, "unclip_ratio": 1.5},
@@ -142,25 +142,13 @@ def _detector(scratch: str) -> Model:
 
 
 def _recogniser(scratch: str, least_width: int) -> Model:
-    from onnxruntime import InferenceSession
-
-    file = _wheel_file("PP-OCRv6_rec_small.onnx")
-    session = InferenceSession(file, providers=["CPUExecutionProvider"])
-    characters = session.get_modelmeta().custom_metadata_map["character"].splitlines()
     return _wrapped(
         Path(scratch, "rec"),
-        file,
+        wheel_file(WHEEL_MODEL),
         "PP-OCRv6_small_rec",
         [DECODE, {"RecResizeImg": {"image_shape": [3, 48, least_width]}}],
-        {"name": "CTCLabelDecode", "character_dict": characters},
+        {"name": "CTCLabelDecode", "character_dict": wheel_letters()},
     )
-
-
-def _wheel_file(name: str) -> Path:
-    file = wheel_file(name)
-    if not file.is_file():
-        raise ModelError(f"{file}: the models of rapidocr 3.10 are not there; install it again")
-    return file
 
 
 def _wrapped(

@@ -95,14 +95,14 @@ class UnifiedReward:
         if version not in VERSIONS:
             raise ValueError(f"unknown version {version!r}; known: {', '.join(VERSIONS)}")
         self._version, self._question = VERSIONS[version], QUESTIONS[version]
-        if launch is not None:
-            if model is not None:
-                raise ValueError("model and api_key_env belong to url; launch has its own model")
+        if launch is None:
+            model = model or self._version.model
+        else:
             launch = {"chat_template": self._version.chat_template, **launch}
         self._judge = JudgeClient(
             url=url,
             launch=launch,
-            model=model or self._version.model,
+            model=model,
             api_key_env=api_key_env,
             image_size=image_size,
             concurrency=concurrency,

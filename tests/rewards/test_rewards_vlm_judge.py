@@ -138,6 +138,7 @@ def test_what_is_asked_again_may_be_answered_otherwise():
         ({"pattern": "("}, "is no regular expression"),
         ({"model": None}, "url needs model"),
         ({"url": None}, "give either url"),
+        ({"url": None, "launch": {"model": "m"}}, "launch has its own model"),
         ({"image_size": 0}, "image_size must be at least 1"),
     ],
 )
