@@ -292,10 +292,9 @@ class Collectives(TorchDispatchMode):
 
 def merged(shares: Sequence[LearnerState]) -> LearnerState:
     """The whole state, of which each rank has given its share."""
-    from flowgrpo_ray.run.checkpoint import ARRAYS, BEHAVIOUR, FOLLOWER, joined
+    from flowgrpo_ray.run.checkpoint import SETS, joined
 
-    names = (*ARRAYS, FOLLOWER, BEHAVIOUR)
-    whole = {name: joined(getattr(share, name) for share in shares) for name in names}
+    whole = {name: joined(getattr(share, name) for share in shares) for name in SETS}
     return replace(shares[0], **whole)
 
 

@@ -14,8 +14,8 @@ from PIL import Image, ImageColor, ImageOps
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 # Those of floating point are refused: nothing says which of their values is white.
-MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
-DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # 16 bits of grey
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
+DEEP = ("I", "I;16")  # 16 bits of grey
 WHITE = "white"
 # Pillow's own bound, which any library in the process may lift for all.
 MOST_PIXELS = 178_956_970

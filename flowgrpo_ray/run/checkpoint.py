@@ -27,6 +27,7 @@ PREFIX = "iteration-"
 ARRAYS = ("weights", "ema", "exp_avg", "exp_avg_sq")
 FOLLOWER = "follower"  # an array set that some objectives have
 BEHAVIOUR = "behaviour"  # and one that is there with max_lag 1
+SETS = (*ARRAYS, FOLLOWER, BEHAVIOUR)
 NUMBERS = ("updates", "loss_scale", "scale_held", "behaviour_version")
 
 
@@ -90,7 +91,7 @@ def _write(partial: Path, shares: Sequence[LearnerState], progress: Progress) ->
     """All files of a checkpoint, on disk."""
     from safetensors.numpy import save_file
 
-    for name in (*ARRAYS, FOLLOWER, BEHAVIOUR):
+    for name in SETS:
         parts = [part for share in shares if (part := getattr(share, name))]
         if not parts and name in ARRAYS:
             parts = [{}]
@@ -138,7 +139,7 @@ def load_checkpoint(path: Path) -> tuple[LearnerState, Progress]:
         present = {file.name for file in path.iterdir()}
         arrays = {
             name: joined(load_file(path / file) for file in files_of(name, present))
-            for name in (*ARRAYS, FOLLOWER, BEHAVIOUR)
+            for name in SETS
         }
         if (numbers["behaviour_version"] >= 0) != bool(arrays[BEHAVIOUR]):
             raise KeyError(BEHAVIOUR)
