@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from estimates import costs_once
 from tiny_models import MODELS, model_folder
 from tiny_runs import (
     CPU,
@@ -518,23 +519,7 @@ H100 = 79  # GiB that torch can use
 
 @pytest.fixture(scope="module", autouse=True)
 def _costs_once() -> Iterator[None]:
-    """The network runs on shapes once for recipes that differ in rewards or counts alone."""
-    known: dict[Any, Any] = {}
-    original = footprint.costs
-
-    def costs(spec: TrainingSpec, policy: Any, configs: Any) -> Any:
-        sampling, learner = spec.sampling, spec.cluster.learner
-        key = (
-            *(spec.model.model_dump_json(), spec.tuning.model_dump_json(), spec.ranks.gpus > 0),
-            *(sampling.micro_batch, sampling.size, sampling.guidance, spec.evaluation.micro_batch),
-            *(learner.activation_checkpointing, max(spec.ranks.count, spec.gpus) > 1),
-        )
-        if key not in known:
-            known[key] = original(spec, policy, configs)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(footprint, "costs", costs)
+    with costs_once():
         yield
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from estimates import costs_once
 from test_docs import ROOT, blocks_of, folder  # noqa: F401
 from tiny_runs import one_thread
 
@@ -36,21 +37,8 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def costs_once() -> Iterator[None]:
-    """Examples that differ in counts alone run the network on shapes once."""
-    known: dict[Any, Any] = {}
-    original = footprint.costs
-
-    def costs(spec: TrainingSpec, policy: Any, configs: Any) -> Any:
-        sampling, learner = spec.sampling, spec.cluster.learner
-        key = sampling.micro_batch, sampling.guidance, learner.activation_checkpointing
-        assert spec.ranks.gpus, "the rules of a GPU's autocast hold"
-        if key not in known:
-            known[key] = original(spec, policy, configs)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(footprint, "costs", costs)
+def shared_costs() -> Iterator[None]:
+    with costs_once():
         yield
 
 
@@ -70,13 +58,14 @@ def table(heading: str) -> list[list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("folder", "costs_once")
+@pytest.mark.usefixtures("folder", "shared_costs")
 def test_worked_examples_need_what_the_page_says():
     shown = table("Worked examples")
     specs = examples()
     assert len(shown) == len(specs)
     for row, spec in zip(shown, specs, strict=True):
         check_run(spec)
+        assert spec.ranks.gpus, "the rules of a GPU's autocast hold"
         found = footprint.estimate(spec)
         assert found is not None
         share = found.rollout_flops / (found.rollout_flops + found.training_flops)
@@ -86,7 +75,7 @@ def test_worked_examples_need_what_the_page_says():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("folder", "costs_once")
+@pytest.mark.usefixtures("folder", "shared_costs")
 def test_shares_of_flops_are_those_of_the_plan():
     fast = ["sampling.guidance=1.0", "sampling.window={kind: random, length: 3, within: [0, 5]}"]
     changes: list[list[str]] = [
@@ -97,7 +86,9 @@ def test_shares_of_flops_are_those_of_the_plan():
     ]
     rows = table("2. How much work is each side?")[: len(changes)]  # the next table is another one
     for row, overrides in zip(rows, changes, strict=True):
-        found = footprint.estimate(load_spec("sd35-ocr.yaml", overrides))
+        spec = load_spec("sd35-ocr.yaml", overrides)
+        assert spec.ranks.gpus, "the rules of a GPU's autocast hold"
+        found = footprint.estimate(spec)
         assert found is not None
         flops = found.rollout_flops / 1e12, found.training_flops / 1e12
         assert row[1:] == [*(f"{n:,.0f}" for n in flops), f"{flops[0] / sum(flops):.2f}"]
