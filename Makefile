@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Over a hundred processes of the tests import the same files: compiled once, wherever this is set.
 unexport PYTHONDONTWRITEBYTECODE
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 # A second quickstart gets a folder of its own.
 NAME ?= tiny-ocr$(if $(wildcard runs/tiny-ocr),-$(shell date +%m%d-%H%M%S))
 

@@ -22,12 +22,23 @@ os.environ["FLOWGRPO_ENCODINGS"] = tempfile.mkdtemp(prefix="fge", dir="/tmp")
 atexit.register(shutil.rmtree, os.environ["FLOWGRPO_ENCODINGS"], ignore_errors=True)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     """A file's tests share a process; those of whole runs, which take turns anyway, share one."""
-    for item in items:
-        apart = "hardly_disturbed" not in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group(item.path.name if apart else "whole runs"))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "whole runs" if file in takes_turns else file
+
+    files = sorted(Path(__file__).parent.rglob("test_*.py"))
+    takes_turns = {
+        str(file.relative_to(config.rootpath))
+        for file in files
+        if "hardly_disturbed" in file.read_text("utf-8")
+    }
+    return ByFile(config, log)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

@@ -53,6 +53,21 @@ class Probe:
             Path(metadata["sign in"], f"{uuid.uuid4()}.{os.getpid()}").touch()
 
 
+class Sees:
+    """How many images it sees at once, and how light the image is: 3.2 for one of 51 among three.
+
+    A metadata key of the first image makes it fail.
+    """
+
+    over_group = True
+
+    def __call__(self, images, prompts, metadata):
+        if "fail" in metadata[0]:
+            raise RuntimeError("it was asked to fail")
+        light = images.mean(axis=(1, 2, 3)) / 255
+        return (len(images) + light).astype(np.float32)
+
+
 def _take_time(asked):
     time.sleep(asked.get("seconds", 0))
     time.sleep(3 if asked.get("slow on") == os.getpid() else 0)

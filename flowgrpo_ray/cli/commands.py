@@ -130,7 +130,7 @@ def sample(
 def evaluate(
     target: TargetArgument,
     prompts: Annotated[
-        str | None, typer.Option(help="a prompt file; default: prompts.evaluate of the spec")
+        str | None, typer.Option(help="a prompt file; default: the held-out ones of the spec")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="the first N prompts only")] = None,
     steps: StepsOption = None,
@@ -141,13 +141,11 @@ def evaluate(
     """Score images of held-out prompts with every reward of the spec; prints JSON."""
     from flowgrpo_ray.run.inference import generate, load_trained, open_target, score
     from flowgrpo_ray.run.metrics import mean_and_std
-    from flowgrpo_ray.spec.prompts import load_prompts
+    from flowgrpo_ray.spec.prompts import load_held_out, load_prompts
 
     spec, folder = open_target(target)
-    chosen = load_prompts(
-        prompts or spec.prompts.evaluate, "--prompts" if prompts else "prompts.evaluate"
-    )
-    chosen = chosen[: limit or (None if prompts else spec.evaluation.prompts)]
+    chosen = load_prompts(prompts, "--prompts") if prompts else load_held_out(spec, limit)
+    chosen = chosen[:limit]
     policy = load_trained(spec, folder, weights, iteration)
     steps = steps or spec.evaluation.steps
     texts = [prompt.text for prompt in chosen]

@@ -24,9 +24,9 @@ from flowgrpo_ray.cluster.placement import place
 from flowgrpo_ray.cluster.rollout import RolloutWorker
 from flowgrpo_ray.cluster.rollout_pool import RolloutPool
 from flowgrpo_ray.cluster.samplers import Pool, Sampled
+from flowgrpo_ray.cluster.scoring import Scorer
 from flowgrpo_ray.common.errors import ContractError
 from flowgrpo_ray.common.types import Float64, WeightsTicket, WorkUnit
-from flowgrpo_ray.rewards import weighted_total
 from flowgrpo_ray.run.ledger import Ledger
 from flowgrpo_ray.run.metrics import Scores, Signal
 from flowgrpo_ray.serving import deploy
@@ -34,7 +34,7 @@ from flowgrpo_ray.serving.args import args_of
 from flowgrpo_ray.serving.client import Patience, RewardClient, Traffic
 from flowgrpo_ray.spec.cluster import NAMES
 from flowgrpo_ray.spec.plan import plan_encoding, plan_probes
-from flowgrpo_ray.spec.prompts import Prompt
+from flowgrpo_ray.spec.prompts import Prompt, set_sizes
 from flowgrpo_ray.spec.training import TrainingSpec
 
 
@@ -122,6 +122,7 @@ class Crew:
             for name, reward in self.spec.rewards.items()
         }
         self.rewards = RewardClient(patience, self._traffic, self.ledger)
+        self.scorer = Scorer(self.spec, self.prompts, self.rewards, self.ledger)
 
     async def _start_rollouts(self, iteration: int) -> None:
         await self.rollouts.start()
@@ -138,7 +139,7 @@ class Crew:
         if iteration in self._encoded and last in self._encoded:
             return
         train = self.prompts["train"]
-        self._encoded, needed = plan_encoding(self.spec, iteration, len(train))
+        self._encoded, needed = plan_encoding(self.spec, iteration, set_sizes(train))
         prompts = [*self.prompts["eval"], *(train[index] for index in needed)]
         await self.rollouts.encode([prompt.text for prompt in prompts])
 
@@ -153,7 +154,7 @@ class Crew:
         ticket = await self.publish(version)
         measured: list[Mapping[int, Float64]] = []
         floor = Floor({})
-        for row in plan_probes(self.spec, len(self.prompts["train"]), self.sigmas):
+        for row in plan_probes(self.spec, set_sizes(self.prompts["train"]), self.sigmas):
             sampled = await all_or_none(*(self.sample(unit, ticket) for unit in row))
             probe = [self.contribution(*of) for of in zip(row, sampled, strict=True)]
             measured += await self.learners.measure_floor(probe)
@@ -197,19 +198,9 @@ class Crew:
         """Have a free worker sample ``unit``."""
         return await self.rollouts.sample(unit, ticket, self.prompts_of(unit))
 
-    async def score(self, unit: WorkUnit, images: ObjectRef) -> Scores:
-        """Every reward's scores of a unit's images; NaN, and why, where one gave up."""
-        prompts = [self.prompts[unit.stream][prompt] for prompt in unit.prompts]
-        scored = await self.rewards.score(
-            images,
-            [p.text for p in prompts],
-            [p.metadata for p in prompts],
-            lambda name: self.ledger.scored(unit.key, name),
-        )
-        weights = self.spec.weights
-        failed = [why for name, why in scored.failures.items() if weights[name]]
-        total = weighted_total(scored.rewards, weights)
-        return Scores(scored.rewards, total, "; ".join(failed) or None, scored.failures)
+    async def score(self, units: Sequence[WorkUnit], images: Sequence[ObjectRef]) -> list[Scores]:
+        """Every reward's scores of the units' images; NaN, and why, where one gave up."""
+        return await self.scorer.score(units, images)
 
     def contribution(
         self, unit: WorkUnit, sampled: Sampled, signal: Signal | None = None

@@ -37,7 +37,7 @@ from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.metrics import Scores
 from flowgrpo_ray.run.tracking import RunRecorder, StartClock
 from flowgrpo_ray.spec.plan import plan_evaluation, plan_iteration
-from flowgrpo_ray.spec.prompts import Prompt, prompts_digest
+from flowgrpo_ray.spec.prompts import Prompt, prompts_digest, set_sizes
 from flowgrpo_ray.spec.training import TrainingSpec
 
 Saved = tuple[LearnerState, Progress]
@@ -115,7 +115,8 @@ class Trainer:
         return stream
 
     def _begin(self, iteration: int, ticket: WeightsTicket) -> Stream:
-        plan = plan_iteration(self.spec, iteration, len(self.prompts["train"]), self.crew.sigmas)
+        sizes = set_sizes(self.prompts["train"])
+        plan = plan_iteration(self.spec, iteration, sizes, self.crew.sigmas)
         self.crew.hold(plan.units)
         return Stream(self.crew, plan, ticket)
 
@@ -236,8 +237,8 @@ class Trainer:
         needed = -(-size // self.spec.evaluation.micro_batch)
         while True:
             self.crew.hold(units)
-            calls = [sample_and_score(self.crew, unit, ticket) for unit in units]
-            results = await all_or_none(*calls)
+            calls = [sample_and_score(self.crew, [unit], ticket) for unit in units]
+            results = [result for (result,) in await all_or_none(*calls)]
             try:
                 first = await asyncio.gather(*(sampled.images for sampled, _ in results[:needed]))
                 return [scores for _, scores in results], np.concatenate(first)[:size]

@@ -23,7 +23,7 @@ from flowgrpo_ray.common.errors import RewardError
 from flowgrpo_ray.common.types import MicrobatchStats, StepStats, WeightsTicket
 from flowgrpo_ray.run.checkpoint import Progress, checkpoint_iteration, newest_checkpoint
 from flowgrpo_ray.run.folder import RunFolder
-from flowgrpo_ray.run.metrics import Scores, mean_and_std, train_row, unscored
+from flowgrpo_ray.run.metrics import Scores, by_set, mean_and_std, train_row, unscored
 from flowgrpo_ray.run.tracking import RunRecorder, StartClock, save_samples
 from flowgrpo_ray.run.watch import Divergence, Watch, describe
 from flowgrpo_ray.spec.prompts import Prompt
@@ -166,7 +166,8 @@ class Journal:
         )
         allowed = self._spec.cluster.max_failed_groups
         if failed > allowed:
-            why = [score.failure for score in scores if score.failure]
+            weights = self._spec.weights
+            why = [text for s in scores for name, text in s.failures.items() if weights[name]]
             silent = ", ".join(f"{name} {count}" for name, count in row["unscored"].items())
             raise RewardError(
                 f"{failed} groups could not be scored and were left out, more than "
@@ -193,16 +194,19 @@ class Journal:
         rewards = {
             name: np.concatenate([score.rewards[name] for score in scores])
             for name in self._spec.rewards
+            if any(score.was_asked(name).any() for score in scores)
         }
         summary = {name: mean_and_std(values) for name, values in rewards.items()}
         row = {
             "kind": "eval",
             "iteration": iteration,
             "rewards": summary,
-            "unscored": unscored([score.rewards for score in scores]),
+            "unscored": unscored(scores),
             "prompts": len(prompts),
             "weights": "ema" if self._spec.ema else "last",
         }
+        if prompts[0].set:
+            row["sets"] = by_set(rewards, [prompt.set for prompt in prompts])
         self._recorder.log(row)
         self._tell_missing(row, scores)
         means = {

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from typing import Protocol
 
 from ray import ObjectRef
 from ray.exceptions import ObjectLostError
 
-from flowgrpo_ray.cluster.actors import Losses
+from flowgrpo_ray.cluster.actors import Losses, all_or_none
 from flowgrpo_ray.cluster.samplers import Sampled
+from flowgrpo_ray.cluster.scoring import scored_together
 from flowgrpo_ray.common.types import WeightsTicket, WorkUnit
 from flowgrpo_ray.run.ledger import Ledger
-from flowgrpo_ray.run.metrics import Scores, Signal, UnitResult, count_groups, signals
+from flowgrpo_ray.run.metrics import Scores, Signal, UnitResult, flat_groups, signals
 from flowgrpo_ray.spec.plan import Block, IterationPlan, plan_refill
-from flowgrpo_ray.spec.prompts import Prompt
+from flowgrpo_ray.spec.prompts import Prompt, set_sizes
 from flowgrpo_ray.spec.training import TrainingSpec
 
 
@@ -31,23 +32,33 @@ class Source(Protocol):
     @property
     def prompts(self) -> Mapping[str, Sequence[Prompt]]: ...
     async def sample(self, unit: WorkUnit, ticket: WeightsTicket) -> Sampled: ...
-    async def score(self, unit: WorkUnit, images: ObjectRef) -> Scores: ...
+    async def score(
+        self, units: Sequence[WorkUnit], images: Sequence[ObjectRef]
+    ) -> list[Scores]: ...
 
 
 async def sample_and_score(
-    source: Source, unit: WorkUnit, ticket: WeightsTicket, drawn: asyncio.Event | None = None
-) -> tuple[Sampled, Scores]:
-    """A unit's way to its scores; again from the start if its images went away with a machine.
-    ``drawn`` is set when it is sampled."""
-    while True:
+    source: Source,
+    units: Sequence[WorkUnit],
+    ticket: WeightsTicket,
+    drawn: Callable[[WorkUnit], None] = lambda unit: None,
+) -> list[tuple[Sampled, Scores]]:
+    """The way of units to the scores that they get together; again from the start if their images
+    went away with a machine. ``drawn`` is told each one that is sampled."""
+
+    async def sample(unit: WorkUnit) -> Sampled:
         sampled = await source.sample(unit, ticket)
         source.ledger.sampled(unit.key)
-        if drawn:
-            drawn.set()
+        drawn(unit)
+        return sampled
+
+    while True:
+        sampled = await all_or_none(*map(sample, units))
         try:
-            return sampled, await source.score(unit, sampled.images)
+            scores = await source.score(units, [of.images for of in sampled])
+            return list(zip(sampled, scores, strict=True))
         except ObjectLostError as error:
-            source.losses.add(f"images of micro-batch {unit.index}", error)
+            source.losses.add(f"images of micro-batch {units[0].index}", error)
 
 
 class Stream:
@@ -118,35 +129,45 @@ class Stream:
                 yield block
             if tries_left == 0:
                 return
-            flat = sum([await self._without_spread(block) for block in blocks])
+            flat = [prompt for block in blocks for prompt in await self._without_spread(block)]
             blocks = self._refill(flat)
 
-    async def _without_spread(self, block: Block) -> int:
+    async def _without_spread(self, block: Block) -> list[int]:
+        """The prompts of a block's groups that have none."""
         scores = await self._scores(block)
-        return count_groups(self._results(block, self._compared(block, scores)))["no_spread"]
+        return flat_groups(self._results(block, self._compared(block, scores)))
 
-    def _refill(self, groups: int) -> list[Block]:
-        spec, prompts = self._source.spec, len(self._source.prompts["train"])
+    def _refill(self, flat: Sequence[int]) -> list[Block]:
+        spec, sizes = self._source.spec, set_sizes(self._source.prompts["train"])
         used = {prompt for unit in self._planned for prompt in unit.prompts}
-        blocks = plan_refill(spec, self.plan, prompts, used, groups)
+        blocks = plan_refill(spec, self.plan, sizes, used, flat)
         self._start(blocks)
         return blocks
 
     def _start(self, blocks: Sequence[Block]) -> None:
+        for units in scored_together(self._source.spec, blocks):
+            self._drawn |= {unit.index: asyncio.Event() for unit in units}
+            together = asyncio.ensure_future(self._together(units))
+            for place, unit in enumerate(units):
+                self._units[unit.index] = asyncio.ensure_future(self._one_of(together, place))
         for block in blocks:
             self._planned += block
-            for unit in block:
-                self._drawn[unit.index] = asyncio.Event()
-                self._units[unit.index] = asyncio.ensure_future(self._unit(unit))
             if self._advantages.std == "group":
                 self._compare(block)
 
-    async def _unit(self, unit: WorkUnit) -> tuple[Sampled, Scores]:
-        drawn = self._drawn[unit.index]
+    async def _together(self, units: Sequence[WorkUnit]) -> list[tuple[Sampled, Scores]]:
+        """Units that are scored together."""
+        drawn = lambda unit: self._drawn[unit.index].set()  # noqa: E731
         try:
-            return await sample_and_score(self._source, unit, self.ticket, drawn)
+            return await sample_and_score(self._source, units, self.ticket, drawn)
         finally:
-            drawn.set()
+            for unit in units:
+                drawn(unit)
+
+    async def _one_of(
+        self, together: asyncio.Future[list[tuple[Sampled, Scores]]], place: int
+    ) -> tuple[Sampled, Scores]:
+        return (await together)[place]
 
     async def _scores(self, scope: Sequence[WorkUnit]) -> list[Scores]:
         return [(await self._units[unit.index])[1] for unit in scope]

@@ -26,9 +26,8 @@ def pack(spec: TrainingSpec, folder: Path) -> list[str]:
     Prompt files below the current folder keep their place, so that the spec stays the same.
     """
     check_reachable(spec)
-    files = {"train": spec.prompts.train, "evaluate": spec.prompts.evaluate}
-    prompts = {key: _take(path, folder) for key, path in files.items()}
-    moved = spec.model_copy(update={"prompts": spec.prompts.model_copy(update=prompts)})
+    prompts = spec.prompts.with_files(lambda path: _take(path, folder))
+    moved = spec.model_copy(update={"prompts": prompts})
     (folder / SPEC).write_text(dump_spec(moved), encoding="utf-8")
     for module in _own_modules(spec):
         if module.is_dir():

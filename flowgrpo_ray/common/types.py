@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 Images = NDArray[np.uint8]  # [b, H, W, 3], RGB
 Condition = Mapping[str, NDArray[Any]]  # one PROMPT's encodings; opaque outside its policy
 NEGATIVE = "negative_"  # begins the names of its arrays that all prompts of a model share

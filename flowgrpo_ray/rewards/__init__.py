@@ -29,6 +29,8 @@ BUILTIN: dict[str, str] = {
     "geneval": "flowgrpo_ray.rewards.geneval:GenevalReward",
     "unified_reward": "flowgrpo_ray.rewards.unified_reward:UnifiedReward",
     "vlm_judge": "flowgrpo_ray.rewards.vlm_judge:VlmJudge",
+    "pairwise_judge": "flowgrpo_ray.rewards.pairwise_judge:PairwiseJudge",
+    "rank": "flowgrpo_ray.rewards.rank:RankReward",
     "http": "flowgrpo_ray.rewards.http:HttpReward",
     "sign_colour": "flowgrpo_ray.rewards.sign_colour:SignColourReward",
 }
@@ -42,7 +44,9 @@ class Reward(Protocol):
     has a parameter `options`, it is given the reward's own. A
     method `golden()` returns pictures whose ranking is known (`rewards.golden`): a deployment is
     refused where it does not rank them so. An attribute `SIZE` (`loading.ModelSize`) lets
-    `flowgrpo-ray plan` count its model.
+    `flowgrpo-ray plan` count its model. A class with `over_group = True` compares the images of a
+    group: each call holds all images of one prompt, whole groups and one at a time, and it is not
+    asked in evaluations, where a prompt has one image.
     """
 
     def __call__(
@@ -65,6 +69,11 @@ def resolve(reward: str) -> type:
     return found
 
 
+def is_over_group(reward: str) -> bool:
+    """Whether `reward` must see all images of a group together."""
+    return bool(getattr(resolve(reward), "over_group", False))
+
+
 def check_options(reward: str, options: Mapping[str, Any]) -> None:
     """SpecError for an option that the constructor of `reward` does not take, or misses."""
     signature = inspect.signature(resolve(reward))
@@ -80,9 +89,11 @@ def check_options(reward: str, options: Mapping[str, Any]) -> None:
                 f"reward {reward!r} has no option {key!r}{nearest(key, names)}; "
                 f"options: {', '.join(names) or 'none'}"
             )
+    own: Callable[[Mapping[str, Any]], None] = getattr(resolve(reward), "check_options", _any)
     try:
         signature.bind(**options)
-    except TypeError as error:
+        own(options)
+    except (TypeError, ValueError) as error:
         raise SpecError(f"reward {reward!r}: {error}") from error
 
 
@@ -120,11 +131,16 @@ def describe(value: object) -> str:
     return type(value).__name__
 
 
-def weighted_total(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+def weighted_total(
+    scores: Mapping[str, np.ndarray],
+    weights: Mapping[str, float],
+    asked: Mapping[str, np.ndarray] | None = None,
+) -> np.ndarray:
     """Weighted sum of the rewards, float32 [b], from `scores` {reward: [b]}.
 
-    A score that is NaN or infinite makes the total of its image NaN. A reward of weight 0 is only
-    watched: it never enters the total, and neither does its NaN.
+    A score that is NaN or infinite makes the total of its image NaN, but not where the reward was
+    not `asked` (bool [b] by reward; all, if it is not there). A reward of weight 0 is only watched:
+    it never enters the total, and neither does its NaN.
     """
     if scores.keys() != weights.keys():
         raise ValueError(f"scores of {sorted(scores)}, but weights of {sorted(weights)}")
@@ -135,8 +151,13 @@ def weighted_total(scores: Mapping[str, np.ndarray], weights: Mapping[str, float
     for name, weight in weights.items():
         if weight != 0:
             values = np.asarray(scores[name], dtype=np.float64)
-            total += weight * np.where(np.isfinite(values), values, np.nan)
+            values = np.where(np.isfinite(values), values, np.nan)
+            total += weight * np.where((asked or {}).get(name, True), values, 0)
     return total.astype(np.float32)
+
+
+def _any(options: Mapping[str, Any]) -> None:
+    """The check of options that go well together in any way."""
 
 
 def _accept(prompt: str, metadata: Mapping[str, Any]) -> None:

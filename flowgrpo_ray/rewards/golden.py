@@ -44,7 +44,10 @@ def noise_picture(size: tuple[int, int]) -> np.ndarray:
 
 
 def score_golden(reward: Callable[..., np.ndarray], rankings: Rankings) -> np.ndarray:
-    """Scores, float32 [n], of all pictures in their order; those of one size in one call."""
+    """Scores, float32 [n], of all pictures in their order; those of one size in one call, or each
+    ranking in one, if the reward compares the images of a group."""
+    if getattr(reward, "over_group", False) and len(rankings) > 1:
+        return np.concatenate([score_golden(reward, [ranking]) for ranking in rankings])
     pictures = [picture for ranking in rankings for picture in ranking]
     scores = np.zeros(len(pictures), np.float32)
     for size in dict.fromkeys(picture.image.shape for picture in pictures):

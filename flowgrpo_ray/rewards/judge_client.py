@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.rewards.http import answer, base_url, bearer, check_bounds, png, post
 from flowgrpo_ray.rewards.judge_server import JudgeServer
 
+LIKELIEST = 20  # tokens whose probabilities can be asked for: as many as the API gives
 WARMER = 0.7  # temperature of what is asked again, as the first answer would come again without
 
 
@@ -76,7 +77,7 @@ class JudgeClient:
 
     def scores(
         self,
-        images: np.ndarray,
+        shown: Iterable[np.ndarray],
         questions: Sequence[str],
         worth: Callable[[Answer], float],
         *,
@@ -84,19 +85,21 @@ class JudgeClient:
     ) -> np.ndarray:
         """``worth`` of the answers, float32 [b]; NaN where no answer has any.
 
+        With each question one image, uint8 [H, W, 3], or several, [n, H, W, 3], are ``shown``.
+
         An answer without is asked for again, `retries` times, at another temperature and seed.
         ``likeliest`` tokens are to come with the first one. RewardError: the judge did not answer.
         """
 
-        def score(image: np.ndarray, question: str) -> float:
-            content = self._content(image, question)
+        def score(images: np.ndarray, question: str) -> float:
+            content = self._content(images, question)
             for attempt in range(1 + self._retries):
                 value = worth(self._ask(content, attempt, likeliest))
                 if not np.isnan(value):
                     return value
             return np.nan
 
-        return np.array(list(self._pool.map(score, images, questions)), dtype=np.float32)
+        return np.array(list(self._pool.map(score, shown, questions)), dtype=np.float32)
 
     def close(self) -> None:
         """Ends the server that the reward started, and its connections."""
@@ -105,18 +108,21 @@ class JudgeClient:
         self._pool.shutdown(cancel_futures=True)
         self._client.close()
 
-    def _content(self, image: np.ndarray, question: str) -> list[dict[str, Any]]:
-        """One message about an image, uint8 [H, W, 3]."""
+    def _content(self, images: np.ndarray, question: str) -> list[dict[str, Any]]:
+        """One message about images, uint8 [n, H, W, 3] or [H, W, 3]."""
+        shown = [self._url_of(image) for image in images.reshape(-1, *images.shape[-3:])]
+        # No placeholder of the image in the text: the chat template puts in one per image.
+        return [
+            *({"type": "image_url", "image_url": {"url": url}} for url in shown),
+            {"type": "text", "text": question},
+        ]
+
+    def _url_of(self, image: np.ndarray) -> str:
         shown = Image.fromarray(image)
         if self._size is not None:
             shown = shown.resize((self._size, self._size))
         # The type must be named: without it some servers refuse the image.
-        data = f"data:image/png;base64,{base64.b64encode(png(shown)).decode()}"
-        # No placeholder of the image in the text: the chat template puts in one per image.
-        return [
-            {"type": "image_url", "image_url": {"url": data}},
-            {"type": "text", "text": question},
-        ]
+        return f"data:image/png;base64,{base64.b64encode(png(shown)).decode()}"
 
     def _ask(self, content: list[dict[str, Any]], attempt: int, likeliest: int) -> Answer:
         payload: dict[str, Any] = {

@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 
 from flowgrpo_ray.rewards.http import check_lengths
-from flowgrpo_ray.rewards.judge_client import Answer, JudgeClient
+from flowgrpo_ray.rewards.judge_client import LIKELIEST, Answer, JudgeClient
 
 ANSWERS = ("number", "yes_no", "digits")
 LAST_NUMBER = r"(-?\d+(?:\.\d+)?)(?!.*\d)"
 PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(\w+)\}")
-LIKELIEST = 20  # tokens: as many as the API gives
 
 
 class VlmJudge:

@@ -17,7 +17,7 @@ from flowgrpo_ray.common.types import Images, LearnerState, WeightsTicket, WorkU
 from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.policies.base import Policy
 from flowgrpo_ray.policies.encodings import EncodingCache
-from flowgrpo_ray.rewards import build
+from flowgrpo_ray.rewards import build, is_over_group
 from flowgrpo_ray.run.checkpoint import Progress, list_checkpoints, load_checkpoint
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.model_card import Exported, model_card
@@ -100,12 +100,21 @@ def generate(
 def score(
     spec: TrainingSpec, images: Images, prompts: Sequence[Prompt]
 ) -> Mapping[str, np.ndarray]:
-    """Every reward of the spec on images, without Serve."""
-    texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
-    return {
-        name: build(reward.reward or name, reward.options)(images, texts, metadata)
-        for name, reward in spec.rewards.items()
-    }
+    """Every reward of the spec on images, ``[n]``, without Serve; NaN where it does not score them.
+
+    Left out are those that compare the images of a group: here each prompt has one.
+    """
+    found: dict[str, np.ndarray] = {}
+    for name, reward in spec.rewards.items():
+        if is_over_group(reward.reward or name):
+            continue
+        found[name] = np.full(len(images), np.nan, np.float32)
+        if places := [i for i, prompt in enumerate(prompts) if reward.scores(prompt.set)]:
+            texts = [prompts[i].text for i in places]
+            metadata = [prompts[i].metadata for i in places]
+            scorer = build(reward.reward or name, reward.options)
+            found[name][places] = scorer(images[places], texts, metadata)
+    return found
 
 
 def export(

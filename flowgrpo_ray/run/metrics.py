@@ -15,7 +15,14 @@ import numpy as np
 
 from flowgrpo_ray.algorithm.advantages import has_gradient, reward_wise_advantages
 from flowgrpo_ray.algorithm.objectives import Objective
-from flowgrpo_ray.common.types import Float32, MicrobatchStats, StepStats, WeightsTicket, WorkUnit
+from flowgrpo_ray.common.types import (
+    Bools,
+    Float32,
+    MicrobatchStats,
+    StepStats,
+    WeightsTicket,
+    WorkUnit,
+)
 from flowgrpo_ray.spec.plan import IterationPlan
 from flowgrpo_ray.spec.sections import AdvantagesSpec
 from flowgrpo_ray.spec.training import TrainingSpec
@@ -25,14 +32,21 @@ from flowgrpo_ray.spec.training import TrainingSpec
 class Scores:
     """What one work unit was worth: per reward and in weighted total, ``[b]`` float32.
 
-    NaN means "could not be scored". ``failure`` says why where a deployment whose reward enters
-    the total gave up; ``failures`` tells it by reward, those that are only watched included.
+    NaN means "could not be scored", or, where ``asked`` (``[b]`` by reward; all, if it is not
+    there) is False, that the reward does not score such images. ``lost`` are those of which a
+    deployment whose reward enters the total gave up; ``failures`` tells why, by reward, those
+    included that are only watched.
     """
 
     rewards: Mapping[str, Float32]
     total: Float32
-    failure: str | None = None
+    lost: Bools | None = None  # [b]
     failures: Mapping[str, str] = field(default_factory=dict)
+    asked: Mapping[str, Bools] = field(default_factory=dict)
+
+    def was_asked(self, reward: str) -> Bools:
+        """Which images ``reward`` was to score, ``[b]``."""
+        return self.asked.get(reward, np.ones(len(self.total), bool))
 
 
 @dataclass(frozen=True)
@@ -52,21 +66,28 @@ def signals(
     """Advantages over ``units``, which hold whole groups, by unit index.
 
     ``weights`` are those of the rewards. A group with a part that failed is dropped whole; a NaN
-    score leaves its sample out; a group without spread has no gradient.
+    score leaves its sample out; a group without spread has no gradient. Images are compared with
+    those that the same rewards score.
     """
     group = np.concatenate([unit.prompts for unit in units])
     total = np.concatenate([score.total for score in scores])
     for unit, score in zip(units, scores, strict=True):
-        if score.failure:
-            total[np.isin(group, unit.prompts)] = np.nan
-    rewards, weighting = total[None], np.ones(1, np.float32)
-    if spec.per_reward:
-        trained = [name for name, weight in weights.items() if weight]
-        weighting = np.array([weights[name] for name in trained], np.float32)
-        each = [np.concatenate([score.rewards[name] for score in scores]) for name in trained]
-        rewards = np.where(np.isnan(total), np.nan, np.stack(each))
-    keep = has_gradient(rewards, group)
-    advantages = reward_wise_advantages(rewards, weighting, group, spec.std, spec.clamp)
+        if score.lost is not None:
+            total[np.isin(group, np.array(unit.prompts)[score.lost])] = np.nan
+    trained = [name for name, weight in weights.items() if weight]
+    asked = np.stack([np.concatenate([s.was_asked(name) for s in scores]) for name in trained])
+    keep, advantages = np.zeros(len(group), bool), np.zeros(len(group), np.float32)
+    for pattern in np.unique(asked, axis=1).T:
+        alike = (asked == pattern[:, None]).all(0)
+        rewards, weighting = total[None, alike], np.ones(1, np.float32)
+        if spec.per_reward:
+            names = [name for name, scores_it in zip(trained, pattern, strict=True) if scores_it]
+            weighting = np.array([weights[name] for name in names], np.float32)
+            each = [np.concatenate([s.rewards[name] for s in scores])[alike] for name in names]
+            rewards = np.where(np.isnan(rewards), np.nan, np.stack(each))
+        of = group[alike]
+        keep[alike] = has_gradient(rewards, of)
+        advantages[alike] = reward_wise_advantages(rewards, weighting, of, spec.std, spec.clamp)
     ends = np.cumsum([unit.batch for unit in units])[:-1]
     parts = zip(units, np.split(advantages * keep, ends), np.split(keep, ends), strict=True)
     return {unit.index: Signal(advantage, kept) for unit, advantage, kept in parts}
@@ -81,9 +102,28 @@ def mean_and_std(values: Sequence[float] | Float32) -> dict[str, float]:
     return {"mean": float(valid.mean()), "std": float(valid.std())}
 
 
-def unscored(rewards: Sequence[Mapping[str, Float32]]) -> dict[str, int]:
-    """Images that have no score, by reward."""
-    return {name: sum(int(np.isnan(of[name]).sum()) for of in rewards) for name in rewards[0]}
+def unscored(scores: Sequence[Scores]) -> dict[str, int]:
+    """Images without the score that they should have, by reward."""
+    return {
+        name: sum(int((np.isnan(s.rewards[name]) & s.was_asked(name)).sum()) for s in scores)
+        for name in scores[0].rewards
+    }
+
+
+def by_set(
+    rewards: Mapping[str, Float32], sets: Sequence[str]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean and spread of the rewards, ``[n]`` each, of every prompt set that they score; ``sets``
+    names that of each image."""
+    of_image = np.array(sets)
+    return {
+        name: {
+            reward: summary
+            for reward, values in rewards.items()
+            if not math.isnan((summary := mean_and_std(values[of_image == name]))["mean"])
+        }
+        for name in dict.fromkeys(sets)
+    }
 
 
 @dataclass(frozen=True)
@@ -121,7 +161,7 @@ def train_row(
             name: mean_and_std(np.concatenate([r.scores.rewards[name] for r in results]))
             for name in spec.rewards
         },
-        "unscored": unscored([r.scores.rewards for r in results]),
+        "unscored": unscored([r.scores for r in results]),
         "groups": groups | {"refilled": groups["total"] - spec.sampling.groups},
         spec.objective.gate.name: {
             "gate": max(first) if first else None,
@@ -183,6 +223,17 @@ def gate_moments(points: Sequence[int], stats: Sequence[MicrobatchStats]) -> dic
 
 def count_groups(results: Sequence[UnitResult]) -> dict[str, int]:
     """Groups in all, those without spread, and those dropped for want of two valid scores."""
+    found = list(_sorted_groups(results).values())
+    return {"total": len(found)} | {kind: found.count(kind) for kind in ("no_spread", "dropped")}
+
+
+def flat_groups(results: Sequence[UnitResult]) -> list[int]:
+    """The prompts of the groups without spread, in plan order."""
+    return [group for group, found in _sorted_groups(results).items() if found == "no_spread"]
+
+
+def _sorted_groups(results: Sequence[UnitResult]) -> dict[int, str]:
+    """Of each group, by its prompt, whether it is kept, has no spread or is dropped."""
     valid: dict[int, int] = {}
     kept: set[int] = set()
     failed: set[int] = set()
@@ -194,8 +245,9 @@ def count_groups(results: Sequence[UnitResult]) -> dict[str, int]:
             valid[prompt] = valid.get(prompt, 0) + (not math.isnan(total))
             if keep:
                 kept.add(prompt)
-        if result.scores.failure:
-            failed.update(unit.prompts)
+        if result.scores.lost is not None:
+            failed.update(np.array(unit.prompts)[result.scores.lost].tolist())
     dropped = {group for group, count in valid.items() if group in failed or count < 2}
     flat = valid.keys() - kept - dropped
-    return {"total": len(valid), "no_spread": len(flat), "dropped": len(dropped)}
+    kinds = dict.fromkeys(dropped, "dropped") | dict.fromkeys(flat, "no_spread")
+    return {group: kinds.get(group, "kept") for group in valid}

@@ -12,7 +12,6 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from ray import ObjectRef, serve
@@ -104,7 +103,14 @@ class RewardClient:
     ) -> Scored:
         """Scores of images uint8 [b, H, W, 3], or of what `images` refers to; ``done`` is told each
         reward that has answered or given up."""
-        calls = [self._waited_for(name, images, prompts, metadata, done) for name in self._handles]
+
+        async def ask(name: str) -> np.ndarray | str:
+            try:
+                return await self.ask(name, [images], prompts, metadata)
+            finally:
+                done(name)
+
+        calls = [ask(name) for name in self._handles]
         rewards: dict[str, np.ndarray] = {}
         failures: dict[str, str] = {}
         for name, outcome in zip(self._handles, await asyncio.gather(*calls), strict=True):
@@ -121,35 +127,41 @@ class RewardClient:
         self._stats = {name: RewardStats() for name in taken}
         return taken
 
-    async def _waited_for(
+    async def ask(
         self,
         name: str,
-        images: Any,
+        images: Sequence[ObjectRef | np.ndarray],
         prompts: Sequence[str],
         metadata: Metadata,
-        done: Callable[[str], None],
+        shown: Sequence[int] | None = None,
     ) -> np.ndarray | str:
+        """One reward's scores, float32 [b], infinite ones as NaN; or why there are none.
+
+        ``images`` are parts, uint8 [., H, W, 3], of which one after the other all images are
+        scored, or those at the places ``shown``. ``ObjectLostError`` if they went away with their
+        machine: no replica can help that.
+        """
         self._traffic[name].queue += 1
         try:
-            return await self._score_one(name, images, prompts, metadata)
+            return await self._ask(name, images, prompts, metadata, shown)
         finally:
             self._traffic[name].queue -= 1
-            done(name)
 
-    async def _score_one(
-        self, name: str, images: Any, prompts: Sequence[str], metadata: Metadata
+    async def _ask(
+        self,
+        name: str,
+        images: Sequence[ObjectRef | np.ndarray],
+        prompts: Sequence[str],
+        metadata: Metadata,
+        shown: Sequence[int] | None,
     ) -> np.ndarray | str:
-        """Scores, float32 [b], infinite ones as NaN; or why there are none.
-
-        ``ObjectLostError`` if the images went away with their machine: no replica can help that.
-        """
         patience, call, began = self._patience[name], uuid.uuid4().hex, time.perf_counter()
         last = ""
         for attempt in range(1 + patience.retries):
             if attempt:
                 await asyncio.sleep(patience.backoff_s * 2 ** (attempt - 1))
             response = self._handles[name].answer.remote(
-                images, list(prompts), list(metadata), call=call
+                list(prompts), list(metadata), shown, *images, call=call
             )
             stats = self._stats[name]
             token = self._ledger.start(app_name(name), "", "score")

@@ -24,7 +24,7 @@ from flowgrpo_ray.common.errors import RewardError
 from flowgrpo_ray.common.gpus import hide_gpus
 from flowgrpo_ray.common.images import decode_rgb
 from flowgrpo_ray.common.loopback import is_loopback
-from flowgrpo_ray.rewards import build, checked, describe, prompt_check
+from flowgrpo_ray.rewards import build, checked, describe, is_over_group, prompt_check
 from flowgrpo_ray.rewards.environments import python_of
 from flowgrpo_ray.rewards.golden import Golden, Rankings, check_golden, golden_of, score_golden
 from flowgrpo_ray.serving import metric_table as table
@@ -73,6 +73,7 @@ class RewardReplica:
         self._args = args
         self._token = _token(args)
         self._check_prompt = prompt_check(args.reward, args.options)
+        self._over_group = is_over_group(args.reward)
         self._reward = build(args.reward, args.options)
         self._golden = _golden(args, self._reward)
         self._check_golden()
@@ -146,13 +147,18 @@ class RewardReplica:
 
     async def answer(
         self,
-        images: np.ndarray,
         prompts: Sequence[str],
         metadata: Metadata,
+        shown: Sequence[int] | None,
+        *parts: np.ndarray,
         call: str,  # for the router, which has sent it here
     ) -> Answer:
-        """`score` for `RewardClient`, with what it took."""
+        """`score` for `RewardClient`, with what it took: of all images of `parts`, one after the
+        other, or of those at the places `shown`."""
         began = time.monotonic()
+        images = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if shown is not None:
+            images = images[list(shown)]
         scored = await self._score(images, prompts, metadata)
         replica = serve.get_replica_context().replica_id.unique_id
         return Answer(scored.scores, replica, scored.seconds, time.monotonic() - began)
@@ -196,18 +202,24 @@ class RewardReplica:
             counts = f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata"
             raise ValueError(f"one prompt and one metadata per image: got {counts}")
         self._check(prompts, metadata)
-        size = self._args.max_batch_images
+        size = len(images) if self._over_group else self._args.max_batch_images
         parts = [
             _Call(images[i : i + size], prompts[i : i + size], metadata[i : i + size])
             for i in range(0, len(images), size)
         ]
         scores, seconds = [np.zeros(0, np.float32)], 0.0
-        for outcome in await asyncio.gather(*[self._merge(part) for part in parts]):
+        for outcome in await self._outcomes(parts):
             if isinstance(outcome, BaseException):
                 raise outcome
             scores.append(outcome.scores)
             seconds += outcome.seconds
         return _Scored(np.concatenate(scores), seconds)
+
+    async def _outcomes(self, parts: list[_Call]) -> list[_Scored | BaseException]:
+        """Of parts of a call, with those of other calls where images are scored one by one."""
+        if self._over_group:
+            return await self._run([[part] for part in parts])
+        return await asyncio.gather(*[self._merge(part) for part in parts])
 
     @serve.batch(batch_size_fn=_image_count)
     async def _merge(self, calls: list[_Call]) -> list[_Scored | BaseException]:
@@ -262,6 +274,11 @@ class RewardReplica:
         """ValueError for a prompt that the reward could never score."""
         for prompt, data in zip(prompts, metadata, strict=True):
             self._check_prompt(prompt, data)
+        if self._over_group and any(of != prompts[0] for of in prompts):
+            raise ValueError(
+                f"{self._args.name} compares the images of one prompt, and this call has several: "
+                f"{prompts[0]!r} and others; make one call of each group"
+            )
 
 
 def _shares(together: _Scored, calls: list[_Call]) -> list[_Scored]:

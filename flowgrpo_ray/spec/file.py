@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.own_classes import look_in
@@ -249,7 +249,18 @@ def _without_tags(location: Sequence[str | int]) -> list[str | int]:
 
 
 def _is_tag(annotation: Any, part: str | int) -> bool:
-    return part == OWN or any(part in _kinds(option) for option in _options(annotation))
+    kinds = (part in _kinds(option) for option in _options(annotation))
+    return part == OWN or part in _tagged(annotation) or any(kinds)
+
+
+def _tagged(annotation: Any) -> dict[str | int, Any]:
+    """The members of a union by the tags that pydantic tells them by, if it does."""
+    return {
+        mark.tag: member.__origin__
+        for member in typing.get_args(annotation)
+        for mark in getattr(member, "__metadata__", ())
+        if isinstance(mark, Tag)
+    }
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:
@@ -288,14 +299,15 @@ def _keys_at(location: Sequence[str | int]) -> list[str]:
 
 
 def _descend(annotation: Any, part: str | int) -> Any:
+    """What the spec's model wants below ``annotation``, which is what it wants there."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         field = annotation.model_fields.get(str(part))
         return field.annotation if field else None
-    if typing.get_origin(annotation) is dict:
-        return typing.get_args(annotation)[1]
+    if (container := typing.get_origin(annotation)) in (dict, tuple):
+        return typing.get_args(annotation)[container is dict]
     for option in _options(annotation):
         if part in _kinds(option):
             return option
         if part in getattr(option, "model_fields", {}):
             return option.model_fields[str(part)].annotation
-    return None
+    return _tagged(annotation).get(part)

@@ -7,9 +7,11 @@ prompts, the same window and the same work units.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import TypeVar
 
 from flowgrpo_ray.common.errors import SpecError
@@ -18,6 +20,9 @@ from flowgrpo_ray.spec.sampling import AllSteps, ProgressiveWindow, RandomWindow
 from flowgrpo_ray.spec.training import TrainingSpec
 
 PROBES = 4  # micro-batches at least that show what hardware cannot reproduce
+
+# How many prompts a training set holds, or each of several.
+Sizes = int | Sequence[int]
 
 # The fewest consecutive work units that hold whole groups: advantages need all of it.
 Block = tuple[WorkUnit, ...]
@@ -57,9 +62,9 @@ class IterationPlan:
 
 
 def plan_iteration(
-    spec: TrainingSpec, iteration: int, prompts: int, sigmas: tuple[float, ...]
+    spec: TrainingSpec, iteration: int, prompts: Sizes, sigmas: tuple[float, ...]
 ) -> IterationPlan:
-    """What iteration ``iteration`` (from 1) does, over a training set of ``prompts`` prompts.
+    """What iteration ``iteration`` (from 1) does, over training sets of ``prompts`` prompts.
 
     ``sigmas`` are the policy's noise levels for the spec's steps and size.
     """
@@ -73,34 +78,68 @@ def plan_iteration(
     return IterationPlan(iteration, schedule, tuple(Update(tuple(u)) for u in updates))
 
 
-def _choose(spec: TrainingSpec, iteration: int, prompts: int) -> tuple[random.Random, list[int]]:
-    """The prompts of an iteration, and what all else of it is drawn from."""
+def _ranges(prompts: Sizes) -> list[range]:
+    """The prompts of each set: numbered through, set after set."""
+    sizes = [prompts] if isinstance(prompts, int) else prompts
+    ends = itertools.accumulate(sizes)
+    return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _shares(spec: TrainingSpec) -> list[Fraction]:
+    """Of each set in an iteration's groups; together they are all."""
+    weights = [Fraction(one.weight) for one in spec.prompts.sets.values()]
+    return [spec.sampling.groups * weight / sum(weights) for weight in weights]
+
+
+def most_groups(spec: TrainingSpec) -> dict[str, int]:
+    """The largest number of groups that an iteration has of each set, by its name."""
+    names = [one.name for one in spec.prompts.sets.values()]
+    return dict(zip(names, map(math.ceil, _shares(spec)), strict=True))
+
+
+def _choose(spec: TrainingSpec, iteration: int, prompts: Sizes) -> tuple[random.Random, list[int]]:
+    """The prompts of an iteration, and what all else of it is drawn from.
+
+    Sets are drawn from systematically: each gives its share of the groups, rounded up or down, and
+    over iterations exactly its share.
+    """
     draw = random.Random(f"{spec.seed}/plan/{iteration}")
-    return draw, draw.sample(range(prompts), spec.sampling.groups)
+    sets = _ranges(prompts)
+    if len(sets) == 1:
+        return draw, draw.sample(sets[0], spec.sampling.groups)
+    start = Fraction(draw.random())
+    ends = [0, *(math.ceil(end - start) for end in itertools.accumulate(_shares(spec)))]
+    counts = [end - begin for begin, end in itertools.pairwise(ends)]
+    chosen = [p for of, count in zip(sets, counts, strict=True) for p in draw.sample(of, count)]
+    draw.shuffle(chosen)
+    return draw, chosen
 
 
-def _spare(spec: TrainingSpec, iteration: int, prompts: int) -> list[int]:
-    """All others, in the order in which they replace groups without spread."""
+def _spare(spec: TrainingSpec, iteration: int, prompts: Sizes) -> list[list[int]]:
+    """All others of each set, in the order in which they replace groups without spread."""
     chosen = set(_choose(spec, iteration, prompts)[1])
-    others = [prompt for prompt in range(prompts) if prompt not in chosen]
-    random.Random(f"{spec.seed}/refill/{iteration}").shuffle(others)
+    draw = random.Random(f"{spec.seed}/refill/{iteration}")
+    others = [[prompt for prompt in of if prompt not in chosen] for of in _ranges(prompts)]
+    for of_set in others:
+        draw.shuffle(of_set)
     return others
 
 
-def plan_encoding(spec: TrainingSpec, iteration: int, prompts: int) -> tuple[range, list[int]]:
+def plan_encoding(spec: TrainingSpec, iteration: int, prompts: Sizes) -> tuple[range, list[int]]:
     """Which iterations' prompts are encoded together before ``iteration`` (from 1) begins, and
     those prompts: ``prompts.encode_ahead`` of them if the set of ``prompts`` holds more, but all
     that one iteration needs, and those that show how exactly hardware repeats itself.
     """
     rest = range(iteration, spec.iterations + 1)
-    if prompts <= spec.prompts.encode_ahead:
-        return rest, list(range(prompts))
+    total = sum(map(len, _ranges(prompts)))
+    if total <= spec.prompts.encode_ahead:
+        return rest, list(range(total))
     at_once = iteration + spec.sampling.max_lag
     needed = dict.fromkeys(_choose(spec, 0, prompts)[1])
     for later in rest:
         spare = spec.sampling.groups * spec.advantages.refill
         found = _choose(spec, later, prompts)[1]
-        found += _spare(spec, later, prompts)[:spare] if spare else []
+        found += [p for of in _spare(spec, later, prompts) for p in of[:spare]] if spare else []
         more = needed | dict.fromkeys(found)
         if later > at_once and len(more) > spec.prompts.encode_ahead:
             return range(iteration, later), list(needed)
@@ -122,17 +161,30 @@ def _check_stops(schedule: Schedule, noising: Noising | None) -> None:
 
 
 def plan_refill(
-    spec: TrainingSpec, plan: IterationPlan, prompts: int, used: Collection[int], groups: int
+    spec: TrainingSpec,
+    plan: IterationPlan,
+    prompts: Sizes,
+    used: Collection[int],
+    flat: Sequence[int],
 ) -> list[Block]:
-    """Blocks of other prompts in place of ``groups`` groups without spread.
+    """Blocks of other prompts in place of the prompts ``flat``, whose groups have no spread.
 
-    Whole blocks, so possibly some groups more, or fewer where the training set of ``prompts``
-    prompts runs out. ``used`` are the prompts of the iteration so far, in any order.
+    Each by one of its own set. Whole blocks, so possibly some groups more, or fewer where the
+    training sets of ``prompts`` prompts run out. ``used`` are the prompts of the iteration so far,
+    in any order.
     """
+    if not flat:
+        return []
     per_block, before = spec.sampling.groups_per_block, set(used)
-    unused = [prompt for prompt in _spare(spec, plan.iteration, prompts) if prompt not in before]
-    blocks = min(-(-groups // per_block), len(unused) // per_block)
-    chosen = unused[: blocks * per_block]
+    unused = [
+        iter([prompt for prompt in of_set if prompt not in before])
+        for of_set in _spare(spec, plan.iteration, prompts)
+    ]
+    ranges = _ranges(prompts)
+    padded = [*flat, *itertools.repeat(flat[-1], -len(flat) % per_block)]
+    sets = [next(i for i, of in enumerate(ranges) if prompt in of) for prompt in padded]
+    found = [prompt for i in sets if (prompt := next(unused[i], None)) is not None]
+    chosen = found[: len(found) // per_block * per_block]
     first_index = len(used) // per_block * spec.sampling.units_per_block
     return _blocks(spec, plan.iteration, plan.schedule, chosen, first_index)
 
@@ -190,7 +242,7 @@ def _covering_starts(sampling: SamplingSpec) -> list[int]:
 
 
 def plan_probes(
-    spec: TrainingSpec, prompts: int, sigmas: tuple[float, ...]
+    spec: TrainingSpec, prompts: Sizes, sigmas: tuple[float, ...]
 ) -> list[list[WorkUnit]]:
     """Micro-batches that show how exactly this hardware repeats itself, in rows of one per rank.
 

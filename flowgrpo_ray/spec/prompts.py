@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from flowgrpo_ray.common.errors import PromptError
 from flowgrpo_ray.common.paths import builtin_path, expand
 from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.rewards import prompt_check
+from flowgrpo_ray.spec.plan import most_groups
 from flowgrpo_ray.spec.training import TrainingSpec
 
 MOST_BYTES = 2**30  # of a prompt file, which is held in memory
@@ -26,6 +28,7 @@ class Prompt:
 
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    set: str = ""  # the name of the one that it belongs to, where there are several
 
 
 def load_prompts(path: str, key: str) -> list[Prompt]:
@@ -81,19 +84,49 @@ def _parse_json(line: str) -> Prompt:
 
 
 def load_prompt_sets(spec: TrainingSpec) -> tuple[list[Prompt], list[Prompt]]:
-    """The spec's training and evaluation prompts, each fit for every reward of the spec."""
-    train = load_prompts(spec.prompts.train, "prompts.train")
-    held_out = load_prompts(spec.prompts.evaluate, "prompts.evaluate")[: spec.evaluation.prompts]
-    for name, reward in spec.rewards.items():
-        for key, prompts in (("prompts.train", train), ("prompts.evaluate", held_out)):
-            check = prompt_check(reward.reward or name, reward.options)
-            check_prompts(prompts, key, check, f"rewards.{name}")
-    if len(train) < spec.sampling.groups:
-        raise PromptError(
-            f"prompts.train = {spec.prompts.train!r} holds {len(train)} prompts; an iteration "
-            f"needs sampling.groups = {spec.sampling.groups} different ones"
-        )
-    return train, held_out
+    """The spec's training and evaluation prompts, each fit for every reward that scores it.
+
+    Those to train on are in the order of their sets, the held-out ones of the sets in turn.
+    """
+    train: list[Prompt] = []
+    most = most_groups(spec)
+    for key, one in spec.prompts.sets.items():
+        found = _of_set(spec, one.file, f"{key}.file" if one.name else key, one.name)
+        if len(found) < most[one.name]:
+            raise PromptError(
+                f"{key} = {one.file!r} holds {len(found)} prompts; an iteration needs "
+                f"{most[one.name]} different ones (sampling.groups = {spec.sampling.groups})"
+            )
+        train += found
+    return train, load_held_out(spec)
+
+
+def load_held_out(spec: TrainingSpec, most: int | None = None) -> list[Prompt]:
+    """The spec's evaluation prompts, each fit for every reward that scores it: the first
+    ``evaluation.prompts`` of each set, or the first ``most``."""
+    found = [
+        _of_set(spec, one.evaluate, f"{key}.evaluate" if one.name else "prompts.evaluate", one.name)
+        for key, one in spec.prompts.sets.items()
+    ]
+    in_turn = itertools.zip_longest(
+        *(prompts[: most or spec.evaluation.prompts] for prompts in found)
+    )
+    return [prompt for row in in_turn for prompt in row if prompt is not None]
+
+
+def _of_set(spec: TrainingSpec, file: str, key: str, name: str) -> list[Prompt]:
+    """The prompts of a file of the set ``name``."""
+    prompts = [replace(prompt, set=name) for prompt in load_prompts(file, key)]
+    for reward_name, reward in spec.rewards.items():
+        if reward.scores(name):
+            check = prompt_check(reward.reward or reward_name, reward.options)
+            check_prompts(prompts, key, check, f"rewards.{reward_name}")
+    return prompts
+
+
+def set_sizes(prompts: Sequence[Prompt]) -> tuple[int, ...]:
+    """How many there are of each set, for prompts in the order of their sets."""
+    return tuple(len(list(of)) for _, of in itertools.groupby(prompts, lambda p: p.set))
 
 
 def check_prompts(
@@ -113,5 +146,5 @@ def check_prompts(
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
     """Identifies the set and its order: a resumed run must train on the same one."""
-    rows = [[prompt.text, dict(prompt.metadata)] for prompt in prompts]
+    rows = [[p.text, dict(p.metadata), *([p.set] if p.set else [])] for p in prompts]
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]

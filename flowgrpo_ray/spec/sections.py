@@ -7,10 +7,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from flowgrpo_ray.common.paths import local_path
 from flowgrpo_ray.common.strict import Strict
@@ -99,17 +100,84 @@ class LoraTuning(Strict):
 Tuning = Annotated[FullTuning | LoraTuning, Field(discriminator="kind")]
 
 
+SetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+
+
+class PromptSet(Strict):
+    """One of several prompt sets."""
+
+    name: SetName
+    file: str = Field(description="to train on; builtin:prompts/… for those of the package")
+    evaluate: str = Field(description="held-out file for the evaluations")
+    weight: float = Field(
+        default=1.0, gt=0, description="share of an iteration's groups, beside those of the others"
+    )
+
+
+def _one_or_several(train: object) -> str:
+    return "file" if isinstance(train, str) else "sets"
+
+
 class PromptsSpec(Strict):
     """Prompt sets: one prompt per line (.txt), or {"prompt": …, …} per line (.jsonl)."""
 
-    train: str = Field(description="file to train on; builtin:prompts/… for those of the package")
-    evaluate: str = Field(description="held-out file for the evaluations")
+    train: Annotated[
+        Annotated[str, Tag("file")] | Annotated[tuple[PromptSet, ...], Tag("sets")],
+        Discriminator(_one_or_several),
+    ] = Field(
+        description="file to train on; builtin:prompts/… for those of the package. Or a list of "
+        "sets that are trained on together",
+    )
+    evaluate: str | None = Field(
+        default=None, description="held-out file for the evaluations; several sets have their own"
+    )
     encode_ahead: int = Field(
         default=2048,
         ge=1,
         description="prompts that are encoded before an iteration needs them; of a larger set the "
         "next ones follow when these are used up",
     )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if isinstance(self.train, str):
+            if self.evaluate is None:
+                raise ValueError("evaluate is required beside one training file")
+            return self
+        names = [one.name for one in self.train]
+        if not names:
+            raise ValueError("train = []: name a file, or at least one set")
+        if self.evaluate is not None:
+            raise ValueError(
+                f"evaluate = {self.evaluate!r} is for one training file: give each set of train "
+                "its own"
+            )
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two sets of train are called {twice[0]!r}: rename one")
+        return self
+
+    @property
+    def sets(self) -> Mapping[str, PromptSet]:
+        """By spec key; a single one has the name ""."""
+        if isinstance(self.train, str):
+            assert self.evaluate is not None
+            single = PromptSet.model_construct(
+                name="", file=self.train, evaluate=self.evaluate, weight=1.0
+            )
+            return {"prompts.train": single}
+        return {f"prompts.train.{place}": one for place, one in enumerate(self.train)}
+
+    def with_files(self, changed: Callable[[str], str]) -> PromptsSpec:
+        """These sets, with each file's path ``changed``."""
+        if isinstance(self.train, str):
+            assert self.evaluate is not None
+            found: dict[str, Any] = {"train": changed(self.train)}
+            return self.model_copy(update=found | {"evaluate": changed(self.evaluate)})
+        sets = [
+            one.model_copy(update={"file": changed(one.file), "evaluate": changed(one.evaluate)})
+            for one in self.train
+        ]
+        return self.model_copy(update={"train": tuple(sets)})
 
 
 class RewardSpec(Strict):
@@ -121,6 +189,9 @@ class RewardSpec(Strict):
         description="name of a built-in reward, or package.module:Class; default: the key",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="arguments of the class")
+    sets: tuple[SetName, ...] | None = Field(
+        default=None, description="of prompts.train that it scores; default: all"
+    )
     environment: str | None = Field(
         default=None, description="that it runs in: flowgrpo-ray rewards env build NAME"
     )
@@ -138,6 +209,10 @@ class RewardSpec(Strict):
     def _device(self) -> Self:
         check_device(self.options, self.gpus)
         return self
+
+    def scores(self, prompt_set: str) -> bool:
+        """Whether it scores images of this set; those of no set by name it does."""
+        return not (self.sets and prompt_set) or prompt_set in self.sets
 
 
 RewardName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]

@@ -72,6 +72,25 @@ class TrainingSpec(Strict):
         return self
 
     @model_validator(mode="after")
+    def _sets_fit(self) -> TrainingSpec:
+        names = [one.name for one in self.prompts.sets.values()]
+        for name, reward in self.rewards.items():
+            for chosen in reward.sets or ():
+                if chosen not in names:
+                    known = ", ".join(names) if any(names) else "none; prompts.train is one file"
+                    raise ValueError(
+                        f"rewards.{name}.sets names {chosen!r}, which is no set of prompts.train "
+                        f"(sets: {known})"
+                    )
+        for name in names:
+            if not any(reward.weight and reward.scores(name) for reward in self.rewards.values()):
+                raise ValueError(
+                    f"no reward of a weight other than 0 scores the set {name!r} of prompts.train: "
+                    "nothing could be learned from it"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _objective_fits(self) -> TrainingSpec:
         self.objective.check(self.sampling)
         return self

@@ -9,7 +9,7 @@ import random
 import socket
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Container, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -529,18 +529,11 @@ class FailsOnce:
     def __init__(self, real: Any, reward: str) -> None:
         self.real, self.reward, self.left = real, reward, 1
 
-    async def score(self, *call: Any) -> Any:
-        scored = await self.real.score(*call)
-        if not self.left:
-            return scored
+    async def ask(self, reward: str, *call: Any) -> Any:
+        if not self.left or reward != self.reward:
+            return await self.real.ask(reward, *call)
         self.left -= 1
-        lost = np.full_like(scored.rewards[self.reward], np.nan)
-        why = f"reward-{self.reward} failed 3 times, last with a broken pipe"
-        return replace(
-            scored,
-            rewards={**scored.rewards, self.reward: lost},
-            failures={self.reward: why},
-        )
+        return f"reward-{reward} failed 3 times, last with a broken pipe"
 
     def take_stats(self) -> Any:
         return self.real.take_stats()
@@ -550,9 +543,10 @@ class FailsOnce:
 def failing(trainer: Any, reward: str) -> Iterator[Path]:
     """Within it a reward of ``trainer`` fails once; where its metrics go."""
     crew = trainer.crew
-    real, crew.rewards = crew.rewards, FailsOnce(crew.rewards, reward)
+    real = crew.rewards
+    crew.rewards = crew.scorer.rewards = FailsOnce(real, reward)
     yield trainer.folder.path / "metrics.jsonl"
-    crew.rewards = real
+    crew.rewards = crew.scorer.rewards = real
 
 
 def test_groups_that_cannot_be_scored_are_dropped_counted_and_stop_the_run(
@@ -727,12 +721,15 @@ class StandIn:
         self.sampled.append(unit.index)
         return Sampled(unit, unit.index, conditions=[], seconds=1.0, worker=0)  # type: ignore[arg-type]
 
-    async def score(self, unit: WorkUnit, images: Any) -> Scores:
+    async def score(self, units: Sequence[WorkUnit], images: Any) -> list[Scores]:
+        assert images == [unit.index for unit in units]
+        return [await self._score(unit) for unit in units]
+
+    async def _score(self, unit: WorkUnit) -> Scores:
         await self.delay(unit.index)
-        assert images == unit.index
         if unit.index in self.unscored:
-            lost = np.full(unit.batch, np.nan, np.float32)
-            return Scores({"sign_colour": lost}, lost, failure="the reward is gone")
+            none, lost = np.full(unit.batch, np.nan, np.float32), np.ones(unit.batch, bool)
+            return Scores({"sign_colour": none}, none, lost, {"sign_colour": "it is gone"})
         self.scored.append(unit.index)
         pairs = zip(unit.prompts, unit.samples, strict=True)
         values = [0 if self.flat(p) else (p + 1) * sample for p, sample in pairs]
@@ -792,7 +789,7 @@ def test_accumulation_is_in_plan_order_whatever_the_order_of_arrival(
         scopes = [plan.units] if std == "global" else plan.blocks
         expected: dict[int, Signal] = {}
         for scope in scopes:
-            scores = [asyncio.run(trainer.score(unit, unit.index)) for unit in scope]
+            scores = [asyncio.run(trainer._score(unit)) for unit in scope]
             expected |= signals(scope, scores, spec.advantages, spec.weights)
         for unit, sampled, signal in (part for update in given for part in update):
             assert sampled.trajectory is unit
@@ -901,7 +898,7 @@ def test_flat_groups_are_replaced_at_the_end_of_their_update(std: str) -> None:
     plain = StandIn(spec)
     third = plain.plan.units[2].prompts[0]
     used = {prompt for unit in plain.plan.units for prompt in unit.prompts}
-    ((replacement,),) = plan_refill(spec, plain.plan, 40, used, 1)
+    ((replacement,),) = plan_refill(spec, plain.plan, 40, used, [third])
     flat = {third, replacement.prompts[0]}
     trainer = StandIn(spec, flat=flat.__contains__, delay=random_delays(1))
     stream, given = trainer.run()
@@ -1002,7 +999,7 @@ def test_a_unit_that_cannot_be_scored_takes_its_group_out(std: str, micro_batch:
     assert [i for update in order(given) for i in update] == list(range(8 // micro_batch))
     for result in stream.results:
         assert result.signal.keep.tolist() == [p != failed for p in result.unit.prompts]
-        assert (result.scores.failure == "the reward is gone") == (result.unit.index == 1)
+        assert bool(result.scores.failures) == (result.unit.index == 1)
     assert np.isnan(stream.results[1].scores.rewards["sign_colour"]).all()
     assert count_groups(stream.results) == {"total": 4, "no_spread": 0, "dropped": 1}
 

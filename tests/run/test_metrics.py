@@ -35,9 +35,9 @@ def unit(index: int, *prompts: int) -> WorkUnit:
     return WorkUnit(0, "train", 1, index, prompts, tuple(range(len(prompts))), SCHEDULE)
 
 
-def scores(*total: float, failure: str | None = None) -> Scores:
+def scores(*total: float, lost: bool = False) -> Scores:
     values = np.array(total, np.float32)
-    return Scores({"ocr": values}, values, failure)
+    return Scores({"ocr": values}, values, np.full(len(total), lost))
 
 
 def results(
@@ -77,7 +77,7 @@ def test_units_may_straddle_groups():
 def test_a_failed_unit_drops_its_whole_group_and_no_other():
     """Half a group would compare its images with a wrong mean."""
     units = [unit(0, 7, 7), unit(1, 7, 7), unit(2, 8, 8), unit(3, 8, 8)]
-    parts = [scores(0, 1), scores(NAN, NAN, failure="gone"), scores(0, 1), scores(1, 0)]
+    parts = [scores(0, 1), scores(NAN, NAN, lost=True), scores(0, 1), scores(1, 0)]
     found = signals(units, parts, PLAIN, OCR)
     assert not found[0].keep.any()
     assert not found[1].keep.any()
@@ -98,7 +98,7 @@ def test_a_failed_unit_drops_every_group_that_it_has_a_part_of(
 ):
     units = [unit(0, 7, 7), unit(1, 7, 8), unit(2, 8, 8)]
     parts = [scores(0, 1), scores(2, 0), scores(1, 2)]
-    parts[failing] = scores(NAN, NAN, failure="gone")
+    parts[failing] = scores(NAN, NAN, lost=True)
     found = results(units, parts, spec)
     pairs = [p for r in found for p in zip(r.unit.prompts, r.signal.keep.tolist(), strict=True)]
     assert {prompt for prompt, keep in pairs if keep} == kept
@@ -196,7 +196,7 @@ def test_count_groups():
         unit(3, 4, 4, 5, 5),
         unit(4, 6, 6, 6),
     ]
-    parts = [scores(0, 1, 2, 2), scores(0, 1), scores(NAN, NAN, failure="gone")]
+    parts = [scores(0, 1, 2, 2), scores(0, 1), scores(NAN, NAN, lost=True)]
     parts += [scores(1, NAN, NAN, NAN), scores(3, NAN, 3)]
     assert count_groups(results(units, parts)) == {"total": 6, "no_spread": 2, "dropped": 3}
 

@@ -38,13 +38,14 @@ CONFIG = Path(__file__).parents[2] / "deployments" / "ocr.yaml"
 
 @pytest.fixture(scope="module")
 def port(ray_cluster):
-    """Three rewards, served by handle and on this port."""
+    """Five rewards, served by handle and on this port."""
     port = own_port()
     serve.shutdown()  # it may run without HTTP, for other tests
     deploy.start_rewards(
         [
             RewardServiceArgs(name="ocr", options={"detect": False}),
             RewardServiceArgs(name="sign_colour"),
+            RewardServiceArgs(name="sees", reward="reward_samples:Sees", max_batch_images=4),
             RewardServiceArgs(name="locked", reward=PROBE, token_env="FLOWGRPO_TEST_TOKEN"),
             RewardServiceArgs(
                 name="probe",
@@ -122,6 +123,34 @@ def _post(port, name, files, prompts, **fields):
         data=data,
         timeout=30,
     )
+
+
+def test_a_reward_over_groups_sees_whole_groups_one_at_a_time(port):
+    """Of images in two parts, at places out of order; others' calls wait; no call is cut."""
+    client = _client("sees")
+    light = np.arange(0, 255, 51, dtype=np.uint8)
+    parts = [np.broadcast_to(light[:, None, None, None], (5, 4, 4, 3)).copy() for _ in range(2)]
+    group = lambda places: (["a"] * len(places), [{}] * len(places), places)  # noqa: E731
+
+    async def ask():
+        refs = [ray.put(part) for part in parts]
+        return await asyncio.gather(
+            client.ask("sees", refs, *group([9, 0, 3])),
+            client.ask("sees", refs, *group(list(range(10)))),
+            client.ask("sees", refs[:1], ["b"] * 5, [{}] * 5),
+            client.ask("sees", refs[:1], ["a", "b"], [{}] * 2, [0, 1]),
+        )
+
+    few, all_of_two, one_part, mixed = asyncio.run(ask())
+    np.testing.assert_allclose(few, [3.8, 3.0, 3.6], rtol=1e-6)
+    np.testing.assert_allclose(all_of_two, 10 + np.tile(light / 255, 2), rtol=1e-6)
+    np.testing.assert_allclose(one_part, 5 + light / 255, rtol=1e-6)
+    assert "compares the images of one prompt" in mixed
+    files = [_png(image) for image in parts[0][:2]]
+    assert _post(port, "sees", files, ["a", "a"]).json()["scores"] == pytest.approx([2, 2.2])
+    refused = _post(port, "sees", files, ["a", "b"])
+    assert refused.status_code == 422
+    assert "make one call of each group" in refused.json()["error"]
 
 
 def test_class_handle_and_http_give_the_same_bits(port, signs):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import re
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,18 +15,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowgrpo_ray.common.errors import PromptError
-from flowgrpo_ray.common.types import Noising
+from flowgrpo_ray.common.types import Noising, WorkUnit
 from flowgrpo_ray.spec.file import load_spec
 from flowgrpo_ray.spec.plan import (
     Block,
+    most_groups,
     plan_encoding,
     plan_evaluation,
     plan_iteration,
     plan_refill,
     progressive_start,
 )
-from flowgrpo_ray.spec.prompts import Prompt, load_prompts, prompts_digest
+from flowgrpo_ray.spec.prompts import (
+    Prompt,
+    load_prompt_sets,
+    load_prompts,
+    prompts_digest,
+    set_sizes,
+)
 from flowgrpo_ray.spec.sampling import ProgressiveWindow
+from flowgrpo_ray.spec.sections import PromptSet
 from flowgrpo_ray.spec.training import TrainingSpec
 
 PROMPTS = 40  # in the training set
@@ -214,6 +226,101 @@ def test_batching_and_updates_do_not_change_what_is_sampled():
     assert drawn(micro_batch=3, groups=6) == drawn(micro_batch=6, groups=6)  # these straddle
 
 
+# --- several prompt sets
+
+
+def with_sets(spec: TrainingSpec, *weights: float) -> TrainingSpec:
+    sets = tuple(
+        PromptSet(name=f"s{i}", file=f"{i}.txt", evaluate=f"{i}.txt", weight=weight)
+        for i, weight in enumerate(weights)
+    )
+    prompts = spec.prompts.model_copy(update={"train": sets, "evaluate": None})
+    return spec.model_copy(update={"prompts": prompts})
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    spec=specs(),
+    iteration=st.integers(0, 1000),
+    weights=st.lists(st.sampled_from([1e-3, 0.1, 1 / 3, 1.0, 2.0, 7.0]), min_size=2, max_size=4),
+    data=st.data(),
+)
+def test_each_set_gives_its_share_and_gets_its_own_in_place_of_flat_groups(
+    spec: TrainingSpec, iteration: int, weights: list[float], data: st.DataObject
+):
+    groups, spec = spec.sampling.groups, with_sets(spec, *weights)
+    most = most_groups(spec)
+    sizes = [data.draw(st.integers(count, count + 20)) for count in most.values()]
+    begins = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+
+    def counts(units: Iterable[WorkUnit]) -> list[int]:
+        prompts = {prompt for unit in units for prompt in unit.prompts}
+        return [sum(b <= p < e for p in prompts) for b, e in itertools.pairwise(begins)]
+
+    found = plan_iteration(spec, iteration, sizes, sigmas(spec.sampling.steps))
+    shares = [groups * weight / sum(weights) for weight in weights]
+    for count, share in zip(counts(found.units), shares, strict=True):
+        assert math.floor(share + 1e-9) <= count <= math.ceil(share - 1e-9)
+    assert sum(counts(found.units)) == groups
+    used = list(dict.fromkeys(prompt for unit in found.units for prompt in unit.prompts))
+    flat = data.draw(st.lists(st.sampled_from(used), unique=True, min_size=1))
+    blocks = plan_refill(spec, found, sizes, used, flat)
+    refilled = counts(unit for block in blocks for unit in block)
+    left = [size - count for size, count in zip(sizes, counts(found.units), strict=True)]
+    of_flat = [sum(b <= p < e for p in flat) for b, e in itertools.pairwise(begins)]
+    spare = [have - want for have, want in zip(left, of_flat, strict=True)]
+    if min(spare) >= spec.sampling.groups_per_block:
+        assert all(got >= want for got, want in zip(refilled, of_flat, strict=True))
+        assert sum(refilled) < len(flat) + spec.sampling.groups_per_block
+    assert all(got <= have for got, have in zip(refilled, left, strict=True))
+
+
+def test_over_iterations_a_set_gives_exactly_its_share():
+    """4 groups at weights 1 and 0.17: 0.58 of the second set in the mean."""
+    spec = with_sets(make_spec(), 1, 0.17)
+    found = [plan_iteration(spec, i, (40, 40), sigmas(6)) for i in range(1, 1001)]
+    seconds = [len({p for u in plan.units for p in u.prompts if p >= 40}) for plan in found]
+    assert set(seconds) == {0, 1}
+    assert sum(seconds) / 1000 == pytest.approx(4 * 0.17 / 1.17, abs=0.03)
+    assert len({tuple(u.prompts for u in plan.units) for plan in found}) == 1000
+    places = {plan.units[i].prompts[0] >= 40 for plan in found for i in range(4)}
+    assert places == {False, True}, "anywhere in the order of accumulation"
+
+
+def test_sets_are_loaded_checked_and_held_out_in_turn(tmp_path: Path):
+    for name, lines in {
+        "a": ['"1" a', '"2" a'] * 2,
+        "b": ["red b", "blue b"],
+        "c": ["pink c"],
+    }.items():
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    sets = [
+        {"name": "words", "file": f"{tmp_path}/a.txt", "evaluate": f"{tmp_path}/a.txt"},
+        {"name": "colours", "file": f"{tmp_path}/b.txt", "evaluate": f"{tmp_path}/c.txt"},
+    ]
+    rewards = "rewards={ocr: {sets: [words]}, sign_colour: {sets: [colours]}}"
+    overrides = [f"prompts={json.dumps({'train': sets})}", rewards]
+    spec = load_spec("tiny-ocr", [*overrides, "sampling.groups=4", "evaluation.prompts=3"])
+    train, held_out = load_prompt_sets(spec)
+    assert [(p.text, p.set) for p in train[3:]] == [
+        ('"2" a', "words"),
+        ("red b", "colours"),
+        ("blue b", "colours"),
+    ]
+    assert [p.text for p in held_out] == ['"1" a', "pink c", '"2" a', '"1" a']
+    assert set_sizes(train) == (4, 2)
+    other = [replace(p, set="x") if p.set == "words" else p for p in train]
+    assert prompts_digest(other) != prompts_digest(train)
+
+    for change, fragment in {
+        "rewards.ocr.sets=null": "prompts.train.1.file: prompt 1, for rewards.ocr",
+        "rewards.sign_colour.sets=[words, colours]": "prompts.train.0.file: prompt 1, for",
+        "sampling.groups=8": "b.txt' holds 2 prompts; an iteration needs 4",
+    }.items():
+        with pytest.raises(PromptError, match=re.escape(fragment)):
+            load_prompt_sets(load_spec("tiny-ocr", [*overrides, change]))
+
+
 # --- prompts in place of groups without spread
 
 
@@ -228,7 +335,7 @@ def test_refill_takes_whole_blocks_of_other_prompts(
     found = plan_iteration(spec, iteration, size, sigmas(sampling.steps))
     used = {prompt for unit in found.units for prompt in unit.prompts}
     groups = data.draw(st.integers(0, sampling.groups), "groups without spread")
-    blocks = plan_refill(spec, found, size, used, groups)
+    blocks = plan_refill(spec, found, size, used, range(groups))
     per_block = sampling.groups_per_block
     assert len(blocks) == min(math.ceil(groups / per_block), (size - len(used)) // per_block)
     for block in blocks:
@@ -243,7 +350,7 @@ def test_refill_takes_whole_blocks_of_other_prompts(
     assert {(u.seed, u.stream, u.iteration, u.schedule) for u in units} <= {
         (spec.seed, "train", iteration, found.schedule)
     }
-    assert plan_refill(spec, found, size, sorted(used, reverse=True), groups) == blocks
+    assert plan_refill(spec, found, size, sorted(used, reverse=True), range(groups)) == blocks
 
 
 def test_refills_go_on_where_the_last_ended():
@@ -253,7 +360,7 @@ def test_refills_go_on_where_the_last_ended():
     used = {prompt for unit in found.units for prompt in unit.prompts}
     indices = []
     for groups in (1, 5, 1, 0):
-        refill = [u for block in plan_refill(spec, found, 13, used, groups) for u in block]
+        refill = [u for block in plan_refill(spec, found, 13, used, range(groups)) for u in block]
         indices.append([unit.index for unit in refill])
         used |= {prompt for unit in refill for prompt in unit.prompts}
     assert indices == [[4, 5], [6, 7], [], []]
@@ -289,7 +396,7 @@ def test_prompts_are_encoded_before_they_are_needed(
         used = {prompt for unit in found.units for prompt in unit.prompts}
         groups = data.draw(st.integers(0, sampling.groups), "groups without spread")
         for _ in range(tries if iteration else 0):
-            blocks = plan_refill(spec, found, size, used, groups)
+            blocks = plan_refill(spec, found, size, used, range(groups))
             used |= {p for block in blocks for unit in block for p in unit.prompts}
         assert used <= set(needed)
 
@@ -321,7 +428,7 @@ def test_finished_images_are_planned_without_noise():
     assert found.points == tuple(range(spec.points))
     (noising,) = {unit.noising for unit in found.units}
     assert noising == Noising(2, "uniform", (0.4, 1))
-    refill = plan_refill(spec, found, 256, {0}, 1)
+    refill = plan_refill(spec, found, 256, {0}, [0])
     assert {unit.noising for block in refill for unit in block} == {noising}
 
 

@@ -105,7 +105,10 @@ BAD = {
     "a number for text": (["name=7"], ["name: ", "string", "7"]),
     "a scalar for a part": (["cluster.rollout=3"], ["cluster.rollout: ", "3"]),
     "not a number": (["optimizer.learning_rate=.nan"], ["optimizer.learning_rate: ", "nan"]),
-    "required key": (["prompts={train: a}"], ["prompts.evaluate: this key is required"]),
+    "required key": (
+        ["prompts={train: a}"],
+        ["prompts: evaluate is required beside one training file"],
+    ),
     "group of one": (["sampling.group_size=1"], ["sampling.group_size: ", "2", "not 1"]),
     "no stochastic step": (["sampling.eta=0"], ["sampling.eta: ", "not 0"]),
     "cps beyond a quarter turn": (
