@@ -68,7 +68,7 @@ def _section(path: str, schema: Schema, known: Schema, used: set[str]) -> Iterat
         for key, value in kind_first:
             place = f"{path}.{key}" if path else key
             target = _object(value, known)
-            name = f"{place}.NAME" if _is_map(value) else place
+            name = f"{place}.NAME" if _is_map(value) else f"{place}.N" if _items(value) else place
             if target and (name, target) not in below:
                 below.append((name, target))
             default = _default(key, value, variant, _variants(target, known) if target else [])
@@ -106,10 +106,20 @@ def _map_values(value: Schema) -> Schema:
     return more if isinstance(more, dict) else next(iter(by_pattern.values()), {})
 
 
+def _items(value: Schema) -> Schema | None:
+    """The schema of a list's items, where a value may be a list of sections."""
+    for option in value.get("oneOf", []):
+        if "$ref" in option.get("items", {}):
+            return option["items"]
+    return None
+
+
 def _object(value: Schema, known: Schema) -> Schema | None:
     """The section that a value opens, if it is one."""
     if _is_map(value):
         return _resolve(_map_values(value), known)
+    if items := _items(value):
+        return _resolve(items, known)
     for option in (value, *value.get("anyOf", [])):
         if "oneOf" in option:
             return option
@@ -124,13 +134,15 @@ TYPES = {"object": "a mapping", "string": "text", "null": "`null`"}
 
 def _values(value: Schema) -> str:
     """What may stand at a key."""
-    if "anyOf" in value:
-        return " or ".join(map(_values, value["anyOf"]))
+    if "anyOf" in value or _items(value):
+        return " or ".join(map(_values, value.get("anyOf") or value["oneOf"]))
     if "pattern" in value:
         return "`module:Class`" if value["pattern"] == ":" else "text"
     if "const" in value or "enum" in value:
         return " ".join(f"`{item}`" for item in value.get("enum", [value.get("const")]))
     if value.get("type") == "array":
+        if "$ref" in value.get("items", {}):
+            return "[a mapping, …]"
         fixed = value.get("prefixItems")
         inner = ", ".join(map(_values, fixed or [value["items"]]))
         return f"[{inner}]" if fixed else f"[{inner}, …]"

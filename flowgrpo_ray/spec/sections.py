@@ -106,7 +106,7 @@ SetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 class PromptSet(Strict):
     """One of several prompt sets."""
 
-    name: SetName
+    name: SetName = Field(description="by which rewards and evaluations name it")
     file: str = Field(description="to train on; builtin:prompts/… for those of the package")
     evaluate: str = Field(description="held-out file for the evaluations")
     weight: float = Field(

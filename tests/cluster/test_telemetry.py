@@ -440,7 +440,7 @@ def test_calls_that_wait_are_counted(monkeypatch: pytest.MonkeyPatch):
     traffic = {"ocr": Traffic()}
     client, seen = RewardClient({}, traffic), []
 
-    async def score_one(*_: object) -> str:
+    async def ask(*_: object) -> str:
         await asyncio.sleep(0)
         seen.append(traffic["ocr"].queue)
         if len(seen) == 3:
@@ -448,10 +448,10 @@ def test_calls_that_wait_are_counted(monkeypatch: pytest.MonkeyPatch):
         return "no score"
 
     async def three_calls() -> list[object]:
-        calls = [client._waited_for("ocr", None, [], [], print) for _ in range(3)]
+        calls = [client.ask("ocr", [], [], []) for _ in range(3)]
         return await asyncio.gather(*calls, return_exceptions=True)
 
-    monkeypatch.setattr(client, "_score_one", score_one)
+    monkeypatch.setattr(client, "_ask", ask)
     assert [type(outcome) for outcome in asyncio.run(three_calls())] == [str, str, RuntimeError]
     assert (seen, traffic["ocr"].queue) == ([3, 2, 1], 0)
 

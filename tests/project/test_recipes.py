@@ -171,7 +171,8 @@ NFT = {
     "sd35-nft-ocr": PublishedNft({"ocr": 1}, updates=2, beta=0.1, decay=LATE),
     "sd35-nft-multi": PublishedNft({"pickscore": 1, "clipscore": 1}, steps=25, times=24, beta=0.1),
 }
-GPUS = {name: row.gpus for name, row in PUBLISHED.items()} | dict.fromkeys(NFT, 8)
+OWN = {"sd35-ocr-geneval-pickscore": 32}  # of nobody's but ours, with their GPUs
+GPUS = {name: row.gpus for name, row in PUBLISHED.items()} | OWN | dict.fromkeys(NFT, 8)
 
 
 def read(spec: TrainingSpec) -> Published:
@@ -251,7 +252,7 @@ def test_the_numbers_of_nft_are_the_published_ones(name: str):
 
 
 def test_every_recipe_is_in_a_table():
-    assert {*PUBLISHED, *NFT, *TINY} == set(recipe_names())
+    assert {*PUBLISHED, *OWN, *NFT, *TINY} == set(recipe_names())
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -275,9 +276,11 @@ def test_the_sets_and_the_counts_fit(name: str):
     assert len(plan.units) == spec.sampling.units
     if name not in TINY:
         task = next(r for r in ("ocr", "geneval", "pickscore") if r in name or r in spec.rewards)
-        ending = "jsonl" if task == "geneval" else "txt"
-        assert spec.prompts.train == f"prompts/{task}-train.{ending}"
-        assert spec.prompts.evaluate == f"prompts/{task}-test.{ending}"
+        for one in spec.prompts.sets.values():
+            of = one.name or task
+            ending = "jsonl" if of == "geneval" else "txt"
+            assert one.file == f"prompts/{of}-train.{ending}"
+            assert one.evaluate == f"prompts/{of}-test.{ending}"
         for reward, section in spec.rewards.items():
             assert (section.gpus > 0) == (reward != "ocr")
 
@@ -307,8 +310,9 @@ def test_gpus_are_shared_by_those_that_sample_train_and_score(name: str):
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_tiny_recipe_passes_every_check_before_a_run(name: str):
-    train, held_out = check_run(load_spec(name))
-    assert len(train) == 256
+    spec = load_spec(name)
+    train, held_out = check_run(spec)
+    assert len(train) == 256 * len(spec.prompts.sets)
     assert len(held_out) == 64
 
 
@@ -323,6 +327,7 @@ def test_the_tiny_recipes_differ_in_what_their_names_say():
         "tiny-ocr-flow-grpo": {"sampling", "objective"},
         "tiny-ocr-cps": {"sampling"},
         "tiny-two-rewards": {"rewards", "advantages", "objective", "watch"},
+        "tiny-two-sets": {"prompts", "rewards", "watch", "evaluation"},
         "tiny-ocr-nft": no_steps,
         "tiny-ocr-awm": no_steps,
     }.items():
@@ -332,7 +337,7 @@ def test_the_tiny_recipes_differ_in_what_their_names_say():
 
 
 @pytest.mark.skipif("FLOWGRPO_TEST_DATA" not in os.environ, reason="needs FLOWGRPO_TEST_DATA")
-@pytest.mark.parametrize("name", [n for n in GPUS if "ocr" in n or "geneval" in n])
+@pytest.mark.parametrize("name", [n for n in [*PUBLISHED, *NFT] if "ocr" in n or "geneval" in n])
 def test_a_recipe_takes_the_public_prompts(name: str):
     file = "geneval_test.jsonl" if "geneval" in name else "ocr_test.txt"
     path = Path(os.environ["FLOWGRPO_TEST_DATA"], file)
@@ -356,7 +361,7 @@ def test_every_recipe_is_on_the_page():
 
 def test_the_gpus_on_the_page_are_those_of_the_recipes():
     rows = re.findall(r"^\| `([a-z0-9-]+)` \|.*\| (\d+) \| ([^|]+) \|$", page("recipes.md"), re.M)
-    assert [name for name, *_ in rows] == [*PUBLISHED]
+    assert [name for name, *_ in rows] == [*PUBLISHED, *OWN]
     for name, gpus, rewards in rows:
         spec = load_spec(name)
         assert int(gpus) == spec.gpus

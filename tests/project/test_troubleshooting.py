@@ -42,7 +42,7 @@ NOT_FOR_USERS = {
 }
 # Functions whose texts become a part of a message, or of a note on the console.
 PARTS = {
-    "serving.client.RewardClient._score_one",
+    "serving.client.RewardClient._ask",
     "serving.http.RequireToken.__call__",
     "rewards.environments._faults",
     "rewards.environments._misfits",
