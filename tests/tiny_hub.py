@@ -45,8 +45,8 @@ class Handler(BaseHTTPRequestHandler):
         elif path.startswith(f"/api/models/{REPO}"):
             siblings = [{"rfilename": f["path"], "size": f["size"]} for f in self._files()]
             self._send_json({"id": REPO, "sha": COMMIT, "siblings": siblings, "tags": []})
-        elif path.startswith(f"/{REPO}/resolve/"):
-            self._send_file("/".join(path.split("/")[5:]), body)
+        elif path.startswith((f"/{REPO}/resolve/", f"/datasets/{REPO}/resolve/")):
+            self._send_file(path.partition("/resolve/")[2].partition("/")[2], body)
         else:
             self._send(404, {"X-Error-Code": "RepoNotFound"})
 

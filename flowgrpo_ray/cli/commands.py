@@ -24,6 +24,7 @@ from flowgrpo_ray.cli.options import (
     TargetArgument,
     WeightsOption,
 )
+from flowgrpo_ray.cli.prompts import prompts_app
 from flowgrpo_ray.cli.rewards import rewards_app
 from flowgrpo_ray.cli.train import train
 from flowgrpo_ray.common.errors import FlowGrpoError
@@ -37,6 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(rewards_app, name="rewards")
+app.add_typer(prompts_app, name="prompts")
 app.command()(monitor)
 app.command()(train)
 console = Console()

@@ -15,6 +15,7 @@ from pathlib import Path
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.paths import BUILTIN, PACKAGE, local_path
 from flowgrpo_ray.spec.file import dump_spec
+from flowgrpo_ray.spec.prompt_files import HUB
 from flowgrpo_ray.spec.training import TrainingSpec
 
 SPEC = "spec.yaml"
@@ -50,8 +51,8 @@ def check_reachable(spec: TrainingSpec) -> None:
 
 
 def _take(path: str, folder: Path) -> str:
-    """Copy a prompt file; its path from ``folder``, or as it is if it came with the package."""
-    if path.startswith(BUILTIN):
+    """Copy a prompt file; its path from ``folder``, or as it is if the cluster has it too."""
+    if path.startswith((BUILTIN, HUB)):
         return path
     found, here = Path(path).expanduser().resolve(), Path.cwd()
     place = found.relative_to(here) if found.is_relative_to(here) else Path("prompts", found.name)

@@ -1,86 +1,19 @@
-"""Prompt sets: the files that a spec names, and what they hold."""
+"""Prompt sets: what the files that a spec names hold, each prompt fit for its rewards."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 from flowgrpo_ray.common.errors import PromptError
-from flowgrpo_ray.common.paths import builtin_path, expand
-from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.rewards import prompt_check
 from flowgrpo_ray.spec.plan import most_groups
+from flowgrpo_ray.spec.prompt_files import Prompt, load_prompts
 from flowgrpo_ray.spec.training import TrainingSpec
-
-MOST_BYTES = 2**30  # of a prompt file, which is held in memory
-LONGEST = 2**16  # characters of a prompt and its metadata
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt and what a reward may need beside it."""
-
-    text: str
-    metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    set: str = ""  # the name of the one that it belongs to, where there are several
-
-
-def load_prompts(path: str, key: str) -> list[Prompt]:
-    """The prompts of a file: a line each (.txt), or a JSON object with "prompt" a line (.jsonl).
-
-    Empty lines are skipped. ``key`` is the spec key that named the file, for the errors.
-    """
-    file = builtin_path(path) or expand(path)
-    if not os.path.isfile(file):  # a name that no file can have is no error to it
-        raise PromptError(f"{key} = {path!r}: there is no such file")
-    try:
-        # Not splitlines: JSON text may hold U+2028 and its like. A byte order mark is dropped.
-        lines = _read(file, f"{key} = {path!r}").decode("utf-8").removeprefix("\ufeff").split("\n")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise PromptError(f"{key} = {path!r}: line {line} is not UTF-8 text") from error
-    parse_line = _parse_json if file.suffix == ".jsonl" else Prompt
-    prompts: list[Prompt] = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                if len(line) > LONGEST:
-                    raise ValueError(f"{len(line):,} characters; at most {LONGEST:,}")
-                prompts.append(parse_line(line.strip()))
-            except ValueError as error:
-                raise PromptError(
-                    f"{key} = {path!r}: line {number} holds no prompt: {error}"
-                ) from error
-    if not prompts:
-        raise PromptError(f"{key} = {path!r}: the file holds no prompts")
-    return prompts
-
-
-def _read(file: Path, named: str) -> bytes:
-    """The content of a prompt file."""
-    try:
-        if file.stat().st_size > MOST_BYTES:
-            raise PromptError(f"{named}: larger than {MOST_BYTES >> 20} MiB; split the file")
-        return file.read_bytes()
-    except OSError as error:
-        raise PromptError(f"{named}: cannot be read: {error.strerror}") from error
-
-
-def _parse_json(line: str) -> Prompt:
-    try:
-        row: Any = parse(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from error
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):  # pyright: ignore[reportUnknownMemberType]
-        raise ValueError('expected a JSON object with a string under "prompt"')
-    metadata = cast(dict[str, Any], row)
-    return Prompt(metadata.pop("prompt"), metadata)
 
 
 def load_prompt_sets(spec: TrainingSpec) -> tuple[list[Prompt], list[Prompt]]:

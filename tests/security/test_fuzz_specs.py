@@ -26,7 +26,8 @@ from flowgrpo_ray.spec.file import (
     recipe_names,
     validate,
 )
-from flowgrpo_ray.spec.prompts import Prompt, load_prompts, prompts_digest
+from flowgrpo_ray.spec.prompt_files import READERS, Prompt, load_prompts
+from flowgrpo_ray.spec.prompts import prompts_digest
 from flowgrpo_ray.spec.training import TrainingSpec
 
 SECONDS = 2.0  # of this process, for one spec
@@ -288,9 +289,9 @@ def prompts_of(path: Path, content: bytes) -> list[Prompt]:
 
 
 @QUICK
-@given(content=st.binary(max_size=300), kind=st.sampled_from(["txt", "jsonl"]))
-def test_any_prompt_file(tmp_path: Path, content: bytes, kind: str):
-    prompts_of(tmp_path / f"p.{kind}", content)
+@given(content=st.binary(max_size=300), suffix=st.sampled_from([*READERS]))
+def test_any_prompt_file(tmp_path: Path, content: bytes, suffix: str):
+    prompts_of(tmp_path / f"p{suffix}", content)
 
 
 LINES = [
@@ -325,7 +326,7 @@ def test_a_name_that_no_prompt_file_can_have(path: str):
 
 
 def test_a_prompt_file_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("flowgrpo_ray.spec.prompts.MOST_BYTES", 2**20)
+    monkeypatch.setattr("flowgrpo_ray.spec.prompt_files.MOST_BYTES", 2**20)
     path = tmp_path / "p.txt"
     with path.open("wb") as file:
         file.truncate(2**36)
