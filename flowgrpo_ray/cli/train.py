@@ -91,15 +91,8 @@ def _say_how_to_continue(
         again = "the same submission (a plain ray job submit wants --resume with train)"
     if outcome.diverged:
         again += " --set watch.action=report"
-        console.print(f"stopped by the watch: {outcome.diverged.says}", highlight=False)
-        if outcome.diverged.before is not None:
-            export = f"flowgrpo-ray export {outcome.folder} --out {resolved.name}-export"
-            console.print("the model from before is written with", highlight=False)
-            console.print(
-                f"  {export} --iteration {outcome.diverged.before}",
-                soft_wrap=True,
-                highlight=False,
-            )
+        says = f"stopped by the watch: {outcome.diverged}"
+        console.print(says, soft_wrap=True, markup=False, highlight=False)
     done = outcome.summary["iterations"]
     saved = f"stopped after iteration {done}, saved" if done else "stopped before iteration 1"
     console.print(f"{saved}; continue with\n  {again}", soft_wrap=True, highlight=False)

@@ -21,11 +21,11 @@ from flowgrpo_ray.cluster.stages import StageReader
 from flowgrpo_ray.cluster.stream import Stream
 from flowgrpo_ray.common.errors import RewardError
 from flowgrpo_ray.common.types import MicrobatchStats, StepStats, WeightsTicket
-from flowgrpo_ray.run.checkpoint import Progress, checkpoint_iteration, newest_checkpoint
+from flowgrpo_ray.run.checkpoint import Progress
 from flowgrpo_ray.run.folder import RunFolder
-from flowgrpo_ray.run.metrics import Scores, by_set, mean_and_std, train_row, unscored
+from flowgrpo_ray.run.metrics import Scores, eval_row, train_row
 from flowgrpo_ray.run.tracking import RunRecorder, StartClock, save_samples
-from flowgrpo_ray.run.watch import Divergence, Watch, describe
+from flowgrpo_ray.run.watch import Divergence, Watch, describe, export_of_best
 from flowgrpo_ray.spec.prompts import Prompt
 from flowgrpo_ray.spec.training import TrainingSpec
 
@@ -124,7 +124,6 @@ class Journal:
         seconds, accounts = time.perf_counter() - self._began, self._crew.ledger.cut()
         results, stream = done.stream.results, done.stream
         row = train_row(self._spec, stream.plan, done.ticket, stream.ticket, results, done.updates)
-        self._look_for_divergence(row)
         self._recorder.log(row)
         speed = row["images"] / seconds
         where, advice = self._stages.read(accounts, seconds, self._crew.rewards.take_stats())
@@ -145,13 +144,11 @@ class Journal:
         for name, reading in readings.items():
             if not reading.diverging:
                 continue
-            kept = newest_checkpoint(self._folder.checkpoints, reading.best_iteration)
-            before = checkpoint_iteration(kept) if kept else None
-            message = describe(name, reading, before)
+            found = Divergence(describe(name, reading), export_of_best(self._folder.path, reading))
             if name not in known:
-                self._display.note(message)
+                self._display.note(str(found))
             if self._spec.watch.action == "stop":
-                self.diverged = Divergence(message, before)
+                self.diverged = found
 
     def _advance(self, iteration: int, row: dict[str, Any], scores: Sequence[Scores]) -> None:
         if iteration > self._furthest:
@@ -191,34 +188,23 @@ class Journal:
     ) -> None:
         """The held-out ``prompts`` are scored; ``images [n, H, W, 3]`` are of the first of them."""
         iteration = self.progress.iteration
-        rewards = {
-            name: np.concatenate([score.rewards[name] for score in scores])
-            for name in self._spec.rewards
-            if any(score.was_asked(name).any() for score in scores)
-        }
-        summary = {name: mean_and_std(values) for name, values in rewards.items()}
-        row = {
-            "kind": "eval",
-            "iteration": iteration,
-            "rewards": summary,
-            "unscored": unscored(scores),
-            "prompts": len(prompts),
-            "weights": "ema" if self._spec.ema else "last",
-        }
-        if prompts[0].set:
-            row["sets"] = by_set(rewards, [prompt.set for prompt in prompts])
+        row = eval_row(self._spec, iteration, scores, prompts)
+        self._look_for_divergence(row)
         self._recorder.log(row)
         self._tell_missing(row, scores)
         means = {
             name: None if np.isnan(values["mean"]) else round(values["mean"], 6)
-            for name, values in summary.items()
+            for name, values in row["rewards"].items()
         }
         if iteration == 0:
             self.progress = replace(self.progress, eval_before=means)
         self.progress = replace(self.progress, eval_last=means)
         shown = len(images)
         texts = [prompt.text for prompt in prompts[:shown]]
-        of_images = {name: values[:shown] for name, values in rewards.items()}
+        of_images = {
+            name: np.concatenate([score.rewards[name] for score in scores])[:shown]
+            for name in self._spec.rewards
+        }
         save_samples(self._folder.path, iteration, images, texts, of_images)
         self._record_time("eval", iteration, time.perf_counter() - self._began)
         self._display.evaluation(iteration, means)

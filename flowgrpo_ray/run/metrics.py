@@ -23,7 +23,9 @@ from flowgrpo_ray.common.types import (
     WeightsTicket,
     WorkUnit,
 )
+from flowgrpo_ray.run.tracking import PER_PROMPT
 from flowgrpo_ray.spec.plan import IterationPlan
+from flowgrpo_ray.spec.prompts import Prompt
 from flowgrpo_ray.spec.sections import AdvantagesSpec
 from flowgrpo_ray.spec.training import TrainingSpec
 
@@ -181,6 +183,39 @@ def train_row(
         overflows = sum(step.overflow for step in steps)
         row["loss_scale"] = {"last": steps[-1].loss_scale, "overflows": overflows}
     return row
+
+
+def eval_row(
+    spec: TrainingSpec, iteration: int, scores: Sequence[Scores], prompts: Sequence[Prompt]
+) -> dict[str, Any]:
+    """The metrics row of an evaluation after ``iteration`` iterations; ``scores`` in the order of
+    the held-out ``prompts``."""
+    rewards = {
+        name: np.concatenate([s.rewards[name] for s in scores])
+        for name in spec.rewards
+        if any(s.was_asked(name).any() for s in scores)
+    }
+    total = np.concatenate([s.total for s in scores])
+    row = {
+        "kind": "eval",
+        "iteration": iteration,
+        "reward": mean_and_std(total),
+        "rewards": {name: mean_and_std(values) for name, values in rewards.items()},
+        "unscored": unscored(scores),
+        "prompts": len(total),
+        "weights": "ema" if spec.ema else "last",
+    }
+    if prompts[0].set:
+        row["sets"] = by_set(rewards, [prompt.set for prompt in prompts])
+    if watched := [name for name in rewards if spec.weights[name] == 0]:
+        of_watched = {name: _short(rewards[name]) for name in watched}
+        row[PER_PROMPT] = {"total": _short(total), "rewards": of_watched}
+    return row
+
+
+def _short(values: Float32) -> list[float]:
+    """Six digits of each, which is about what a float32 holds."""
+    return [float(f"{value:.6g}") for value in values.tolist()]
 
 
 def losses(objective: Objective, points: int, stats: Sequence[MicrobatchStats]) -> dict[str, Any]:

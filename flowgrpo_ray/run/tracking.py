@@ -27,6 +27,7 @@ METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
 SUMMARY = "summary.json"
 SAMPLES = "samples"
+PER_PROMPT = "per_prompt"  # scores in the row of an evaluation: what the watch compares
 
 Row = dict[str, Any]
 Mirror = Callable[[str, Row], None]  # of a file's name and a row
@@ -150,7 +151,7 @@ class StartClock:
 def scalars(row: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
     """Flatten a row to `train/reward/mean`-like names; a list of numbers becomes its mean."""
     for key, value in row.items():
-        if key in ("kind", "iteration", "window", "digest", "per_step"):
+        if key in ("kind", "iteration", "window", "digest", "per_step", PER_PROMPT):
             continue
         name = f"{prefix}/{key}"
         if isinstance(value, Mapping):

@@ -1,19 +1,27 @@
-"""The over-optimization watch: a reward that is only watched falls while the trained one rises.
+"""The over-optimization watch: a reward that is only watched falls while the trained one does not.
 
-Its state is a pure function of the train rows it has seen, so a resumed run replays the rows of
+It reads the evaluations: the same prompts and noise each time, so that a fall is measured prompt by
+prompt. Its state is a pure function of the rows it has seen, so a resumed run replays those of
 ``metrics.jsonl`` and goes on as if it had never stopped.
 """
 
 from __future__ import annotations
 
 import math
+import shlex
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from statistics import fmean
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from flowgrpo_ray.run.checkpoint import checkpoint_iteration, newest_checkpoint
+from flowgrpo_ray.run.tracking import PER_PROMPT
+
 if TYPE_CHECKING:
+    from flowgrpo_ray.spec.sections import WatchSpec
     from flowgrpo_ray.spec.training import TrainingSpec
 
 
@@ -21,15 +29,18 @@ if TYPE_CHECKING:
 class Reading:
     """Where a watched reward stands: its best window so far, and the current one.
 
-    Values are means over the iterations of a window, ``best_from`` to ``best_iteration`` for the
-    best. ``best_std`` is the reward's standard deviation over images in that window.
+    Values are means over the prompts that were scored in both; ``error`` is the standard error of
+    ``now - best``, from the differences by prompt. ``std`` is the reward's standard deviation over
+    images, the larger of both windows. The best window is of the evaluations after
+    ``best_from`` to ``best_iteration`` iterations.
     """
 
     best: float
     now: float
+    error: float
+    std: float
     best_from: int
     best_iteration: int
-    best_std: float
     trained_best: float
     trained_now: float
     diverging: bool
@@ -40,63 +51,90 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class _Point:
-    """What one train row says of a watched reward."""
+class _Window:
+    """Evaluations one after another. ``scores [2, n]`` float64: of each prompt the reward and the
+    trained total, as means over them; NaN where one of them has none."""
 
-    iteration: int
-    mean: float
+    scores: np.ndarray
     std: float
-    trained: float
+    first: int
+    last: int
 
 
 @dataclass
 class _Track:
-    """The last iterations of one watched reward, and what has been seen of it."""
+    """The last evaluations of one watched reward, and what has been seen of it."""
 
-    points: deque[_Point]
+    spec: WatchSpec
+    evaluations: deque[_Window] = field(init=False)
+    best: _Window | None = None
     reading: Reading | None = None
 
-    def add(self, point: _Point, fall: float) -> None:
-        self.points.append(point)
-        if len(self.points) < (self.points.maxlen or 0):
+    def __post_init__(self) -> None:
+        self.evaluations = deque(maxlen=self.spec.window)
+
+    def add(self, evaluation: _Window) -> None:
+        self.evaluations.append(evaluation)
+        if len(self.evaluations) < self.spec.window:
             return
-        now, trained = (fmean(getattr(p, key) for p in self.points) for key in ("mean", "trained"))
-        last = self.reading
-        if last is None or now >= last.best:  # of equally good windows the latest
-            std = fmean(p.std for p in self.points)
-            first = self.points[0].iteration
-            self.reading = Reading(
-                now, now, first, point.iteration, std, trained, trained, diverging=False
-            )
-            return
-        fell = last.best - now > fall * last.best_std
-        self.reading = Reading(
-            last.best,
-            now,
-            last.best_from,
-            last.best_iteration,
-            last.best_std,
-            last.trained_best,
-            trained,
-            diverging=fell and trained > last.trained_best,
+        now = _Window(
+            np.mean([one.scores for one in self.evaluations], axis=0),
+            float(np.mean([one.std for one in self.evaluations])),
+            self.evaluations[0].first,
+            evaluation.last,
         )
+        self.best = self.best or now
+        pairs = np.stack([self.best.scores, now.scores])  # [best and now, reward and total, n]
+        pairs = pairs[..., ~np.isnan(pairs).any(axis=(0, 1))]
+        if pairs.shape[-1] < 2:
+            return
+        rose, error = (value.tolist() for value in _paired(pairs[1] - pairs[0]))
+        if rose[0] >= 0:  # of equally good windows the latest
+            self.best, pairs[0], rose, error = now, pairs[1], [0.0, 0.0], [0.0, 0.0]
+        std = max(self.best.std, now.std)
+        limit = self.spec.significance
+        fell = -rose[0] > max(limit * error[0], self.spec.fall * std)
+        (best, trained_best), (value, trained) = pairs.mean(-1).tolist()
+        self.reading = Reading(
+            best=best,
+            now=value,
+            error=error[0],
+            std=std,
+            best_from=self.best.first,
+            best_iteration=self.best.last,
+            trained_best=trained_best,
+            trained_now=trained,
+            diverging=fell and rose[1] >= -limit * error[1],
+        )
+
+
+def _paired(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and its standard error ``[2]`` of ``differences [2, n]``."""
+    error = differences.std(axis=-1, ddof=1) / math.sqrt(differences.shape[-1])
+    return differences.mean(axis=-1), error
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Why the watch ended a run, and the iteration of the checkpoint that is kept from before."""
+    """Why the watch ended a run, and the command that writes the model from before, if any."""
 
     says: str
-    before: int | None
+    export: str | None
+
+    def __str__(self) -> str:
+        if self.export is None:
+            return f"{self.says}. No checkpoint is from before"
+        return f"{self.says}. The model from before is written by\n  {self.export}"
 
 
 @dataclass
 class Watch:
     """Over the rewards of weight 0; with none there is nothing to see.
 
-    Of each it remembers the best window of ``watch.window`` iterations. The reward is diverging
-    while the latest window lies more than ``watch.fall`` standard deviations below the best and
-    the trained total is above what it was in the best.
+    Of each it remembers the best window of ``watch.window`` evaluations. The reward is diverging
+    while the latest window lies below the best by more than ``watch.significance`` standard errors
+    and by more than ``watch.fall`` standard deviations over images, and the trained total did not
+    fall by as many standard errors of its own.
     """
 
     spec: TrainingSpec
@@ -104,19 +142,18 @@ class Watch:
 
     def __post_init__(self) -> None:
         watched = [name for name, weight in self.spec.weights.items() if weight == 0]
-        window = self.spec.watch.window
-        self._tracks = {name: _Track(deque(maxlen=window)) for name in watched}
+        self._tracks = {name: _Track(self.spec.watch) for name in watched}
 
     def see(self, row: Mapping[str, Any]) -> dict[str, Reading]:
         """Take in one row of ``metrics.jsonl``, in order; every reward that has a full window.
 
-        Rows that are not of training are passed over, and so, for one reward, are those where
-        nothing could be scored: its reading stays what it was.
+        Rows that are not of evaluations are passed over, and so, for one reward, are those where
+        half of the prompts or more have no score: its reading stays what it was.
         """
-        if row.get("kind") == "train":
+        if row.get("kind") == "eval":
             for name, track in self._tracks.items():
-                if point := _point(row, name):
-                    track.add(point, self.spec.watch.fall)
+                if evaluation := _evaluation(row, name):
+                    track.add(evaluation)
         return self.readings
 
     def replay(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -135,13 +172,19 @@ class Watch:
         return frozenset(reading.best_iteration for reading in self.readings.values())
 
 
-def _point(row: Mapping[str, Any], name: str) -> _Point | None:
-    """``None`` where the reward or the trained total has no value (NaN, in JSON null)."""
-    own: Mapping[str, Any] = row["rewards"].get(name) or {}
-    values: list[Any] = [own.get("mean"), own.get("std"), row["reward"]["mean"]]
-    if any(value is None or not math.isfinite(value) for value in values):
+def _evaluation(row: Mapping[str, Any], name: str) -> _Window | None:
+    """``None`` where too few prompts have a score (NaN, in JSON null) to speak for all."""
+    of_prompts: Mapping[str, Any] = row.get(PER_PROMPT) or {}  # not in rows of earlier versions
+    if name not in of_prompts.get("rewards", {}):
         return None
-    return _Point(row["iteration"], *values)
+    values = [of_prompts["rewards"][name], of_prompts["total"]]
+    scores = np.array(values, dtype=np.float64)  # null becomes NaN
+    scores[~np.isfinite(scores)] = np.nan  # in JSON both are null
+    scored = scores[0, ~np.isnan(scores).any(axis=0)]
+    asked = np.count_nonzero(~np.isnan(scores[0])) + row["unscored"][name]  # of its prompt sets
+    if 2 * len(scored) <= asked:
+        return None
+    return _Window(scores, float(scored.std()), row["iteration"], row["iteration"])
 
 
 def readings_of(row: Mapping[str, Any]) -> dict[str, Reading]:
@@ -155,20 +198,26 @@ def readings_of(row: Mapping[str, Any]) -> dict[str, Reading]:
     }
 
 
-def describe(name: str, reading: Reading, kept: int | None) -> str:
-    """A diverging reading in one sentence, for console, errors and report.
-
-    ``kept`` is the iteration of the checkpoint that is kept for it, if there is one.
-    """
+def describe(name: str, reading: Reading) -> str:
+    """A diverging reading in one sentence, for console, errors and report."""
     best, now = _apart(reading.best, reading.now)
     trained_best, trained_now = _apart(reading.trained_best, reading.trained_now)
     first, last = reading.best_from, reading.best_iteration
     window = f"iteration {last}" if first == last else f"iterations {first}-{last}"
-    checkpoint = "" if kept is None else f"; the checkpoint of iteration {kept} is kept"
     return (
-        f"{name} fell from {best} ({window}) to {now} while the trained reward rose from "
-        f"{trained_best} to {trained_now}: over-optimization{checkpoint}"
+        f"{name} fell from {best} ({window}) to {now} on held-out prompts while the trained reward "
+        f"went from {trained_best} to {trained_now}: over-optimization"
     )
+
+
+def export_of_best(run: Path, reading: Reading) -> str | None:
+    """The command that writes the model from before: of the checkpoint that is kept for a reading
+    of the run in folder ``run``; ``None`` if its best window ended before the first checkpoint."""
+    kept = newest_checkpoint(run / "checkpoints", reading.best_iteration)
+    if kept is None:
+        return None
+    folder, out = shlex.quote(str(run)), shlex.quote(f"{run.resolve().name}-before")
+    return f"flowgrpo-ray export {folder} --iteration {checkpoint_iteration(kept)} --out {out}"
 
 
 def _apart(a: float, b: float) -> tuple[str, str]:

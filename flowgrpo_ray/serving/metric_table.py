@@ -89,7 +89,6 @@ FROM_ROWS = {
         gauge("total_reward_mean", "reward.mean", "mean of the weighted total"),
         gauge("total_reward_std", "reward.std", "spread of the weighted total"),
         counter("unscored_images", "unscored.{reward}", "training images without a score"),
-        gauge("watch_diverging", "watch.{reward}.diverging", "1 while it over-optimizes"),
         gauge("log_ratio_gate", "log_ratio.gate", "max |log rho| before the first update"),
         counter("log_ratio_excess", "log_ratio.excess", "values far above the floor"),
         gauge("log_ratio_max", "log_ratio.max_abs", "max |log rho|"),
@@ -115,6 +114,7 @@ FROM_ROWS = {
         gauge("eval_reward_mean", "rewards.{reward}.mean", "mean over held-out prompts"),
         gauge("eval_reward_std", "rewards.{reward}.std", "spread over held-out prompts"),
         gauge("eval_unscored_images", "unscored.{reward}", "held-out images without a score"),
+        gauge("watch_diverging", "watch.{reward}.diverging", "1 while it over-optimizes"),
     ),
     "timings.train": (
         gauge("iteration_seconds", "seconds", "wall clock of an iteration"),

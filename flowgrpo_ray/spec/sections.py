@@ -234,13 +234,20 @@ class AdvantagesSpec(Strict):
 
 
 class WatchSpec(Strict):
-    """Over-optimization: a watched reward (weight 0) falls while the trained total rises."""
+    """Over-optimization: a watched reward (weight 0) falls on the held-out prompts while the
+    trained total does not."""
 
-    window: int = Field(default=10, ge=1, description="iterations that are averaged")
-    fall: float = Field(
-        default=1.0,
+    window: int = Field(default=2, ge=1, description="evaluations that are averaged, by prompt")
+    significance: float = Field(
+        default=5.0,
         gt=0,
-        description="from its best window, in standard deviations of that reward over images",
+        description="least fall from the best window, in standard errors of the mean difference "
+        "over prompts",
+    )
+    fall: float = Field(
+        default=0.2,
+        ge=0,
+        description="least fall as well, in standard deviations of that reward over images",
     )
     action: Literal["report", "stop"] = Field(
         default="report", description="stop ends the run; the checkpoint from before is kept"

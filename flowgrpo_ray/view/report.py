@@ -15,10 +15,10 @@ from itertools import groupby
 from pathlib import Path
 
 from flowgrpo_ray.common.errors import RunFolderError
-from flowgrpo_ray.run.checkpoint import checkpoint_iteration, newest_checkpoint
 from flowgrpo_ray.run.state import LIVE, OBJECTIVE, leads_out, read_json, state_of
 from flowgrpo_ray.run.tracking import (
     METRICS,
+    PER_PROMPT,
     SAMPLES,
     SUMMARY,
     TIMINGS,
@@ -26,7 +26,7 @@ from flowgrpo_ray.run.tracking import (
     read_rows,
     write_atomic,
 )
-from flowgrpo_ray.run.watch import Reading, describe, readings_of
+from flowgrpo_ray.run.watch import Reading, describe, export_of_best, readings_of
 from flowgrpo_ray.view.page import whole_page
 
 REPORT = "report.html"
@@ -89,8 +89,9 @@ def report_data(folder: str | Path) -> Row:
 
 
 def rows_of(path: Path) -> list[Row]:
-    """The rows of a file that need not be there yet."""
-    return read_rows(path) if path.exists() and not leads_out(path) else []
+    """The rows of a file that need not be there yet, without what only the watch reads."""
+    rows = read_rows(path) if path.exists() and not leads_out(path) else []
+    return [{key: value for key, value in row.items() if key != PER_PROMPT} for row in rows]
 
 
 def describe_run(folder: Path, metrics: list[Row], timings: list[Row], notes: list[str]) -> Row:
@@ -114,7 +115,7 @@ def describe_run(folder: Path, metrics: list[Row], timings: list[Row], notes: li
         "live": live,
         "headline": _headline(summary or {}, train, evals, timings, gate),
         "rewards": _reward_names(summary or {}, train, evals),
-        "watch": _watch(folder, train),
+        "watch": _watch(folder, evals),
         "spec": _text(folder / SPEC, notes),
         "summary": summary,
         "files": _files(folder),
@@ -155,10 +156,10 @@ def _headline(
     }
 
 
-def _watch(folder: Path, train: list[Row]) -> list[Row]:
-    """Each watched reward's last reading, and every stretch of iterations in which it diverged."""
+def _watch(folder: Path, evals: list[Row]) -> list[Row]:
+    """Each watched reward's last reading, and every stretch of evaluations in which it diverged."""
     readings: dict[str, list[tuple[int, Reading]]] = {}
-    for row in train:
+    for row in evals:
         for name, reading in readings_of(row).items():
             readings.setdefault(name, []).append((row["iteration"], reading))
     return [_watched(folder, name, of_reward) for name, of_reward in readings.items()]
@@ -177,13 +178,13 @@ def _watched(folder: Path, name: str, readings: list[tuple[int, Reading]]) -> Ro
                 "from": stretch[0][0],
                 "to": stretch[-1][0],
                 "best": [lowest.best_from, lowest.best_iteration],
-                "says": describe(name, lowest, None),
+                "says": describe(name, lowest),
             }
         )
+    export = None
     if last.diverging:
-        kept = newest_checkpoint(folder / "checkpoints", last.best_iteration)
-        spans[-1]["says"] = describe(name, last, checkpoint_iteration(kept) if kept else None)
-    return {"name": name, **last.as_json(), "spans": spans}
+        spans[-1]["says"], export = describe(name, last), export_of_best(folder, last)
+    return {"name": name, **last.as_json(), "spans": spans, "export": export}
 
 
 def _means(row: Row) -> dict[str, float | None]:

@@ -170,8 +170,6 @@ def train_small(
 
         run(loop, train())
         rows = read_rows(trainer.folder.path / "metrics.jsonl")
-    for row in rows:
-        row.pop("watch", None)  # looks back over the iterations before
     return rows[:iterations], rows[iterations:]
 
 

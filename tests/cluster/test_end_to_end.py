@@ -151,7 +151,7 @@ def test_the_watch_ends_a_run_that_over_optimizes(
     """The watched reward is one minus the trained one: what raises one lowers the other."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # for the replicas
     opposed = {
-        "watch": "{window: 1, fall: 0.01, action: stop}",
+        "watch": "{window: 1, fall: 0.01, significance: 0.01, action: stop}",
         "rewards": "{bright: {reward: 'reward_samples:Probe'}, "
         "dark: {reward: 'reward_samples:Darkness', weight: 0}}",
         "checkpoint": "{every: 1, keep: 1}",

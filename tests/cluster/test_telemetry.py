@@ -245,7 +245,7 @@ def expected_from_rows(run: Watched) -> dict[str, Any]:
         "iteration_seconds": times["seconds"],
         "images_per_second": times["images_per_second"],
         "eval_seconds": run.rows("timings", "eval")[-1]["seconds"],
-        "watch_diverging reward=dark": float(row["watch"]["dark"]["diverging"]),
+        "watch_diverging reward=dark": float(evaluation["watch"]["dark"]["diverging"]),
     }
     found |= {name: row[name] for name in ("kl", "policy_loss", "loss", "updates", "learning_rate")}
     found |= of_rewards("reward_mean", {n: r["mean"] for n, r in rewards.items()})

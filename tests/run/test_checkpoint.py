@@ -156,11 +156,8 @@ def test_the_checkpoint_before_over_optimization_is_always_there(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for iteration, colour in enumerate(colours, start=1):
-            means = {"ocr": iteration / 100, "sign_colour": colour}
-            of_rewards = {name: {"mean": mean, "std": 0.1} for name, mean in means.items()}
-            total = of_rewards["ocr"]
-            row = {"kind": "train", "iteration": iteration, "reward": total, "rewards": of_rewards}
-            watch.see(row)
+            scores = {"total": [iteration / 100] * 3, "rewards": {"sign_colour": [colour] * 3}}
+            watch.see({"kind": "eval", "iteration": iteration, "per_prompt": scores})
             if iteration % every == 0 or iteration in stops:
                 small = LearnerState({}, {}, {}, {}, 0)
                 save_checkpoint(folder, [small], progress(iteration), keep, watch.protected)

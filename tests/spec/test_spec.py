@@ -615,7 +615,7 @@ FREE = [
     "cluster.rollout.count=7",
     "checkpoint.every=3",
     "tracking.tensorboard=false",
-    "watch={window: 3, fall: 0.5, action: stop}",
+    "watch={window: 3, fall: 0.5, significance: 3, action: stop}",
     "rewards.ocr.replicas=4",
 ]
 BOUND = [

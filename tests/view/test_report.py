@@ -240,18 +240,23 @@ def test_damaged_side_files_are_left_out_and_named(tmp_path: Path):
 
 
 def watched_run(folder: Path, diverging: str, checkpoints: tuple[int, ...] = ()) -> Path:
-    """A character per iteration: "." for no reading yet, "-" for a plain one, "d" diverging."""
+    """A character per iteration, each evaluated: "." for no reading yet, "-" for a plain one, "d"
+    diverging."""
     recorder = RunRecorder(folder, tensorboard=False)
     rng = np.random.default_rng(0)
     for iteration, mark in enumerate(diverging, start=1):
-        row = train_row(iteration, 0.5, rng)
+        recorder.log(train_row(iteration, 0.5, rng))
+        scores = {"sign_colour": {"mean": 0.9, "std": 0.1}}
+        row = {"kind": "eval", "iteration": iteration, "rewards": scores, "prompts": 4}
+        row["per_prompt"] = {"total": [0.5] * 4, "rewards": {"sign_colour": [0.123456] * 4}}
         if mark != ".":
             reading = Reading(
                 best=0.969,
                 now=0.95 - iteration / 100,
+                error=0.01,
+                std=0.02,
                 best_from=2,
                 best_iteration=3,
-                best_std=0.02,
                 trained_best=0.71,
                 trained_now=0.95,
                 diverging=mark == "d",
@@ -272,17 +277,20 @@ def test_divergence_at_the_end_is_told_with_the_checkpoint_that_is_kept(tmp_path
     (span,) = watched["spans"]
     assert (span["from"], span["to"], span["best"]) == (4, 6, [2, 3])
     assert span["says"] == (
-        "sign_colour fell from 0.969 (iterations 2-3) to 0.89 while the trained reward rose from "
-        "0.71 to 0.95: over-optimization; the checkpoint of iteration 2 is kept"
+        "sign_colour fell from 0.969 (iterations 2-3) to 0.89 on held-out prompts while the "
+        "trained reward went from 0.71 to 0.95: over-optimization"
     )
+    out = f"{tmp_path.name}-before"
+    assert watched["export"] == f"flowgrpo-ray export {tmp_path} --iteration 2 --out {out}"
+    assert "0.123456" not in write_report(folder).read_text(), "scores by prompt are the watch's"
 
 
 def test_divergence_that_passed_is_told_with_its_lowest_point(tmp_path: Path):
     (watched,) = report_data(watched_run(tmp_path, "--d--dd-", checkpoints=(1,)))["watch"]
     assert not watched["diverging"]
     assert [(span["from"], span["to"]) for span in watched["spans"]] == [(3, 3), (6, 7)]
-    assert "to 0.88 while" in watched["spans"][1]["says"]
-    assert "checkpoint" not in watched["spans"][1]["says"]
+    assert "to 0.88 on" in watched["spans"][1]["says"]
+    assert watched["export"] is None
 
 
 def test_without_a_watched_reward_or_divergence_there_is_nothing_to_tell(tmp_path: Path, run: Path):

@@ -129,7 +129,8 @@ function alertOf(watched) {
     ? `Over-optimization since iteration ${count(last.from)}`
     : `Over-optimization in iterations ${spans.join(", ")}, no longer at the end`;
   const more = watched.diverging && earlier ? ` Earlier in iterations ${earlier}.` : "";
-  return alert_(watched.diverging ? "" : "past", title, `${last.says}.${more}`);
+  const before = watched.export && ["The model from before is written by ", el("code", {}, watched.export)];
+  return alert_(watched.diverging ? "" : "past", title, `${last.says}.${more}`, before);
 }
 
 // ---- rewards ---------------------------------------------------------------------------------------
