@@ -55,10 +55,10 @@ def show_plan(
     device = device or gpu_here()
     memory = (device[1] if device else ASSUMED) * GIB if spec.ranks.gpus else None
     work, footprint = count_work(spec, len(held_out)), estimate(spec, memory, len(prompts))
-    reserved = required_resources(spec)
+    reserved, watched = required_resources(spec), price_of_watched(spec)
     if as_json:
         found: dict[str, Any] = {"name": spec.name, "spec": spec.digest(), "work": asdict(work)}
-        found |= {"reserved": reserved, "cost": cost}
+        found |= {"reserved": reserved, "watched": watched, "cost": cost}
         found |= {"footprint": None if footprint is None else asdict(footprint)}
         found |= {"needed": None if footprint is None else needed(spec, footprint)}
         print(json.dumps(found, indent=2))
@@ -66,6 +66,10 @@ def show_plan(
     console.print(_counts(spec, work, footprint))
     console.print(f"prompts: {len(prompts):,} to train on, {len(held_out):,} held out")
     console.print("reserved in Ray: " + ", ".join(f"{n:g} {name}" for name, n in reserved.items()))
+    for name, takes in watched.items():
+        says = f"{name} is only watched: of these {takes['cpus']:g} CPU and {takes['gpus']:g} GPU, "
+        says += f"to score {work.images:,} images an iteration, {len(held_out):,} an evaluation"
+        console.print(says, highlight=False, soft_wrap=True)
     if cost is not None:
         for line in _cost_lines(cost):
             console.print(line, highlight=False, soft_wrap=True)
@@ -85,6 +89,15 @@ def show_plan(
     if footprint.layouts:
         console.print(_layouts(spec, footprint))
         console.print(advised(spec, footprint, device), highlight=False)
+
+
+def price_of_watched(spec: TrainingSpec) -> dict[str, dict[str, float]]:
+    """What the replicas of each reward of weight 0 reserve."""
+    return {
+        name: {"cpus": reward.replicas * reward.cpus, "gpus": reward.replicas * reward.gpus}
+        for name, reward in spec.rewards.items()
+        if reward.weight == 0
+    }
 
 
 def gpu_memory(gpu: str) -> float:

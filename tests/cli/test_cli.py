@@ -86,6 +86,11 @@ def test_plan_counts_the_work(run):
     }
     assert "256 to train on, 64 held out" in out
     assert "0 GPU" in out
+    assert (
+        "sign_colour is only watched: of these 0.25 CPU and 0 GPU, to score 96 images an "
+        "iteration, 64 an evaluation\n"
+    ) in out
+    assert "ocr is only watched" not in out
     assert "memory (1.70 M parameters, 1.70 M trained)" in out
     assert re.search(r"learner rank, training\W+\d+\.\d\d", out)
     assert "GiB in " not in out, "no verdict on a spec without GPUs"
@@ -113,6 +118,7 @@ def test_plan_as_json_has_the_numbers(run):
     found = json.loads(out)
     assert found["work"]["rollout_forwards"] == 960
     assert found["reserved"]["GPU"] == 2
+    assert found["watched"] == {"sign_colour": {"cpus": 0.25, "gpus": 0}}
     stages = found["footprint"]["actors"]["learner"]
     assert stages.keys() == {"loading", "training", "update", "publishing"}
     phases = found["needed"]["learner rank"]

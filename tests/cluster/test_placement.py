@@ -36,7 +36,7 @@ def test_what_shares_a_gpu_shares_a_bundle():
     spec = load_spec("sd35-pickscore-1gpu", [SEPARATE])
     (bundle,) = plan_bundles(spec)
     assert bundle.seats == [("learner", 0), ("rollout", 0)]
-    assert bundle.resources == {"CPU": 2, "GPU": 0.8}  # the reward takes the rest of the GPU
+    assert bundle.resources == {"CPU": 2, "GPU": 0.6}  # rewards take the rest of the GPU
 
 
 def test_two_ranks_never_share_a_gpu_and_machines_that_differ_nothing():

@@ -140,12 +140,8 @@ PUBLISHED = {
     ),
     "bagel-pickscore-full": BAGEL,
     "bagel-pickscore-lora": replace(BAGEL, lora=BAGEL_LORA, window=("random", 2, (0, 7)), gpus=8),
-    "sd35-guard-ocr": replace(
-        GUARD, rewards={"ocr": 1, "pickscore": 0}, objective=("grpo_guard", 2e-6)
-    ),
-    "sd35-guard-geneval": replace(
-        GUARD, rewards={"geneval": 1, "pickscore": 0}, objective=("grpo_guard", 2e-6)
-    ),
+    "sd35-guard-ocr": replace(GUARD, rewards={"ocr": 1}, objective=("grpo_guard", 2e-6)),
+    "sd35-guard-geneval": replace(GUARD, rewards={"geneval": 1}, objective=("grpo_guard", 2e-6)),
     "sd35-guard-pickscore": replace(GUARD, objective=("grpo_guard", 4e-6)),
 }
 
@@ -175,6 +171,10 @@ OWN = {"sd35-ocr-geneval-pickscore": 32}  # of nobody's but ours, with their GPU
 GPUS = {name: row.gpus for name, row in PUBLISHED.items()} | OWN | dict.fromkeys(NFT, 8)
 
 
+def trained(spec: TrainingSpec) -> dict[str, float]:
+    return {name: weight for name, weight in spec.weights.items() if weight}
+
+
 def read(spec: TrainingSpec) -> Published:
     """What a row of the table says, of a spec."""
     sampling, objective, tuning = spec.sampling, spec.objective, spec.tuning
@@ -187,7 +187,7 @@ def read(spec: TrainingSpec) -> Published:
         lora = (tuning.rank, tuning.alpha, frozenset(targets))
     assert window.kind != "progressive"
     return Published(
-        rewards=spec.weights,
+        rewards=trained(spec),
         model=(spec.model.family, spec.model.path),
         dtype=spec.model.dtype,
         lora=lora,
@@ -226,7 +226,7 @@ def test_the_numbers_of_nft_are_the_published_ones(name: str):
     assert isinstance(objective, DiffusionNft)
     decay = objective.decay
     assert NFT[name] == PublishedNft(
-        rewards=spec.weights,
+        rewards=trained(spec),
         steps=sampling.steps,
         times=objective.times.count,
         updates=objective.updates,
@@ -285,6 +285,16 @@ def test_the_sets_and_the_counts_fit(name: str):
             assert (section.gpus > 0) == (reward != "ocr")
 
 
+@pytest.mark.parametrize("name", GPUS)
+def test_a_reward_is_watched_that_is_not_trained(name: str):
+    """Another judge than the trained one, at a tenth of a GPU in all for every eight or less."""
+    spec = load_spec(name)
+    (judge,) = spec.weights.keys() - trained(spec).keys()
+    assert judge == ("imagereward" if "pickscore" in trained(spec) else "pickscore")
+    watched = spec.rewards[judge]
+    assert watched.replicas * watched.gpus <= max(0.2, 0.05 * spec.gpus + 1e-6)
+
+
 def check_placed(spec: TrainingSpec, gpus: int) -> None:
     """Each GPU has one that samples or trains, and rewards have room in what these leave."""
     assert spec.gpus == gpus == sum(kind.count for kind in spec.actors.values())
@@ -326,8 +336,8 @@ def test_the_tiny_recipes_differ_in_what_their_names_say():
         "tiny-ocr-guard": {"objective"},
         "tiny-ocr-flow-grpo": {"sampling", "objective"},
         "tiny-ocr-cps": {"sampling"},
-        "tiny-two-rewards": {"rewards", "advantages", "objective", "watch"},
-        "tiny-two-sets": {"prompts", "rewards", "watch", "evaluation"},
+        "tiny-two-rewards": {"rewards", "advantages", "objective"},
+        "tiny-two-sets": {"prompts", "rewards", "evaluation"},
         "tiny-ocr-nft": no_steps,
         "tiny-ocr-awm": no_steps,
     }.items():
