@@ -151,23 +151,29 @@ def test_the_watch_ends_a_run_that_over_optimizes(
     """The watched reward is one minus the trained one: what raises one lowers the other."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # for the replicas
     opposed = {
-        "watch": "{window: 1, fall: 0.01, significance: 0.01, action: stop}",
+        "watch": "{window: 2, fall: 0.01, significance: 0.01, action: stop}",
         "rewards": "{bright: {reward: 'reward_samples:Probe'}, "
         "dark: {reward: 'reward_samples:Darkness', weight: 0}}",
         "checkpoint": "{every: 1, keep: 1}",
+        "evaluation": "{every: 1, steps: 4, prompts: 8, micro_batch: 4, grid: 8}",
     }
     stopped = Command(tmp_path, **opposed)
     output = " ".join(stopped.finish().split())
     assert "stopped by the watch: dark fell from" in output
     done = stopped.trained()
     assert 1 < done < ITERATIONS
-    trained = [r for r in read_rows(stopped.run / "metrics.jsonl") if r["kind"] == "train"]
-    assert [row["watch"]["dark"]["diverging"] for row in trained] == [False] * (done - 1) + [True]
-    best = trained[-1]["watch"]["dark"]["best_iteration"]
+    rows = [r for r in read_rows(stopped.run / "metrics.jsonl") if r["kind"] == "eval"]
+    assert "watch" not in rows[0], "a window is of two evaluations"
+    readings = [row["watch"]["dark"] for row in rows[1:]]
+    assert [reading["diverging"] for reading in readings] == [False] * (done - 1) + [True]
+    best = readings[-1]["best_iteration"]
     kept = [int(p.name[-6:]) for p in list_checkpoints(stopped.run / "checkpoints")]
     assert kept == [best, done], "the one from before the divergence, and the newest"
-    assert f"--iteration {best}" in output
-    assert "over-optimization" in (stopped.run / "report.html").read_text()
+    export = f"flowgrpo-ray export {stopped.run} --iteration {best} --out small-before"
+    assert output.count(export) == 2, "when it is seen, and at the end"
+    report = (stopped.run / "report.html").read_text()
+    assert "over-optimization" in report
+    assert export in report
 
 
 @pytest.mark.slow
