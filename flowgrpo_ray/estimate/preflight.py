@@ -5,7 +5,6 @@ from __future__ import annotations
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.paths import local_path
 from flowgrpo_ray.policies.hub import hub_file
-from flowgrpo_ray.rewards import check_options
 from flowgrpo_ray.rewards.environments import python_of
 from flowgrpo_ray.spec.families import FAMILIES
 from flowgrpo_ray.spec.prompts import Prompt, load_prompt_sets
@@ -18,8 +17,6 @@ def check_run(spec: TrainingSpec, *, elsewhere: bool = False) -> tuple[list[Prom
 
     A run that will be ``elsewhere`` may use models in folders that this machine does not have.
     """
-    for name, reward in spec.rewards.items():
-        check_options(reward.reward or name, reward.options)
     if not (elsewhere and spec.model.path.startswith("/")):
         check_model(spec.model)
     return load_prompt_sets(spec)

@@ -2,8 +2,8 @@
 
 A reward is a plain class: its constructor takes the options of the spec, its `__call__` scores a
 batch. `BUILTIN` names those of this package; any other is named by its import path
-`module:Class`. This module needs NumPy alone, and a reward's own libraries are imported when it is
-built, so that a spec can be checked without them.
+`module:Class`. This module needs NumPy and pydantic alone, and a reward's own libraries are
+imported when it is built, so that a spec can be checked without them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from flowgrpo_ray.common.errors import SpecError
-from flowgrpo_ray.common.own_classes import import_class, nearest
+from flowgrpo_ray.common.own_classes import import_class
+from flowgrpo_ray.rewards.options import arguments_of
 
 BUILTIN: dict[str, str] = {
     "ocr": "flowgrpo_ray.rewards.ocr:OcrReward",
@@ -39,9 +40,11 @@ BUILTIN: dict[str, str] = {
 class Reward(Protocol):
     """Scores a batch of images. Not assumed to be thread-safe.
 
-    A class may also have a static method `check_prompt(prompt, metadata)` that raises ValueError
-    for a prompt which it could never score; prompts are checked with it before a run starts. If it
-    has a parameter `options`, it is given the reward's own. A
+    Its options are the constructor's parameters, as annotated (`rewards.options`). A static method
+    `check_options(options)` may raise ValueError for options, all with their defaults, that do not
+    go together. A class may also have a static method `check_prompt(prompt, metadata)` that raises
+    ValueError for a prompt which it could never score; prompts are checked with it before a run
+    starts. If it has a parameter `options`, it is given the reward's own. A
     method `golden()` returns pictures whose ranking is known (`rewards.golden`): a deployment is
     refused where it does not rank them so. An attribute `SIZE` (`loading.ModelSize`) lets
     `flowgrpo-ray plan` count its model. A class with `over_group = True` compares the images of a
@@ -74,35 +77,20 @@ def is_over_group(reward: str) -> bool:
     return bool(getattr(resolve(reward), "over_group", False))
 
 
-def check_options(reward: str, options: Mapping[str, Any]) -> None:
-    """SpecError for an option that the constructor of `reward` does not take, or misses."""
-    signature = inspect.signature(resolve(reward))
-    names = [
-        name
-        for name, parameter in signature.parameters.items()
-        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    for key in options:
-        if key not in names and not takes_any:
-            raise SpecError(
-                f"reward {reward!r} has no option {key!r}{nearest(key, names)}; "
-                f"options: {', '.join(names) or 'none'}"
-            )
-    own: Callable[[Mapping[str, Any]], None] = getattr(resolve(reward), "check_options", _any)
+def check_options(reward: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as the constructor of `reward` declares them; SpecError for others."""
+    cls = resolve(reward)
     try:
-        signature.bind(**options)
-        own(options)
-    except (TypeError, ValueError) as error:
+        return arguments_of(cls, options)
+    except ValueError as error:
         raise SpecError(f"reward {reward!r}: {error}") from error
 
 
 def build(reward: str, options: Mapping[str, Any] | None = None) -> Reward:
     """A reward, constructed from the options of its spec."""
-    options = options or {}
-    check_options(reward, options)
+    arguments = check_options(reward, options or {})
     try:
-        return resolve(reward)(**options)
+        return resolve(reward)(**arguments)
     except ValueError as error:
         raise SpecError(f"reward {reward!r}: {error}") from error
 

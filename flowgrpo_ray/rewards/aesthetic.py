@@ -10,14 +10,23 @@ off, as in DDPO (Black et al. 2023, arXiv 2305.13301) and in Flow-GRPO's public 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from flowgrpo_ray.rewards.clip import CLIP_L, ClipEncoder
 from flowgrpo_ray.rewards.colours import flat
 from flowgrpo_ray.rewards.golden import Golden, Rankings, noise_picture
-from flowgrpo_ray.rewards.loading import fill, pick_device, read_weights
+from flowgrpo_ray.rewards.loading import (
+    Batch,
+    Device,
+    Dtype,
+    Revision,
+    fill,
+    pick_device,
+    read_weights,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -26,32 +35,31 @@ HEAD_FILE = "sac+logos+ava1-l14-linearMSE.pth"
 
 
 class AestheticReward:
-    """Rates each image alone; prompts do not enter.
-
-    head: the predictor's weights: a .pth, .pt or .safetensors file, or a folder or hub id that
-        holds `head_file`. The authors publish the file in their repository on GitHub,
-        christophschuhmann/improved-aesthetic-predictor; download it from there.
-    head_file: its name in a folder or hub repository.
-    head_revision: of `head`, where that is a hub id.
-    clip: the CLIP that the head was trained on, a local folder or a hub id.
-    clip_revision: of `clip`, where that is a hub id.
-    device: `cuda`, `cuda:1`, `cpu`; by default a GPU if there is one.
-    dtype: of CLIP's weights: `float32`, `bfloat16` or `float16`. The head is always float32.
-    batch: images that go through the model at once.
-    """
+    """Rates each image alone; prompts do not enter."""
 
     SIZE = CLIP_L
 
     def __init__(
         self,
-        head: str,
-        head_file: str = HEAD_FILE,
-        head_revision: str | None = None,
-        clip: str = "openai/clip-vit-large-patch14",
-        clip_revision: str | None = None,
-        device: str | None = None,
-        dtype: str = "float32",
-        batch: int = 32,
+        head: Annotated[
+            str,
+            Field(
+                description="`sac+logos+ava1-l14-linearMSE.pth` from the [authors' repository]"
+                "(https://github.com/christophschuhmann/improved-aesthetic-predictor); or a "
+                ".safetensors file, or a folder or hub id that holds `head_file`"
+            ),
+        ],
+        head_file: Annotated[str, Field(description="its name there")] = HEAD_FILE,
+        head_revision: Revision = None,
+        clip: Annotated[
+            str, Field(description="the CLIP that the head was trained on: a folder or a hub id")
+        ] = "openai/clip-vit-large-patch14",
+        clip_revision: Revision = None,
+        device: Device = None,
+        dtype: Annotated[
+            Dtype, Field(description="of CLIP's weights; the head stays float32")
+        ] = "float32",
+        batch: Batch = 32,
     ) -> None:
         place = pick_device(device)
         source = ("head", head, head_revision)

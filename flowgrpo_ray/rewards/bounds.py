@@ -1,16 +1,9 @@
-"""Bounds that options of several rewards have."""
+"""The option `device`, against the GPUs that a replica reserves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-
-
-def check_counts(**counts: int | None) -> None:
-    """ValueError for an option below 1; one that is not given is None."""
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
 
 
 def check_device(options: Mapping[str, Any], gpus: float) -> None:
@@ -26,10 +19,3 @@ def check_device(options: Mapping[str, Any], gpus: float) -> None:
             f"options.device = 'cpu' and gpus = {gpus:g}: the share of a GPU would be reserved and "
             "never used. Set gpus: 0, or leave device out"
         )
-
-
-def check_seconds(**seconds: float) -> None:
-    """ValueError for an option that is not above 0."""
-    for name, value in seconds.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value}")

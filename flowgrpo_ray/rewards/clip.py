@@ -12,7 +12,6 @@ from flowgrpo_ray.rewards.golden import Rankings
 from flowgrpo_ray.rewards.loading import (
     ModelSize,
     Source,
-    check_dtype_and_batch,
     check_tokenizer,
     load,
     load_model,
@@ -39,7 +38,6 @@ class ClipEncoder:
         import torch
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-        check_dtype_and_batch(dtype, batch)
         # The logit scale is read before the weights are cast: a rounded logarithm is 1% off.
         clip = load_model(CLIPModel, model)
         self.scale = float(clip.logit_scale.exp())

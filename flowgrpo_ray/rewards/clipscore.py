@@ -8,7 +8,12 @@ The logit of CLIP ViT-L/14, on the scale of Flow-GRPO's public code. (The CLIPSc
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
 from flowgrpo_ray.rewards.clip import CLIP_L, PromptMatch
+from flowgrpo_ray.rewards.loading import Batch, Device, Dtype, Revision
 
 
 class ClipScoreReward(PromptMatch):
@@ -16,12 +21,6 @@ class ClipScoreReward(PromptMatch):
 
     Flow-GRPO's code resizes images as float tensors, this one with Pillow, as CLIP was trained:
     scores differ slightly.
-
-    path: a CLIP with its tokenizer and image processor, a local folder or a hub id.
-    revision: of `path`, where that is a hub id.
-    device: `cuda`, `cuda:1`, `cpu`; by default a GPU if there is one.
-    dtype: of the weights: `float32`, `bfloat16` or `float16`. The cosine is always float32.
-    batch: images that go through the model at once.
     """
 
     SCALE = 30.0
@@ -29,11 +28,16 @@ class ClipScoreReward(PromptMatch):
 
     def __init__(
         self,
-        path: str = "openai/clip-vit-large-patch14",
-        revision: str | None = None,
-        device: str | None = None,
-        dtype: str = "float32",
-        batch: int = 32,
+        path: Annotated[
+            str,
+            Field(description="CLIP with its tokenizer and image processor: a folder or a hub id"),
+        ] = "openai/clip-vit-large-patch14",
+        revision: Revision = None,
+        device: Device = None,
+        dtype: Annotated[
+            Dtype, Field(description="of the weights; the cosine stays float32")
+        ] = "float32",
+        batch: Batch = 32,
     ) -> None:
         source = ("path", path, revision)
         super().__init__(source, source, device, dtype, batch)

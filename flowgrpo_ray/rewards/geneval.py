@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from flowgrpo_ray.common.errors import ModelError
-from flowgrpo_ray.rewards.bounds import check_counts
 from flowgrpo_ray.rewards.clip import CLIP_L, ClipEncoder
 from flowgrpo_ray.rewards.geneval_rules import (
     CLASSES,
@@ -28,9 +28,12 @@ from flowgrpo_ray.rewards.geneval_rules import (
 )
 from flowgrpo_ray.rewards.golden import Golden, Rankings
 from flowgrpo_ray.rewards.loading import (
+    Batch,
+    Device,
+    Dtype,
     ModelSize,
+    Revision,
     Source,
-    check_dtype_and_batch,
     load,
     load_model,
     pick_device,
@@ -53,6 +56,7 @@ TEMPLATES = (
 )
 BLANK = 153  # #999: what stands around an object whose colour is asked
 MASK_SIZE = (384, 384)  # where transformers takes the certainty of a mask
+Part = Annotated[float, Field(ge=0, le=1)]
 
 
 class GenevalReward:
@@ -86,42 +90,43 @@ class GenevalReward:
     r = sign(o) * max(|o| - position_threshold * s, 0); left of: r.x / |o| < -0.5, and so on.
     Colour: of ten colours the one nearest in CLIP, by the mean over three prompt templates, to the
     object alone on grey, cropped to its box.
-
-    detector, detector_revision: Mask2Former with COCO instance classes, a folder or a hub id.
-    clip, clip_revision: the colour classifier.
-    device: `cuda`, `cuda:1`, `cpu`; by default a GPU if there is one.
-    dtype: of both models' weights: `float32`, `bfloat16` or `float16`.
-    batch: images (and crops of objects) that go through a model at once.
     """
 
     SIZE = ModelSize(CLIP_L.parameters + 215_525_061, 746_101_334)
 
     def __init__(
         self,
-        detector: str = "facebook/mask2former-swin-large-coco-instance",
-        clip: str = "openai/clip-vit-large-patch14",
-        graded: bool = True,
-        strict: bool = True,
-        threshold: float = 0.3,
-        counting_threshold: float = 0.9,
-        max_objects: int = 16,
-        max_overlap: float = 1.0,
-        position_threshold: float = 0.1,
-        detector_revision: str | None = None,
-        clip_revision: str | None = None,
-        device: str | None = None,
-        dtype: str = "float32",
-        batch: int = 8,
+        detector: Annotated[
+            str, Field(description="Mask2Former with the 80 classes of COCO: a folder or a hub id")
+        ] = "facebook/mask2former-swin-large-coco-instance",
+        clip: Annotated[
+            str, Field(description="names the colours: a folder or a hub id")
+        ] = "openai/clip-vit-large-patch14",
+        graded: Annotated[bool, Field(description="parts of a point; the table above")] = True,
+        strict: Annotated[bool, Field(description="exact numbers; the table above")] = True,
+        threshold: Annotated[
+            Part, Field(description="certainty above which an object counts")
+        ] = 0.3,
+        counting_threshold: Annotated[
+            Part, Field(description="the same for the tag `counting`")
+        ] = 0.9,
+        max_objects: Annotated[int, Field(ge=1, description="that count per class")] = 16,
+        max_overlap: Annotated[
+            Part,
+            Field(
+                description="below 1: of two boxes of a class that overlap that much, only the "
+                "more certain counts"
+            ),
+        ] = 1.0,
+        position_threshold: Annotated[
+            Part, Field(description="how far apart boxes must be, in parts of their sizes")
+        ] = 0.1,
+        detector_revision: Revision = None,
+        clip_revision: Revision = None,
+        device: Device = None,
+        dtype: Annotated[Dtype, Field(description="of both models' weights")] = "float32",
+        batch: Batch = 8,
     ) -> None:
-        if graded and not strict:
-            raise ValueError("strict: false is a rule of its own, it needs graded: false")
-        check_dtype_and_batch(dtype, batch)
-        check_counts(max_objects=max_objects)
-        parts = {"threshold": threshold, "counting_threshold": counting_threshold}
-        parts |= {"max_overlap": max_overlap, "position_threshold": position_threshold}
-        for name, value in parts.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value}")
         self._rule = "graded" if graded else "strict" if strict else "benchmark"
         self._thresholds = dict.fromkeys(TAGS, threshold) | {"counting": counting_threshold}
         self._max_objects, self._max_overlap = max_objects, max_overlap
@@ -160,6 +165,12 @@ class GenevalReward:
             else float(getattr(judge(task, found, self._position_threshold), self._rule))
             for task, found in zip(tasks, seen, strict=True)
         ]
+
+    @staticmethod
+    def check_options(options: Mapping[str, Any]) -> None:
+        """ValueError for two rules at once."""
+        if options["graded"] and not options["strict"]:
+            raise ValueError("strict: false is a rule of its own, it needs graded: false")
 
     @staticmethod
     def check_prompt(prompt: str, metadata: Mapping[str, Any]) -> None:

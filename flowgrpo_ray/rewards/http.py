@@ -14,15 +14,15 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
 from flowgrpo_ray.common.errors import RewardError
 from flowgrpo_ray.common.strict_json import parse
-from flowgrpo_ray.rewards.bounds import check_counts, check_seconds
 
 BACKOFF_S = 0.5
 """Wait before the first retry; each further one waits twice as long."""
@@ -31,27 +31,33 @@ CONNECTION_ERRORS = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.Connec
 MAX_SCORE = float(np.finfo(np.float32).max)
 MOST_BYTES = 2**24  # of an answer
 
+# Options that rewards behind a server have.
+Url = Annotated[str, Field(pattern=r"^https?://")]
+Timeout = Annotated[float, Field(gt=0, description="of one request")]
+Retries = Annotated[int, Field(ge=0)]
+
 
 class HttpReward:
-    """Scores that the server at `url` gives.
-
-    url: without the `/score`, such as `http://10.0.0.7:8000/ocr`.
-    token_env: name of the environment variable with the token that is sent as bearer.
-    timeout_s: of one request.
-    retries: of a request that no server took, or that it answered with 429 or 5xx.
-    batch: images per request.
-    """
+    """Scores that the server at `url` gives."""
 
     def __init__(
         self,
-        url: str,
-        token_env: str | None = None,
-        timeout_s: float = 60.0,
-        retries: int = 2,
-        batch: int = 64,
+        url: Annotated[Url, Field(description="without `/score`, as `http://10.0.0.7:8000/ocr`")],
+        token_env: Annotated[
+            str | None,
+            Field(description="environment variable that holds the token, sent as bearer"),
+        ] = None,
+        timeout_s: Timeout = 60.0,
+        retries: Annotated[
+            Retries,
+            Field(
+                description="of a request that no server took, or that it answered with 429 or "
+                "5xx, with a wait of 0.5 s, then 1 s, and so on"
+            ),
+        ] = 2,
+        batch: Annotated[int, Field(ge=1, description="images per request")] = 64,
     ) -> None:
-        check_bounds(timeout_s=timeout_s, retries=retries, batch=batch)
-        self._url = f"{base_url(url)}/score"
+        self._url = f"{url.rstrip('/')}/score"
         self._retries, self._batch = retries, batch
         self._client = httpx.Client(headers=bearer("token_env", token_env), timeout=timeout_s)
 
@@ -158,13 +164,6 @@ def _scores(response: httpx.Response, count: int) -> np.ndarray:
     return np.array([np.nan if score is None else score for score in scores], dtype=np.float32)
 
 
-def base_url(url: str) -> str:
-    """`url` without a slash at its end; ValueError if it is not one of HTTP."""
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"url = {url!r}: must start with http:// or https://")
-    return url.rstrip("/")
-
-
 def bearer(option: str, variable: str | None) -> dict[str, str]:
     """The header with the token in the environment variable that `option` names, if it does."""
     if variable is None:
@@ -180,14 +179,6 @@ def png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
     return file.getvalue()
-
-
-def check_bounds(*, timeout_s: float, retries: int, **counts: int | None) -> None:
-    """ValueError for an option that is too small."""
-    check_seconds(timeout_s=timeout_s)
-    if retries < 0:
-        raise ValueError(f"retries must be at least 0, got {retries}")
-    check_counts(**counts)
 
 
 def check_lengths(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any]) -> None:

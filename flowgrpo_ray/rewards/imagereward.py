@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.rewards.aesthetic import score_head
 from flowgrpo_ray.rewards.colours import colour_rankings
 from flowgrpo_ray.rewards.golden import Rankings
 from flowgrpo_ray.rewards.loading import (
+    Batch,
+    Device,
+    Dtype,
     ModelSize,
+    Revision,
     Source,
-    check_dtype_and_batch,
     check_tokenizer,
     fill,
     load,
@@ -60,32 +64,32 @@ UNUSED = (
 
 
 class ImageRewardReward:
-    """Scores each image for its own prompt.
-
-    path: the authors' checkpoint: `ImageReward.pt`, or its weights as a .safetensors file, or a
-        folder or hub id that holds `ImageReward.pt`.
-    revision: of `path`, where that is a hub id.
-    tokenizer: the folder or hub id of the uncased BERT's tokenizer.
-    device: `cuda`, `cuda:1`, `cpu`; by default a GPU if there is one.
-    dtype: of BLIP's weights: `float32`, `bfloat16` or `float16`. The head is always float32.
-    batch: images that go through the model at once.
-    """
+    """Scores each image for its own prompt."""
 
     SIZE = ModelSize(446_206_689, 12_166_720)
 
     def __init__(
         self,
-        path: str = "THUDM/ImageReward",
-        revision: str | None = None,
-        tokenizer: str = "google-bert/bert-base-uncased",
-        device: str | None = None,
-        dtype: str = "float32",
-        batch: int = 32,
+        path: Annotated[
+            str,
+            Field(
+                description="the authors' `ImageReward.pt` (1.8 GB), its weights as .safetensors, "
+                "or a folder or hub id that holds `ImageReward.pt`"
+            ),
+        ] = "THUDM/ImageReward",
+        revision: Revision = None,
+        tokenizer: Annotated[
+            str, Field(description="the folder or hub id of the uncased BERT's tokenizer")
+        ] = "google-bert/bert-base-uncased",
+        device: Device = None,
+        dtype: Annotated[
+            Dtype, Field(description="of BLIP's weights; the head stays float32")
+        ] = "float32",
+        batch: Batch = 32,
     ) -> None:
         import torch
         from transformers import BertTokenizer, CLIPImageProcessorPil
 
-        check_dtype_and_batch(dtype, batch)
         self._device, self._dtype, self._batch = pick_device(device), getattr(torch, dtype), batch
         source: Source = ("path", path, revision)
         self._vision, self._text, self._head = blip_from(read_weights(source, FILE), source)

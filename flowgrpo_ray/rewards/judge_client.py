@@ -7,23 +7,49 @@ is worth, is up to the reward.
 from __future__ import annotations
 
 import base64
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
 import httpx
 import numpy as np
 from PIL import Image
+from pydantic import AfterValidator, Field
 
 from flowgrpo_ray.common.errors import RewardError
 from flowgrpo_ray.common.strict_json import parse
-from flowgrpo_ray.rewards.http import answer, base_url, bearer, check_bounds, png, post
+from flowgrpo_ray.rewards.http import Retries, Url, answer, bearer, png, post
 from flowgrpo_ray.rewards.judge_server import JudgeServer
+from flowgrpo_ray.rewards.options import arguments_of
 
 LIKELIEST = 20  # tokens whose probabilities can be asked for: as many as the API gives
 WARMER = 0.7  # temperature of what is asked again, as the first answer would come again without
+
+# Options of the rewards that ask.
+JudgeUrl = Annotated[
+    Url | None,
+    Field(
+        description="of a running server with the OpenAI chat API, without `/v1`. Either this or "
+        "`launch`"
+    ),
+]
+Launch = Annotated[
+    Annotated[Mapping[str, Any], AfterValidator(partial(arguments_of, JudgeServer))] | None,
+    Field(description="the server that each replica starts for itself: [`launch`](#launch)"),
+]
+ServedModel = Annotated[str | None, Field(description="by which the server at `url` knows it")]
+ApiKeyEnv = Annotated[
+    str | None,
+    Field(description="environment variable that holds the key of the server at `url`"),
+]
+ImageSize = Annotated[int | None, Field(ge=1, description="both sides are resized to it")]
+Concurrency = Annotated[int, Field(ge=1, description="requests in flight")]
+MaxTokens = Annotated[int, Field(ge=1, description="of one answer")]
+JudgeRetries = Annotated[
+    Retries, Field(description="of an answer without a score, and of a request that failed")
+]
 
 
 @dataclass(frozen=True)
@@ -50,23 +76,16 @@ class JudgeClient:
         max_tokens: int,
         retries: int,
     ) -> None:
-        sizes = {"concurrency": concurrency, "max_tokens": max_tokens}
-        check_bounds(timeout_s=timeout_s, retries=retries, image_size=image_size, **sizes)
         self._size, self._max_tokens, self._retries = image_size, max_tokens, retries
         self._server: JudgeServer | None = None
-        if url is not None and launch is None:
-            if model is None:
-                raise ValueError("url needs model, by which the server knows it")
-            self._url, self._model = base_url(url), model
+        if launch is None:
+            assert url is not None, "as check_options says"
+            self._url, self._model = url.rstrip("/"), model
             headers = bearer("api_key_env", api_key_env)
-        elif launch is not None and url is None:
-            if model is not None or api_key_env is not None:
-                raise ValueError("model and api_key_env belong to url; launch has its own model")
-            self._server = _launch(launch)
+        else:
+            self._server = JudgeServer(**launch)
             self._model = self._server.model
             headers = {"Authorization": f"Bearer {self._server.api_key}"}
-        else:
-            raise ValueError("give either url (a running server) or launch (one to start)")
         self._client = httpx.Client(
             headers=headers,
             timeout=timeout_s,
@@ -74,6 +93,15 @@ class JudgeClient:
             limits=httpx.Limits(max_connections=concurrency),
         )
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="judge")
+
+    @staticmethod
+    def check_options(options: Mapping[str, Any]) -> None:
+        """ValueError unless it is clear whom to ask, by which name."""
+        url, launch, model = (options[name] for name in ("url", "launch", "model"))
+        if (url is None) == (launch is None):
+            raise ValueError("give either url (a running server) or launch (one to start)")
+        if launch is not None and (model is not None or options["api_key_env"] is not None):
+            raise ValueError("model and api_key_env belong to url; launch has its own model")
 
     def scores(
         self,
@@ -162,14 +190,3 @@ def _first(choice: Mapping[str, Any]) -> dict[str, float]:
         name = str(token["token"]).strip().lower()
         found[name] = found.get(name, 0.0) + float(np.exp(float(token["logprob"])))
     return found
-
-
-def _launch(options: Mapping[str, Any]) -> JudgeServer:
-    """The server that the option `launch` describes, running."""
-    known = list(inspect.signature(JudgeServer).parameters)
-    for key in options:
-        if key not in known:
-            raise ValueError(f"launch has no option {key!r}; options: {', '.join(known)}")
-    if "model" not in options:
-        raise ValueError("launch needs model, a folder or a hub id")
-    return JudgeServer(**options)

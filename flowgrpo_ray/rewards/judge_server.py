@@ -16,16 +16,17 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import httpx
+from pydantic import Field
 
 from flowgrpo_ray.common.errors import RewardError
 from flowgrpo_ray.common.ports import reserve_port
 from flowgrpo_ray.rewards import with_owner
-from flowgrpo_ray.rewards.bounds import check_seconds
 from flowgrpo_ray.rewards.environments import environments_folder, python_of
 
 LOG_LINES, LOG_BYTES = 5, 8192  # that an error shows
@@ -70,55 +71,55 @@ COMMANDS: dict[str, Callable[[Launch], list[str]]] = {
 
 
 class JudgeServer:
-    """A running server, at `url`; its requests carry `api_key` and name `model`.
-
-    model: the weights, a folder or a hub id.
-    server: `sglang`, or `transformers`, a slow stand-in that runs without a GPU.
-    python: of the environment that has the server; by default the environment `sglang`, or this
-        process's own Python for `transformers`.
-    chat_template: that sglang is to use in place of the model's own.
-    arguments: more of the command line; of an option given twice the last one counts.
-    log: file that the output is appended to; by default a new one in the folder for temporary
-        files, named in every error.
-    start_timeout_s: within which it must be healthy.
-    health_timeout_s: within which it must answer when it is asked whether it is well. sglang gives
-        itself up after 20 s.
-    max_restarts: that it may need within `window_s` seconds.
-    """
+    """A running server, at `url`; its requests carry `api_key` and name `model`."""
 
     def __init__(
         self,
-        model: str,
-        server: str = "sglang",
-        python: str | None = None,
-        chat_template: str | None = None,
-        arguments: Sequence[str] = (),
-        log: str | None = None,
-        start_timeout_s: float = 900.0,
-        health_timeout_s: float = 30.0,
-        max_restarts: int = 3,
-        window_s: float = 3600.0,
+        model: Annotated[str, Field(description="the weights: a folder or a hub id")],
+        server: Annotated[
+            Literal["sglang", "transformers"],
+            Field(
+                description="`transformers` is `transformers serve` on a CPU, slow, to try things "
+                "out; it needs the package `openai`"
+            ),
+        ] = "sglang",
+        python: Annotated[
+            str | None,
+            Field(
+                description="of the environment that has the server; by default of `sglang`, or "
+                "the replica's own for `transformers`"
+            ),
+        ] = None,
+        chat_template: Annotated[
+            str | None, Field(description="that sglang is to use in place of the model's own")
+        ] = None,
+        arguments: Annotated[
+            Sequence[str],
+            Field(
+                description='more of the command line, as `["--mem-fraction-static", "0.7"]`; of '
+                "an option given twice the last one counts"
+            ),
+        ] = (),
+        log: Annotated[
+            str | None, Field(description="its output is appended; by default a new temporary file")
+        ] = None,
+        start_timeout_s: Annotated[
+            float, Field(gt=0, description="within which it must be well")
+        ] = 900.0,
+        health_timeout_s: Annotated[
+            float,
+            Field(gt=0, description="within which it must say so; sglang gives up after 20 s"),
+        ] = 30.0,
+        max_restarts: Annotated[
+            int, Field(ge=0, description="within `window_s`; then calls fail, with the log's end")
+        ] = 3,
+        window_s: Annotated[float, Field(gt=0, description="in which restarts count")] = 3600.0,
     ) -> None:
-        if server not in COMMANDS:
-            raise ValueError(f"unknown server {server!r}; known: {', '.join(COMMANDS)}")
-        times = {"start_timeout_s": start_timeout_s, "health_timeout_s": health_timeout_s}
-        check_seconds(**times, window_s=window_s)
         self.model, self.api_key = model, secrets.token_urlsafe(32)
         self._command, self._arguments = COMMANDS[server], list(arguments)
-        if any(argument.startswith("--trust") for argument in self._arguments):
-            raise ValueError("arguments: --trust-remote-code would run code that a model brings")
-        self._python = python or _python_for(server)
-        here = Path(self._python).is_relative_to(environments_folder())
-        if self._python != sys.executable and (not here or ".." in Path(self._python).parts):
-            raise ValueError(
-                f"python = {self._python!r}: not of an environment in {environments_folder()}; "
-                "build one with flowgrpo-ray rewards env build NAME"
-            )
+        self._python = _checked(python or _python_for(server))
         self._chat_template = chat_template
-        if log is None:
-            descriptor, log = tempfile.mkstemp(prefix="judge-", suffix=".log")
-            os.close(descriptor)
-        self._log = Path(log)
+        self._log = Path(log or _new_log())
         self._start_timeout_s = start_timeout_s
         self._max_restarts, self._window_s = max_restarts, window_s
         self._restarts: list[float] = []
@@ -128,6 +129,12 @@ class JudgeServer:
         self._closed = False
         self._process: subprocess.Popen[bytes] | None = None
         self._start()
+
+    @staticmethod
+    def check_options(options: Mapping[str, Any]) -> None:
+        """ValueError for an argument by which code of the model would run."""
+        if any(argument.startswith("--trust") for argument in options["arguments"]):
+            raise ValueError("arguments: --trust-remote-code would run code that a model brings")
 
     def ensure_running(self) -> None:
         """Restarts the server if it has ended or does not answer; RewardError if it cannot.
@@ -218,6 +225,23 @@ class JudgeServer:
 def _ended(process: subprocess.Popen[bytes]) -> bool:
     """Whether it has ended. It is left unreaped, so that its group can still be killed safely."""
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _checked(python: str) -> str:
+    """ValueError for a program that is none of this package's environments."""
+    here = Path(python).is_relative_to(environments_folder())
+    if python != sys.executable and (not here or ".." in Path(python).parts):
+        raise ValueError(
+            f"python = {python!r}: not of an environment in {environments_folder()}; "
+            "build one with flowgrpo-ray rewards env build NAME"
+        )
+    return python
+
+
+def _new_log() -> str:
+    descriptor, log = tempfile.mkstemp(prefix="judge-", suffix=".log")
+    os.close(descriptor)
+    return log
 
 
 def _python_for(server: str) -> str:

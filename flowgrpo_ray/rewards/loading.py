@@ -6,16 +6,30 @@ import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field
 
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.paths import expand
-from flowgrpo_ray.rewards.bounds import check_counts
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("float32", "bfloat16", "float16")
+# Options that several rewards have.
+Device = Annotated[
+    str | None,
+    Field(
+        pattern=r"^(cpu|cuda(:[0-9]+)?)$",
+        description="`cpu`, `cuda` or `cuda:1`; by default a GPU if `gpus` reserves a share of one",
+    ),
+]
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], Field(description="of the weights")]
+Revision = Annotated[
+    str | None, Field(description="commit, branch or tag, where the place is a hub id")
+]
+Batch = Annotated[int, Field(ge=1, description="images that go through the model at once")]
+
 # What torch's reader of tensors raises for a file that is cut off or altered.
 DAMAGED = (
     *(OSError, EOFError, ValueError, RuntimeError, LookupError, TypeError, AttributeError),
@@ -34,23 +48,13 @@ Source = tuple[str, str, str | None]
 """An option of a reward, the folder or hub id that it names, and the revision of a hub id."""
 
 
-def check_dtype_and_batch(dtype: str, batch: int) -> None:
-    """ValueError for options that no model could run with."""
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    check_counts(batch=batch)
-
-
 def pick_device(device: str | None) -> torch.device:
     """The torch device called `device`; without a name, a GPU if there is one."""
     import torch
 
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r} is unknown to torch: {error}") from error
+    found = torch.device(device)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device {device!r}, but this process sees {torch.cuda.device_count()} GPUs; "

@@ -12,11 +12,11 @@ whole of what was read is compared, so that a longer word or a page of text cost
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from flowgrpo_ray.rewards.bounds import check_counts
 from flowgrpo_ray.rewards.golden import Golden, Rankings
 from flowgrpo_ray.rewards.ocr_text import check_letters, plain, target_of
 from flowgrpo_ray.rewards.paddle_reader import paddleocr_reader
@@ -24,47 +24,60 @@ from flowgrpo_ray.rewards.signs import render_plain
 from flowgrpo_ray.rewards.text_readers import ReaderOptions, rapidocr_reader
 
 ENGINES = {"rapidocr": rapidocr_reader, "paddleocr": paddleocr_reader}
-EXTRA, UNREADABLE = ("ignore", "penalise"), ("refuse", "keep")
 
 
 class OcrReward:
-    """Reads each image and compares with the text that its prompt quotes.
-
-    engine: the text reader, `rapidocr` or `paddleocr`. The second needs `environment: paddleocr`.
-    detect: find lines of text first. Turn it off only where the whole image IS one line of text,
-        such as a small sign: then it is read as it stands, several times faster.
-    rec_width: least width that a line, scaled to 48 rows, is padded to before it is read. By
-        default 320 with detection, which the model was trained on; without, no padding.
-    threads: images are shared out to that many single-thread sessions.
-    batch: lines read at once by a session.
-    det_model, rec_model: of paddleocr, which finds lines and which reads them: a local folder, or
-        the name of a model that PaddleOCR downloads. By default the PP-OCRv6 small models of
-        RapidOCR's wheel, as the other engine has them.
-    extra: text beyond the target: `ignore` it, or `penalise` every letter of it.
-    unreadable: `refuse` prompts with a letter that the reader never puts out, or `keep` them.
-    """
+    """Reads each image and compares with the text that its prompt quotes."""
 
     def __init__(
         self,
-        engine: str = "rapidocr",
-        detect: bool = True,
-        rec_width: int | None = None,
-        threads: int = 1,
-        batch: int = 8,
-        det_model: str | None = None,
-        rec_model: str | None = None,
-        extra: str = "ignore",
-        unreadable: str = "refuse",
+        engine: Annotated[
+            Literal["rapidocr", "paddleocr"],
+            Field(description="the text reader; the second needs `environment: paddleocr`"),
+        ] = "rapidocr",
+        detect: Annotated[
+            bool,
+            Field(
+                description="find lines of text first. `false` only where the whole image IS one "
+                "line, as a small sign: it is read as it stands, several times faster"
+            ),
+        ] = True,
+        rec_width: Annotated[
+            int | None,
+            Field(
+                ge=1,
+                description="least width that a line, scaled to 48 rows, is padded to; by default "
+                "320 with detection, which the model was trained on, and no padding without",
+            ),
+        ] = None,
+        threads: Annotated[
+            int, Field(ge=1, description="single-thread sessions that images are shared out to")
+        ] = 1,
+        batch: Annotated[int, Field(ge=1, description="lines that a session reads at once")] = 8,
+        det_model: Annotated[
+            str | None, Field(description="of `paddleocr`, which finds lines; as `rec_model`")
+        ] = None,
+        rec_model: Annotated[
+            str | None,
+            Field(
+                description="of `paddleocr`, which reads lines: a folder with `inference.onnx` and "
+                "`inference.yml`, or a model's name, as `PP-OCRv6_medium_rec`, that PaddleOCR "
+                "downloads to `PADDLE_PDX_CACHE_HOME`; by default PP-OCRv6 small"
+            ),
+        ] = None,
+        extra: Annotated[
+            Literal["ignore", "penalise"],
+            Field(
+                description="text beyond the target; `penalise`: each of its letters counts in the "
+                "distance, so that a longer word or a page of text scores less"
+            ),
+        ] = "ignore",
+        unreadable: Annotated[
+            Literal["refuse", "keep"],
+            Field(description="prompts with letters that the reader has not"),
+        ] = "refuse",
     ) -> None:
-        for option, value, known in (
-            ("engine", engine, tuple(ENGINES)),
-            ("extra", extra, EXTRA),
-            ("unreadable", unreadable, UNREADABLE),
-        ):
-            if value not in known:
-                raise ValueError(f"unknown {option} {value!r}; known: {', '.join(known)}")
         self._whole = extra == "penalise"
-        check_counts(rec_width=rec_width, threads=threads, batch=batch)
         options = ReaderOptions(detect, rec_width, threads, batch, det_model, rec_model)
         self._reader = ENGINES[engine](options)
 
@@ -86,6 +99,17 @@ class OcrReward:
         """A sign is worth 1 for the text that it shows, and 0 for three other digits."""
         sign = render_plain("407", "yellow", (128, 192))
         return [[Golden(sign, '"407"', low=1, high=1), Golden(sign, '"582"', low=0, high=0)]]
+
+    @staticmethod
+    def check_options(options: Mapping[str, Any]) -> None:
+        """ValueError for options of the one reader with the other, or that exclude each other."""
+        det_model, rec_model = options["det_model"], options["rec_model"]
+        if options["engine"] != "paddleocr" and (det_model or rec_model):
+            raise ValueError("det_model and rec_model are for engine: paddleocr")
+        if options["rec_width"] and rec_model:
+            raise ValueError("rec_width is for the default rec_model; any other brings its own")
+        if det_model and not options["detect"]:
+            raise ValueError("det_model finds lines, and with detect: false there are none to find")
 
     @staticmethod
     def check_prompt(

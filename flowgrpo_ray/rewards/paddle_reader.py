@@ -48,10 +48,6 @@ class Model:
 
 def paddleocr_reader(options: ReaderOptions) -> TextReader:
     """Engines with the PP-OCRv6 small models of RapidOCR's wheel, or those that options name."""
-    if options.rec_width and options.rec_model:
-        raise ValueError("rec_width is for the default rec_model; any other brings its own")
-    if options.det_model and not options.detect:
-        raise ValueError("det_model finds lines, and with detect: false there are none to find")
     _package()
     with tempfile.TemporaryDirectory() as scratch:
         # What is here the engines read once, when they are made.

@@ -8,32 +8,34 @@ images; the division by 26 is the scale on which Flow-GRPO trains.
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
 from flowgrpo_ray.rewards.clip import PromptMatch
-from flowgrpo_ray.rewards.loading import ModelSize
+from flowgrpo_ray.rewards.loading import Batch, Device, Dtype, ModelSize, Revision
 
 
 class PickScoreReward(PromptMatch):
-    """Scores each image against its own prompt.
-
-    path: the PickScore weights, a local folder or a hub id.
-    processor: the folder or hub id of their tokenizer and image processor.
-    revision: of `path`, where that is a hub id.
-    device: `cuda`, `cuda:1`, `cpu`; by default a GPU if there is one.
-    dtype: of the weights: `float32`, `bfloat16` or `float16`. The cosine is always float32.
-    batch: images that go through the model at once.
-    """
+    """Scores each image against its own prompt."""
 
     SCALE = 26.0
     SIZE = ModelSize(986_109_441, 21_053_440)
 
     def __init__(
         self,
-        path: str = "yuvalkirstain/PickScore_v1",
-        processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        revision: str | None = None,
-        device: str | None = None,
-        dtype: str = "float32",
-        batch: int = 32,
+        path: Annotated[
+            str, Field(description="the weights, 3.9 GB: a folder or a hub id")
+        ] = "yuvalkirstain/PickScore_v1",
+        processor: Annotated[
+            str, Field(description="the folder or hub id of their tokenizer and image processor")
+        ] = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        revision: Revision = None,
+        device: Device = None,
+        dtype: Annotated[
+            Dtype, Field(description="of the weights; the cosine stays float32")
+        ] = "float32",
+        batch: Batch = 32,
     ) -> None:
         super().__init__(
             ("path", path, revision), ("processor", processor, None), device, dtype, batch

@@ -53,8 +53,6 @@ class TextReader:
 
 def rapidocr_reader(options: ReaderOptions) -> TextReader:
     """RapidOCR with the PP-OCR models of its wheel, on the CPU; loads nothing from the network."""
-    if options.det_model or options.rec_model:
-        raise ValueError("det_model and rec_model are for engine: paddleocr")
     engines = [_rapidocr(options) for _ in range(options.threads)]
     return TextReader(engines, _rapidocr_lines if options.detect else _rapidocr_signs)
 

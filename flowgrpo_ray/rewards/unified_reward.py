@@ -13,15 +13,26 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import yaml
 from PIL import Image, ImageDraw
+from pydantic import Field
 
 from flowgrpo_ray.rewards.golden import Golden, Rankings, noise_picture
-from flowgrpo_ray.rewards.http import check_lengths
-from flowgrpo_ray.rewards.judge_client import Answer, JudgeClient
+from flowgrpo_ray.rewards.http import Timeout, check_lengths
+from flowgrpo_ray.rewards.judge_client import (
+    Answer,
+    ApiKeyEnv,
+    Concurrency,
+    JudgeClient,
+    JudgeRetries,
+    JudgeUrl,
+    Launch,
+    MaxTokens,
+    ServedModel,
+)
 
 BEST = 5
 GOLDEN_PROMPT = "a large red circle in the middle of a white background"
@@ -65,35 +76,31 @@ VERSIONS = {
 
 
 class UnifiedReward:
-    """Asks a vision-language judge about each image and its prompt.
-
-    url: of a running server, without the `/v1`. Either this or `launch` must be given.
-    launch: options of the server to start (`judge_server.JudgeServer`), `model` first of all.
-    version: of the question and of the scale, `1.5` or `2.0`.
-    model: by which the server at `url` knows the model; by default its hub id.
-    api_key_env: name of the environment variable with the key of the server at `url`.
-    image_size: to which both sides are resized, as for the published scores.
-    concurrency: requests in flight.
-    timeout_s: of one request.
-    max_tokens: of one answer.
-    retries: of an answer without a score, and of a request that failed.
-    """
+    """Asks a vision-language judge about each image and its prompt."""
 
     def __init__(
         self,
-        url: str | None = None,
-        launch: Mapping[str, Any] | None = None,
-        version: str = "1.5",
-        model: str | None = None,
-        api_key_env: str | None = None,
-        image_size: int = 512,
-        concurrency: int = 16,
-        timeout_s: float = 60.0,
-        max_tokens: int = 512,
-        retries: int = 2,
+        url: JudgeUrl = None,
+        launch: Launch = None,
+        version: Annotated[
+            Literal["1.5", "2.0"], Field(description="of the question and of the scale")
+        ] = "1.5",
+        model: Annotated[
+            ServedModel,
+            Field(
+                description="by which the server at `url` knows it; by default "
+                "`CodeGoat24/UnifiedReward-7b-v1.5`, `CodeGoat24/UnifiedReward-2.0-qwen3vl-8b`"
+            ),
+        ] = None,
+        api_key_env: ApiKeyEnv = None,
+        image_size: Annotated[
+            int, Field(ge=1, description="both sides are resized to it, as for published scores")
+        ] = 512,
+        concurrency: Concurrency = 16,
+        timeout_s: Timeout = 60.0,
+        max_tokens: MaxTokens = 512,
+        retries: JudgeRetries = 2,
     ) -> None:
-        if version not in VERSIONS:
-            raise ValueError(f"unknown version {version!r}; known: {', '.join(VERSIONS)}")
         self._version, self._question = VERSIONS[version], QUESTIONS[version]
         if launch is None:
             model = model or self._version.model
@@ -124,6 +131,11 @@ class UnifiedReward:
         check_lengths(images, prompts, metadata)
         questions = [self._question.replace("{prompt}", prompt) for prompt in prompts]
         return self._judge.scores(images, questions, self._version.score)
+
+    @staticmethod
+    def check_options(options: Mapping[str, Any]) -> None:
+        """ValueError unless it is clear whom to ask."""
+        JudgeClient.check_options(options)
 
     def golden(self) -> Rankings:
         """A picture drawn as its prompt says, and noise."""

@@ -12,63 +12,72 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from flowgrpo_ray.rewards.http import check_lengths
-from flowgrpo_ray.rewards.judge_client import LIKELIEST, Answer, JudgeClient
+from flowgrpo_ray.rewards.http import Timeout, check_lengths
+from flowgrpo_ray.rewards.judge_client import (
+    LIKELIEST,
+    Answer,
+    ApiKeyEnv,
+    Concurrency,
+    ImageSize,
+    JudgeClient,
+    JudgeRetries,
+    JudgeUrl,
+    Launch,
+    MaxTokens,
+    ServedModel,
+)
 
-ANSWERS = ("number", "yes_no", "digits")
 LAST_NUMBER = r"(-?\d+(?:\.\d+)?)(?!.*\d)"
 PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 
 
 class VlmJudge:
-    """Asks your question about each image.
-
-    question: with `{prompt}` and any metadata key in braces, as `{style}`; braces are doubled.
-    answer: `number` reads one by `pattern`, `yes_no` and `digits` weigh the first token.
-    low, high: numbers that are worth 0 and 1; for `digits` single ones.
-    pattern: finds the number, its first group or all of it; default: the last one.
-    url: of a running server, without the `/v1`. Either this or `launch` must be given.
-    launch: options of the server to start (`judge_server.JudgeServer`), `model` first of all.
-    model: by which the server at `url` knows the model.
-    api_key_env: name of the environment variable with the key of the server at `url`.
-    image_size: to which both sides are resized; by default images are sent as they are.
-    concurrency: requests in flight.
-    timeout_s: of one request.
-    max_tokens: of one answer.
-    retries: of an answer without a number, and of a request that failed.
-    """
+    """Asks your question about each image."""
 
     def __init__(
         self,
-        question: str,
-        answer: str = "number",
-        low: float = 0,
-        high: float = 10,
-        pattern: str = LAST_NUMBER,
-        url: str | None = None,
-        launch: Mapping[str, Any] | None = None,
-        model: str | None = None,
-        api_key_env: str | None = None,
-        image_size: int | None = None,
-        concurrency: int = 16,
-        timeout_s: float = 60.0,
-        max_tokens: int = 512,
-        retries: int = 2,
+        question: Annotated[
+            str,
+            Field(
+                description="with `{prompt}` and any metadata key in braces, as `{style}`; braces "
+                "are doubled"
+            ),
+        ],
+        answer: Annotated[
+            Literal["number", "yes_no", "digits"],
+            Field(description="`number` is read by `pattern`; the others weigh the first token"),
+        ] = "number",
+        low: Annotated[
+            float, Field(description="the number that is worth 0; for `digits` from 0 to 9")
+        ] = 0,
+        high: Annotated[
+            float, Field(description="the number that is worth 1; what lies beyond is no answer")
+        ] = 10,
+        pattern: Annotated[
+            str,
+            Field(
+                description="regular expression that finds the number: its first group, or all of "
+                "it; by default the last number"
+            ),
+        ] = LAST_NUMBER,
+        url: JudgeUrl = None,
+        launch: Launch = None,
+        model: ServedModel = None,
+        api_key_env: ApiKeyEnv = None,
+        image_size: Annotated[
+            ImageSize, Field(description="both sides are resized to it; else images go as they are")
+        ] = None,
+        concurrency: Concurrency = 16,
+        timeout_s: Timeout = 60.0,
+        max_tokens: MaxTokens = 512,
+        retries: JudgeRetries = 2,
     ) -> None:
-        if answer not in ANSWERS:
-            raise ValueError(f"unknown answer {answer!r}; known: {', '.join(ANSWERS)}")
-        if not low < high:
-            raise ValueError(f"low = {low} must be below high = {high}")
-        if answer == "digits" and not {low, high} <= set(range(10)):
-            raise ValueError(f"low = {low} and high = {high}: for digits single ones, from 0 to 9")
-        try:
-            self._pattern = re.compile(pattern, re.DOTALL)
-        except re.error as error:
-            raise ValueError(f"pattern = {pattern!r} is no regular expression: {error}") from error
+        self._pattern = re.compile(pattern, re.DOTALL)
         self._question, self._answer, self._low, self._high = question, answer, low, high
         single = answer != "number"
         self._judge = JudgeClient(
@@ -97,6 +106,24 @@ class VlmJudge:
         asked = [ask(self._question, *of) for of in zip(prompts, metadata, strict=True)]
         likeliest = 0 if self._answer == "number" else LIKELIEST
         return self._judge.scores(images, asked, self._worth, likeliest=likeliest)
+
+    @staticmethod
+    def check_options(options: Mapping[str, Any]) -> None:
+        """ValueError for a scale or a pattern that finds no number, and as of every judge."""
+        low, high, pattern = options["low"], options["high"], options["pattern"]
+        if not low < high:
+            raise ValueError(f"low = {low:g} must be below high = {high:g}")
+        if options["answer"] == "digits" and not {low, high} <= set(range(10)):
+            raise ValueError(
+                f"low = {low:g} and high = {high:g}: for digits single ones, from 0 to 9"
+            )
+        try:
+            re.compile(pattern, re.DOTALL)
+        except re.error as error:
+            raise ValueError(f"pattern = {pattern!r} is no regular expression: {error}") from error
+        JudgeClient.check_options(options)
+        if options["launch"] is None and options["model"] is None:
+            raise ValueError("url needs model, by which the server knows it")
 
     @staticmethod
     def check_prompt(

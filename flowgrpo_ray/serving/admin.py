@@ -24,7 +24,8 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from flowgrpo_ray.common.errors import ClusterError, RewardError, SpecError, token_refused
-from flowgrpo_ray.rewards import check_options, nearest
+from flowgrpo_ray.common.own_classes import nearest
+from flowgrpo_ray.rewards import check_options
 from flowgrpo_ray.rewards.environments import python_of
 from flowgrpo_ray.serving.args import RewardServiceArgs
 from flowgrpo_ray.serving.types import ReplicaStats, app_name

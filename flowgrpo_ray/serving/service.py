@@ -24,7 +24,7 @@ from flowgrpo_ray.common.errors import RewardError
 from flowgrpo_ray.common.gpus import hide_gpus
 from flowgrpo_ray.common.images import decode_rgb
 from flowgrpo_ray.common.loopback import is_loopback
-from flowgrpo_ray.rewards import build, checked, describe, is_over_group, prompt_check
+from flowgrpo_ray.rewards import build, check_options, checked, describe, is_over_group, prompt_check
 from flowgrpo_ray.rewards.environments import python_of
 from flowgrpo_ray.rewards.golden import Golden, Rankings, check_golden, golden_of, score_golden
 from flowgrpo_ray.serving import metric_table as table
@@ -327,6 +327,7 @@ HttpRewardReplica = serve.ingress()(RewardReplica)
 
 def app(args: RewardServiceArgs) -> serve.Application:
     """The application of one reward: the `import_path` of a Serve config file."""
+    check_options(args.reward, args.options)
     actor: dict[str, Any] = {
         "num_cpus": args.cpus,
         "num_gpus": args.gpus,

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Tag, ValidationError
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.own_classes import look_in
 from flowgrpo_ray.common.paths import PACKAGE
+from flowgrpo_ray.common.strict import mistake, mistakes, short, word
 from flowgrpo_ray.spec.objective import OWN
 from flowgrpo_ray.spec.training import TrainingSpec
 
@@ -26,8 +27,6 @@ RECIPES = PACKAGE / "recipes"
 
 MOST_BYTES = 2**17  # of a spec; the longest recipe has 2,000
 DEEPEST = 32  # levels of keys and lists; a spec has five
-MOST_MISTAKES = 20  # told at once
-LONGEST_VALUE = 200  # characters of a value in a message
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]{0,24})")
 FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?)")
 
@@ -99,7 +98,7 @@ def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
     if text.lower().lstrip("+-") in (".inf", ".nan"):
         return float(text.replace(".", ""))
     line = node.start_mark.line + 1
-    raise SpecError(f"line {line}: {_short(text)} is no decimal number; a text wants quotes")
+    raise SpecError(f"line {line}: {short(text)} is no decimal number; a text wants quotes")
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
@@ -145,10 +144,7 @@ def validate(data: Any, source: str) -> TrainingSpec:
     try:
         return TrainingSpec.model_validate_json(json.dumps(data, ensure_ascii=False).encode())
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()[:MOST_MISTAKES]]
-        if error.error_count() > MOST_MISTAKES:
-            lines.append(f"and {error.error_count() - MOST_MISTAKES} more mistakes")
-        raise SpecError(f"{source}:\n  " + "\n  ".join(lines)) from error
+        raise SpecError(f"{source}:\n  " + "\n  ".join(mistakes(error, _explain))) from error
     except UnicodeEncodeError as error:
         text = error.object[error.start : error.end]
         raise SpecError(f"{source}: {text!r} in a text is half of a character") from error
@@ -191,19 +187,14 @@ def _override(data: dict[str, Any], override: str) -> None:
 def _explain(problem: Any) -> str:
     """One line for one pydantic error: key, what is wrong, the value found."""
     location = _without_tags(problem["loc"])
-    key = ".".join(_word(part) for part in location)
+    key = ".".join(word(part) for part in location)
     if problem["type"] == "extra_forbidden":
         *parents, last = problem["loc"]
         of_kind = f" for kind {parents[-1]}" if _ends_in_tag(parents) else ""
         return f"{key}: unknown key{of_kind}; {_hint(last, _keys_at(parents), 'known keys')}"
-    if problem["type"] == "missing":
-        return f"{key}: this key is required"
     if problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
         return _explain_kind(problem, key)
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}: {message}, not {_short(problem['input'])}"
+    return mistake(key, problem)
 
 
 def _explain_kind(problem: Any, key: str) -> str:
@@ -211,23 +202,12 @@ def _explain_kind(problem: Any, key: str) -> str:
     kinds = [kind for o in _options(_annotation(problem["loc"])) for kind in _kinds(o)]
     given = problem["input"]
     if not isinstance(given, dict):
-        return f"{key}: write it as a mapping with its kind, not {_short(given)}"
+        return f"{key}: write it as a mapping with its kind, not {short(given)}"
     if problem["type"] == "union_tag_not_found":
         return f"{key}.kind: this key is required; kinds: {', '.join(kinds)}"
     kind = given["kind"]
     own = f"; your own class: {OWN!r}" if key == "objective" else ""
-    return f"{key}.kind: unknown kind {_short(kind)}; {_hint(kind, kinds, 'kinds')}{own}"
-
-
-def _word(part: str | int) -> str:
-    """A key as it may stand on a screen: one that holds control characters is quoted."""
-    text = str(part)
-    return text if text.isprintable() and len(text) <= LONGEST_VALUE else _short(text)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"
+    return f"{key}.kind: unknown kind {short(kind)}; {_hint(kind, kinds, 'kinds')}{own}"
 
 
 def _hint(word: Any, known: Sequence[str], all_of_them: str) -> str:

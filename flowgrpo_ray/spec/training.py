@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from flowgrpo_ray.algorithm.objectives import FlowGrpo
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.strict import Strict
-from flowgrpo_ray.rewards import resolve
+from flowgrpo_ray.rewards import check_options
 from flowgrpo_ray.spec.cluster import ActorsSpec, ClusterSpec
 from flowgrpo_ray.spec.objective import ObjectiveField
 from flowgrpo_ray.spec.sampling import SamplingSpec
@@ -61,10 +61,10 @@ class TrainingSpec(Strict):
     tracking: TrackingSpec = TrackingSpec()
 
     @model_validator(mode="after")
-    def _rewards_exist(self) -> TrainingSpec:
+    def _rewards_can_be_built(self) -> TrainingSpec:
         for name, reward in self.rewards.items():
             try:
-                resolve(reward.reward or name)
+                check_options(reward.reward or name, reward.options)
             except SpecError as error:
                 raise ValueError(f"rewards.{name}: {error}") from error
         if not any(reward.weight for reward in self.rewards.values()):

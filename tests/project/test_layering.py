@@ -51,7 +51,7 @@ OWNERS = {
     "peft": {"policies"},
     "rapidocr": {"rewards"},
     "safetensors": {"policies", "rewards", "run/checkpoint", "estimate/footprint"},
-    "pydantic": {"common/strict", "algorithm/objectives", "spec", "serving"},
+    "pydantic": {"common/strict", "rewards", "algorithm/objectives", "spec", "serving"},
     "fastapi": {"view/monitor", "view/guard", "serving/http"},
     "uvicorn": {"view/monitor"},
     "matplotlib": {"rewards/signs"},

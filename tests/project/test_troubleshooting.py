@@ -48,6 +48,7 @@ PARTS = {
     "rewards.environments._misfits",
     "algorithm.gate.OnPolicyGate._mismatches",
     "spec.file._explain",
+    "common.strict.mistake",
     "spec.file._explain_kind",
 }
 

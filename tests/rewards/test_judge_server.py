@@ -277,10 +277,10 @@ def test_a_real_server_scores_restarts_and_ends_with_its_owner(pytestconfig, tmp
 @pytest.mark.parametrize(
     ("launch", "message"),
     [
-        ({"model": "m", "server": "vllm"}, "unknown server 'vllm'; known: sglang, transformers"),
-        ({"server": "transformers"}, "launch needs model"),
-        ({"model": "m", "port": 1}, "launch has no option 'port'; options: model, server, "),
-        ({"model": "m", "window_s": 0}, "window_s must be above 0, got 0"),
+        ({"model": "m", "server": "vllm"}, "launch: option server: .*'transformers', not 'vllm'"),
+        ({"server": "transformers"}, "launch: option model: this key is required"),
+        ({"model": "m", "port": 1}, "launch: no option 'port'; options: model, server, "),
+        ({"model": "m", "window_s": 0}, "launch: option window_s: .*greater than 0, not 0"),
     ],
 )
 def test_options_that_cannot_work_are_refused(launch, message):

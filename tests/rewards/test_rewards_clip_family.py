@@ -87,9 +87,6 @@ def test_clipscore_refuses_what_cannot_work(clip, batch):
     assert reward(images[:0], [], []).shape == (0,)
     with pytest.raises(ValueError, match="4 images, 3 prompts"):
         reward(images, prompts[1:], metadata)
-    for options in ({"dtype": "float8"}, {"batch": 0}):
-        with pytest.raises(ValueError, match=r"dtype 'float8'|batch must be at least 1"):
-            ClipScoreReward(clip, **options)
     with pytest.raises(ModelError, match=r"^path = '/none': there is no such folder"):
         ClipScoreReward("/none", device="cpu")
 
@@ -200,7 +197,7 @@ def test_a_head_on_a_hub_that_cannot_be_reached_or_in_no_place_at_all(clip, tmp_
     for place in ("nobody/nothing", str(tmp_path)):
         with pytest.raises(ModelError, match=rf"(?s)^head = '{place}': .*that holds '{name}'"):
             AestheticReward(place, clip=clip, device="cpu")
-    with pytest.raises(SpecError, match="missing a required argument: 'head'"):
+    with pytest.raises(SpecError, match="head: this key is required"):
         build("aesthetic", {})
 
 

@@ -455,7 +455,7 @@ def test_without_paddleocr_the_environment_is_named():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "tesseract"}, "unknown engine 'tesseract'; known: rapidocr, paddleocr"),
+        ({"engine": "tesseract"}, "engine: .*'rapidocr' or 'paddleocr', not 'tesseract'"),
         ({"det_model": "x"}, "det_model and rec_model are for engine: paddleocr"),
         ({"rec_model": "x"}, "det_model and rec_model are for engine: paddleocr"),
         (
@@ -463,7 +463,7 @@ def test_without_paddleocr_the_environment_is_named():
             "rec_width is for the default",
         ),
         ({"engine": "paddleocr", "det_model": "x", "detect": False}, "det_model finds lines"),
-        ({"threads": 0}, "threads must be at least 1"),
+        ({"threads": 0}, "threads: .*greater than or equal to 1, not 0"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options, message):

@@ -132,14 +132,14 @@ def test_what_is_asked_again_may_be_answered_otherwise():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"answer": "maybe"}, "unknown answer 'maybe'; known: number, yes_no, digits"),
+        ({"answer": "maybe"}, "answer: .*'yes_no' or 'digits', not 'maybe'"),
         ({"low": 3, "high": 3}, "low = 3 must be below high = 3"),
         ({"answer": "digits", "high": 10}, "for digits single ones, from 0 to 9"),
         ({"pattern": "("}, "is no regular expression"),
         ({"model": None}, "url needs model"),
         ({"url": None}, "give either url"),
         ({"url": None, "launch": {"model": "m"}}, "launch has its own model"),
-        ({"image_size": 0}, "image_size must be at least 1"),
+        ({"image_size": 0}, "image_size: .*greater than or equal to 1"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options, message):

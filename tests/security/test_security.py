@@ -184,8 +184,9 @@ def test_a_judge_is_started_by_an_environments_python_alone(tmp_path: Path):
     program.chmod(0o755)
     with pytest.raises(ValueError, match="not of an environment"):
         JudgeServer("m", python=str(program))
-    with pytest.raises(ValueError, match="code that a model brings"):
-        JudgeServer("m", python=sys.executable, arguments=["--trust-remote-code"])
+    launch = {"model": "m", "python": sys.executable, "arguments": ["--trust-remote-code"]}
+    with pytest.raises(SpecError, match="code that a model brings"):
+        build("unified_reward", {"launch": launch})
     assert not mark.exists()
 
 
