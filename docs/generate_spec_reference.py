@@ -1,20 +1,27 @@
-"""Writes the key tables of docs/spec.md from the JSON schema of a training spec.
+"""Writes the key tables of docs/spec.md from the JSON schema of a training spec, and the tables of
+options in docs/reward-catalogue.md from what the constructors of rewards declare.
 
-With ``--check`` it writes nothing and exits with status 1 if the tables are stale.
+With ``--check`` it writes nothing and exits with status 1 if tables are stale.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowgrpo_ray.rewards import resolve
+from flowgrpo_ray.rewards.judge_server import JudgeServer
+from flowgrpo_ray.rewards.options import options_model
 from flowgrpo_ray.spec.training import TrainingSpec
 
 PAGE = Path(__file__).with_name("spec.md")
 BEGIN, END = "<!-- spec-reference: begin -->", "<!-- spec-reference: end -->"
+CATALOGUE = Path(__file__).with_name("reward-catalogue.md")
+OPTIONS = re.compile(r"(<!-- options of (\w+): begin -->\n).*?(<!-- options: end -->)", re.S)
 
 # Keys whose schema has no description yet. One that gets it there must go from here.
 MEANINGS = {
@@ -186,16 +193,36 @@ def _meaning(place: str, section: str | None, value: Schema, used: set[str]) -> 
     return said.replace("|", "\\|")
 
 
-def main() -> None:
+def options_of(reward: str) -> str:
+    """The table of a reward's options; ``launch`` are those of a judge's server."""
+    cls = JudgeServer if reward == "launch" else resolve(reward)
+    schema = options_model(cls).model_json_schema()
+    rows = [
+        f"| `{name}` | {_values(value)} | {_default(name, value, schema, [])} "
+        f"| {_meaning(f'{reward}.{name}', None, value, set())} |"
+        for name, value in schema["properties"].items()
+    ]
+    head = "\n| option | values | default | meaning |\n| --- | --- | --- | --- |\n"
+    return head + "\n".join(rows)
+
+
+def pages() -> Iterator[tuple[Path, str, str]]:
+    """Each page with generated parts, as it is and as it should be."""
     page = PAGE.read_text("utf-8")
     head, _, rest = page.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    fresh = f"{head}{BEGIN}\n\n{render()}\n{END}{tail}"
-    if "--check" in sys.argv[1:]:
-        if fresh != page:
-            sys.exit(f"{PAGE.name} is stale: run python docs/generate_spec_reference.py")
-    else:
-        PAGE.write_text(fresh, encoding="utf-8")
+    yield PAGE, page, f"{head}{BEGIN}\n\n{render()}\n{END}{tail}"
+    page = CATALOGUE.read_text("utf-8")
+    yield CATALOGUE, page, OPTIONS.sub(lambda m: f"{m[1]}{options_of(m[2])}\n\n{m[3]}", page)
+
+
+def main() -> None:
+    for path, page, fresh in pages():
+        if fresh == page:
+            continue
+        if "--check" in sys.argv[1:]:
+            sys.exit(f"{path.name} is stale: run python docs/generate_spec_reference.py")
+        path.write_text(fresh, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ JudgeUrl = Annotated[
 ]
 Launch = Annotated[
     Annotated[Mapping[str, Any], AfterValidator(partial(arguments_of, JudgeServer))] | None,
-    Field(description="the server that each replica starts for itself: [`launch`](#launch)"),
+    Field(description="the server that each replica starts for itself: table of `launch`"),
 ]
 ServedModel = Annotated[str | None, Field(description="by which the server at `url` knows it")]
 ApiKeyEnv = Annotated[

@@ -91,7 +91,8 @@ class JudgeServer:
             ),
         ] = None,
         chat_template: Annotated[
-            str | None, Field(description="that sglang is to use in place of the model's own")
+            str | None,
+            Field(description="of sglang; by default `chatml-llava` for `unified_reward` 1.5"),
         ] = None,
         arguments: Annotated[
             Sequence[str],
@@ -108,7 +109,7 @@ class JudgeServer:
         ] = 900.0,
         health_timeout_s: Annotated[
             float,
-            Field(gt=0, description="within which it must say so; sglang gives up after 20 s"),
+            Field(gt=0, description="until it must say so; sglang gives up after 20 s"),
         ] = 30.0,
         max_restarts: Annotated[
             int, Field(ge=0, description="within `window_s`; then calls fail, with the log's end")

@@ -83,7 +83,8 @@ class UnifiedReward:
         url: JudgeUrl = None,
         launch: Launch = None,
         version: Annotated[
-            Literal["1.5", "2.0"], Field(description="of the question and of the scale")
+            Literal["1.5", "2.0"],
+            Field(description='of the question and of the scale: a text, `"1.5"`'),
         ] = "1.5",
         model: Annotated[
             ServedModel,
