@@ -39,7 +39,7 @@ class Options(Strict):
         return self
 
     def given(self) -> dict[str, Any]:
-        """Those that do not have their default by not being named."""
+        """Those that were named, without the defaults."""
         return self._values(self.model_fields_set)
 
     def _values(self, fields: Iterable[str]) -> dict[str, Any]:
