@@ -144,9 +144,5 @@ def weighted_total(
     return total.astype(np.float32)
 
 
-def _any(options: Mapping[str, Any]) -> None:
-    """The check of options that go well together in any way."""
-
-
 def _accept(prompt: str, metadata: Mapping[str, Any]) -> None:
     """The prompt check of a reward that has none of its own."""

@@ -11,13 +11,24 @@ meets twice as many others as there are rounds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
-from flowgrpo_ray.rewards.bounds import check_counts
-from flowgrpo_ray.rewards.http import check_lengths
-from flowgrpo_ray.rewards.judge_client import LIKELIEST, Answer, JudgeClient
+from flowgrpo_ray.rewards.http import Timeout, check_lengths
+from flowgrpo_ray.rewards.judge_client import (
+    LIKELIEST,
+    Answer,
+    ApiKeyEnv,
+    Concurrency,
+    ImageSize,
+    JudgeClient,
+    JudgeRetries,
+    JudgeUrl,
+    Launch,
+    ServedModel,
+)
 from flowgrpo_ray.rewards.vlm_judge import ask
 
 QUESTION = (
@@ -28,36 +39,29 @@ QUESTION = (
 
 
 class PairwiseJudge:
-    """Asks which of two images of a group is better.
-
-    question: with `{prompt}` and any metadata key in braces; the answer must begin with 1 or 2.
-    rounds: an image meets twice as many others, or all.
-    url: of a running server, without the `/v1`. Either this or `launch` must be given.
-    launch: options of the server to start (`judge_server.JudgeServer`), `model` first of all.
-    model: by which the server at `url` knows the model.
-    api_key_env: name of the environment variable with the key of the server at `url`.
-    image_size: to which both sides are resized; by default images are sent as they are.
-    concurrency: requests in flight.
-    timeout_s: of one request.
-    retries: of an answer without a digit, and of a request that failed.
-    """
+    """Asks which of two images of a group is better."""
 
     over_group = True
 
     def __init__(
         self,
-        question: str = QUESTION,
-        rounds: int = 3,
-        url: str | None = None,
-        launch: Mapping[str, Any] | None = None,
-        model: str | None = None,
-        api_key_env: str | None = None,
-        image_size: int | None = None,
-        concurrency: int = 16,
-        timeout_s: float = 60.0,
-        retries: int = 2,
+        question: Annotated[
+            str,
+            Field(
+                description="with `{prompt}` and any metadata key in braces; the answer must begin "
+                "with 1 or 2"
+            ),
+        ] = QUESTION,
+        rounds: Annotated[int, Field(ge=1, description="an image meets twice as many, or all")] = 3,
+        url: JudgeUrl = None,
+        launch: Launch = None,
+        model: ServedModel = None,
+        api_key_env: ApiKeyEnv = None,
+        image_size: ImageSize = None,
+        concurrency: Concurrency = 16,
+        timeout_s: Timeout = 60.0,
+        retries: JudgeRetries = 2,
     ) -> None:
-        check_counts(rounds=rounds)
         self._question, self._rounds = question, rounds
         self._judge = JudgeClient(
             url=url,
@@ -96,6 +100,13 @@ class PairwiseJudge:
                 won[one], won[other] = won[one] + chance, won[other] + 1 - chance
                 met[[one, other]] += 1
         return np.where(met > 0, won / np.maximum(met, 1), np.nan).astype(np.float32)
+
+    @staticmethod
+    def check_options(options: Mapping[str, Any]) -> None:
+        """ValueError unless it is clear whom to ask, by which name."""
+        JudgeClient.check_options(options)
+        if options["launch"] is None and options["model"] is None:
+            raise ValueError("url needs model, by which the server knows it")
 
     @staticmethod
     def check_prompt(prompt: str, metadata: Mapping[str, Any], options: Mapping[str, Any]) -> None:

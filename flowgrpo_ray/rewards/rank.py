@@ -11,25 +11,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
+from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.rewards import build, check_options, is_over_group, prompt_check
 from flowgrpo_ray.rewards.golden import Rankings, golden_of
 
 
 class RankReward:
-    """Ranks the images of a group by another reward.
-
-    reward: the one that scores each image: built in, or module:Class.
-    options: of that reward.
-    """
+    """Ranks the images of a group by another reward."""
 
     over_group = True
 
-    def __init__(self, reward: str, options: Mapping[str, Any] | None = None) -> None:
-        _check_pointwise(reward)
+    def __init__(
+        self,
+        reward: Annotated[
+            str, Field(description="the one that scores each image: built in, or `module:Class`")
+        ],
+        options: Annotated[Mapping[str, Any] | None, Field(description="of that reward")] = None,
+    ) -> None:
         self._reward = build(reward, options)
 
     def __call__(
@@ -51,10 +54,14 @@ class RankReward:
 
     @staticmethod
     def check_options(options: Mapping[str, Any]) -> None:
-        """SpecError for options that the ranked reward does not take; ValueError for one that
-        cannot be ranked."""
-        _check_pointwise(options["reward"])
-        check_options(options["reward"], options.get("options") or {})
+        """ValueError for a reward that cannot be ranked, or that does not take its options."""
+        name = options["reward"]
+        try:
+            if is_over_group(name):
+                raise ValueError(f"reward = {name!r} compares images itself: rank a pointwise one")
+            check_options(name, options["options"] or {})
+        except SpecError as error:
+            raise ValueError(str(error)) from error
 
     def golden(self) -> Rankings:
         """Those of the ranked reward; its scores have no bounds here."""
@@ -71,8 +78,3 @@ def ranks(scores: np.ndarray) -> np.ndarray:
     found = np.full(len(scores), np.nan, np.float32)
     found[valid] = (below + (equal - 1) / 2) / (len(of_valid) - 1) if len(of_valid) > 1 else 0.5
     return found
-
-
-def _check_pointwise(reward: str) -> None:
-    if is_over_group(reward):
-        raise ValueError(f"reward = {reward!r} compares images itself: rank one that scores each")

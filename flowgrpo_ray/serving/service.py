@@ -24,7 +24,14 @@ from flowgrpo_ray.common.errors import RewardError
 from flowgrpo_ray.common.gpus import hide_gpus
 from flowgrpo_ray.common.images import decode_rgb
 from flowgrpo_ray.common.loopback import is_loopback
-from flowgrpo_ray.rewards import build, check_options, checked, describe, is_over_group, prompt_check
+from flowgrpo_ray.rewards import (
+    build,
+    check_options,
+    checked,
+    describe,
+    is_over_group,
+    prompt_check,
+)
 from flowgrpo_ray.rewards.environments import python_of
 from flowgrpo_ray.rewards.golden import Golden, Rankings, check_golden, golden_of, score_golden
 from flowgrpo_ray.serving import metric_table as table

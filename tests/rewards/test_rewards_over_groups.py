@@ -15,7 +15,7 @@ from scripted_server import scripted
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.rewards import build, check_options, is_over_group, prompt_check
 from flowgrpo_ray.rewards.golden import check_golden, golden_of, score_golden
-from flowgrpo_ray.rewards.pairwise_judge import PairwiseJudge, pairs
+from flowgrpo_ray.rewards.pairwise_judge import pairs
 from flowgrpo_ray.rewards.rank import ranks
 
 NAN = math.nan
@@ -106,7 +106,7 @@ def test_both_orders_cancel_what_a_judge_has_for_the_first_image():
     """The lighter one wins with (0.9 + 1 - 0.3) / 2 = 0.8, of each of its three meetings."""
     images = np.stack([np.full((4, 4, 3), level, np.uint8) for level in (200, 10, 90, 150)])
     with scripted(prefers_light) as server:
-        judge = PairwiseJudge(url=server.url, model="mine")
+        judge = build("pairwise_judge", {"url": server.url, "model": "mine"})
         scores = judge(images, ["a"] * 4, [{}] * 4)
         judge.close()
     np.testing.assert_allclose(scores, [0.8, 0.2, 0.4, 0.6], rtol=1e-6)
@@ -122,7 +122,7 @@ def test_a_meeting_without_an_answer_counts_for_nobody():
 
     images = np.stack([np.full((4, 4, 3), level, np.uint8) for level in (200, 10, 90)])
     with scripted(shy) as server:
-        judge = PairwiseJudge(url=server.url, model="mine", retries=0)
+        judge = build("pairwise_judge", {"url": server.url, "model": "mine", "retries": 0})
         scores = judge(images, ["a"] * 3, [{}] * 3)
         alone = judge(images[:1], ["a"], [{}])
         judge.close()

@@ -45,7 +45,7 @@ def row(iteration: int, colours: Prompts, total: Prompts) -> dict[str, Any]:
     """Of an evaluation, as far as the watch reads it: a score per prompt."""
     per_prompt = {"rewards": {"sign_colour": colours}, "total": total}
     missing = sum(not (math.isfinite(c) if c is not None else False) for c in colours)
-    unscored = {"sign_colour": missing}
+    unscored = {"sign_colour": missing, "second": 0}
     return {
         **{"kind": "eval", "iteration": iteration, "unscored": unscored},
         "per_prompt": per_prompt,
@@ -259,6 +259,7 @@ def test_a_prompt_without_a_value_is_left_out_of_both(nothing: float | None, whe
 def test_an_evaluation_of_which_half_is_lost_does_not_count(lost: int):
     rows = rows_of([1.0, 5.0, 0.9, 0.1], [0.1, 0.2, 0.3, 0.4])
     rows[1]["per_prompt"]["rewards"]["sign_colour"][:lost] = [None] * lost
+    rows[1]["unscored"]["sign_colour"] = lost
     watch = Watch(spec_of(window=2))
     first, second, third, fourth = (watch.see(one) for one in rows)
     assert first == second == {}
