@@ -7,6 +7,10 @@ take turns, because machines drift; medians over the rounds are printed, and rat
 Bytes are those that crossed sockets of this machine, from the counters of its loopback interface:
 what shared memory hands over is not among them.
 
+Then many calls over HTTP come at once, of one image each, to a reward with its default arguments:
+their wall time against that of the same calls, 16 at a time, which take turns with them, and
+against the time that the reward worked.
+
     .venv/bin/python benchmarks/rewards.py [--rounds 5] [--seconds 2] [--out FILE.json]
 """
 
@@ -42,6 +46,8 @@ REWARDS = {
     "ocr": {"small": {"detect": False}, "512": {"detect": True}},
 }
 PROMPT = 'red sign "407"'
+CROWDS, AT_A_TIME = (65, 200), 16
+CROWDED = "crowded"  # the deployment that many call at once
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,7 @@ def deploy(port: int) -> None:
         for size, options in sizes.items()
         for replicas in (1, 2)
     ]
+    args.append(RewardServiceArgs(name=CROWDED, reward="ocr", options={"detect": False}, cpus=0.0))
     start_rewards(args, http_port=port, deadline_s=300)
 
 
@@ -182,6 +189,7 @@ def main() -> None:
     for reward, sizes in REWARDS.items():
         for size in sizes:
             rows += measure(Bench(reward, size, port), options.rounds, options.seconds)
+    rows += [crowd(port, calls, options.rounds) for calls in CROWDS]
     ray.shutdown()
     if options.out:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
@@ -204,6 +212,63 @@ def measure(bench: Bench, count: int, seconds: float) -> list[dict[str, object]]
             flush=True,
         )
     return rows
+
+
+def crowd(port: int, calls: int, rounds: int) -> dict[str, object]:
+    """Prints and returns what `calls` calls at once take."""
+    post = httpx.Request(
+        "POST",
+        f"http://127.0.0.1:{port}/{CROWDED}/score",
+        headers={"Connection": "close"},
+        data={"prompts": json.dumps([PROMPT])},
+        files={"images": ("0.png", png(render_plain("407", "red", SIZES["small"])))},
+    )
+    lines = [f"POST {post.url.path} HTTP/1.1", *(f"{k}: {v}" for k, v in post.headers.items())]
+    request = "\r\n".join([*lines, "", ""]).encode() + post.read()
+
+    async def ask(room: asyncio.Semaphore) -> None:
+        """Over a bare socket: a client's own pool of 200 connections would take more than all."""
+        async with room:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(request)
+            answer = await reader.read()
+            writer.close()
+            assert answer.startswith(b"HTTP/1.1 200 "), answer
+
+    async def all_of_them(at_once: int) -> None:
+        room = asyncio.Semaphore(at_once)
+        await asyncio.gather(*[ask(room) for _ in range(calls)])
+
+    def timed(at_once: int) -> tuple[float, float]:
+        worked, began = busy(), time.perf_counter()
+        asyncio.run(all_of_them(at_once))
+        wall = time.perf_counter() - began
+        return wall, busy() - worked
+
+    rows = [(timed(AT_A_TIME), timed(calls)) for _ in range(rounds)]
+    row = {
+        "reward": CROWDED,
+        "calls": calls,
+        "at_once_s": median(at_once for _, (at_once, _) in rows),
+        "of_few_at_a_time": median(at_once / few for (few, _), (at_once, _) in rows),
+        "of_work": median(at_once / work for _, (at_once, work) in rows),
+    }
+    print(
+        f"{calls} calls over HTTP at once: {row['at_once_s']:.2f} s, {row['of_few_at_a_time']:.2f} "
+        f"of {AT_A_TIME} at a time, {row['of_work']:.2f} of the reward's own time",
+        flush=True,
+    )
+    return row
+
+
+def busy() -> float:
+    """Seconds that the crowded reward has worked since it started."""
+    from ray import serve
+
+    from flowgrpo_ray.serving.types import app_name
+
+    (stats,) = serve.get_app_handle(app_name(CROWDED)).broadcast("stats").results(timeout_s=60)
+    return stats.busy_s
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter, OrderedDict
+from contextlib import suppress
 from typing import Any
 
 from ray.serve.request_router import (
@@ -16,6 +17,7 @@ from ray.serve.request_router import (
 )
 
 REMEMBERED_CALLS = 10_000
+LOOK_AGAIN_S = 0.25  # other callers' ends, and new replicas, are not told
 
 
 class RetryElsewhere(LocalityMixin, RequestRouter):
@@ -25,6 +27,10 @@ class RetryElsewhere(LocalityMixin, RequestRouter):
     others holds all up. The queue lengths that Serve knows are those before the burst, or of one
     that is over: calls are counted here from the moment that they have a replica. A call is told by
     its argument `call`. All this lives in the process of the caller.
+
+    A call for which no replica has room tries again when one of this process's own has ended. Serve
+    would let it wait for longer and longer (up to 0.5 s), while replicas have nothing to do; or,
+    from a router that does not ask for that, try again without any pause.
     """
 
     # Serve passes over a replica that does not tell its queue length in 0.1 s: too short on a busy
@@ -35,6 +41,7 @@ class RetryElsewhere(LocalityMixin, RequestRouter):
         super().__init__(*args, **kwargs)
         self._tried: OrderedDict[str, set[ReplicaID]] = OrderedDict()
         self._ongoing: dict[str, tuple[asyncio.Future[Any], ReplicaID]] = {}  # by Serve's own id
+        self._ended = asyncio.Event()  # replaced by another when it is set
 
     async def choose_replicas(
         self,
@@ -42,6 +49,9 @@ class RetryElsewhere(LocalityMixin, RequestRouter):
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
         """Each replica as a rank of its own, the least busy first."""
+        if pending_request and self._found_no_room(pending_request):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), LOOK_AGAIN_S)
         tried = self._tried.get(_call(pending_request), set())
         fresh = [r for r in candidate_replicas if r.replica_id not in tried]
         among = fresh or candidate_replicas
@@ -59,6 +69,11 @@ class RetryElsewhere(LocalityMixin, RequestRouter):
             self._ongoing[key] = pending_request.future, ranked[0].replica_id
         return [[replica] for replica in ranked]
 
+    def _found_no_room(self, request: PendingRequest) -> bool:
+        """Whether it was given replicas before and went to none of them."""
+        before = self._ongoing.get(request.metadata.internal_request_id)
+        return before is not None and before[0] is request.future
+
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
     ) -> None:
@@ -75,6 +90,8 @@ class RetryElsewhere(LocalityMixin, RequestRouter):
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Answered or failed: the replica has one less."""
         self._ongoing.pop(internal_request_id, None)
+        self._ended.set()
+        self._ended = asyncio.Event()
 
 
 def _call(request: PendingRequest | None) -> str:

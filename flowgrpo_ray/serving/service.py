@@ -6,12 +6,12 @@ it for a Serve config file and for a driver alike.
 # Serve reads the annotation of `app` at run time, so annotations are not postponed in this module.
 
 import asyncio
+import math
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +36,7 @@ from flowgrpo_ray.rewards.environments import python_of
 from flowgrpo_ray.rewards.golden import Golden, Rankings, check_golden, golden_of, score_golden
 from flowgrpo_ray.serving import metric_table as table
 from flowgrpo_ray.serving.args import RewardServiceArgs
+from flowgrpo_ray.serving.batches import Call, Scored, by_size, image_count, shares
 from flowgrpo_ray.serving.exporter import Exporter
 from flowgrpo_ray.serving.http import Limits, build_api
 from flowgrpo_ray.serving.ray_private import http_address, stay_on_loopback
@@ -43,27 +44,7 @@ from flowgrpo_ray.serving.types import Answer, Metadata, ReplicaStats
 
 T = TypeVar("T")
 ROUTER: Any = "flowgrpo_ray.serving.router:RetryElsewhere"
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What one call, or a part of a large one, asks to score."""
-
-    images: np.ndarray  # uint8 [b, H, W, 3]
-    prompts: Sequence[str]
-    metadata: Metadata
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """A call's scores, float32 [b], and its share of the reward's working time."""
-
-    scores: np.ndarray
-    seconds: float
-
-
-def _image_count(calls: list[_Call]) -> int:
-    return sum(len(call.images) for call in calls)
+CALLS_TAKEN_IN = 256
 
 
 class RewardReplica:
@@ -178,7 +159,7 @@ class RewardReplica:
 
     async def _score(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Metadata
-    ) -> _Scored:
+    ) -> Scored:
         began = time.monotonic()
         self._ongoing += 1
         try:
@@ -202,7 +183,7 @@ class RewardReplica:
 
     async def _score_parts(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Metadata
-    ) -> _Scored:
+    ) -> Scored:
         if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError(f"images must be uint8 [b, H, W, 3], got {describe(images)}")
         if not len(images) == len(prompts) == len(metadata):
@@ -211,7 +192,7 @@ class RewardReplica:
         self._check(prompts, metadata)
         size = len(images) if self._over_group else self._args.max_batch_images
         parts = [
-            _Call(images[i : i + size], prompts[i : i + size], metadata[i : i + size])
+            Call(images[i : i + size], prompts[i : i + size], metadata[i : i + size])
             for i in range(0, len(images), size)
         ]
         scores, seconds = [np.zeros(0, np.float32)], 0.0
@@ -220,33 +201,33 @@ class RewardReplica:
                 raise outcome
             scores.append(outcome.scores)
             seconds += outcome.seconds
-        return _Scored(np.concatenate(scores), seconds)
+        return Scored(np.concatenate(scores), seconds)
 
-    async def _outcomes(self, parts: list[_Call]) -> list[_Scored | BaseException]:
+    async def _outcomes(self, parts: list[Call]) -> list[Scored | BaseException]:
         """Of parts of a call, with those of other calls where images are scored one by one."""
         if self._over_group:
             return await self._run([[part] for part in parts])
         return await asyncio.gather(*[self._merge(part) for part in parts])
 
-    @serve.batch(batch_size_fn=_image_count)
-    async def _merge(self, calls: list[_Call]) -> list[_Scored | BaseException]:
+    @serve.batch(batch_size_fn=image_count)
+    async def _merge(self, calls: list[Call]) -> list[Scored | BaseException]:
         """Scores calls together where their images have one size; one outcome per call.
 
         If that fails, each call is scored alone, so that only the one at fault fails.
         """
-        outcomes: dict[int, _Scored | BaseException] = {}
-        for indices in _by_size(calls):
+        outcomes: dict[int, Scored | BaseException] = {}
+        for indices in by_size(calls):
             group = [calls[i] for i in indices]
             (found,) = await self._run([group])
-            if isinstance(found, _Scored):
-                outcomes.update(zip(indices, _shares(found, group), strict=True))
+            if isinstance(found, Scored):
+                outcomes.update(zip(indices, shares(found, group), strict=True))
                 continue
             self._doubtful = True
             alone = [found] if len(group) == 1 else await self._run([[call] for call in group])
             outcomes.update(zip(indices, alone, strict=True))
         return [outcomes[i] for i in range(len(calls))]
 
-    async def _run(self, groups: list[list[_Call]]) -> list[_Scored | BaseException]:
+    async def _run(self, groups: list[list[Call]]) -> list[Scored | BaseException]:
         """Scores each group as one batch; failures are returned."""
         jobs = [self._in_thread(self._score_together, group) for group in groups]
         return await asyncio.gather(*jobs, return_exceptions=True)
@@ -263,7 +244,7 @@ class RewardReplica:
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, noted)
 
-    def _score_together(self, calls: list[_Call]) -> _Scored:
+    def _score_together(self, calls: list[Call]) -> Scored:
         """Scores, float32 [sum of b], of calls whose images have one size."""
         began = time.monotonic()
         images = calls[0].images
@@ -275,7 +256,7 @@ class RewardReplica:
         seconds = time.monotonic() - began
         self._busy_s += seconds
         self._export.add(table.REPLICA_BUSY, seconds)
-        return _Scored(scores, seconds)
+        return Scored(scores, seconds)
 
     def _check(self, prompts: Sequence[str], metadata: Metadata) -> None:
         """ValueError for a prompt that the reward could never score."""
@@ -286,22 +267,6 @@ class RewardReplica:
                 f"{self._args.name} compares the images of one prompt, and this call has several: "
                 f"{prompts[0]!r} and others; make one call of each group"
             )
-
-
-def _shares(together: _Scored, calls: list[_Call]) -> list[_Scored]:
-    """Each call's part of what was scored together."""
-    ends = np.cumsum([len(call.images) for call in calls])
-    parts = np.split(together.scores, ends[:-1])
-    per_image = together.seconds / len(together.scores)
-    return [_Scored(part, per_image * len(part)) for part in parts]
-
-
-def _by_size(calls: list[_Call]) -> list[list[int]]:
-    """Indices of the calls, together where their images have the same height and width."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, call in enumerate(calls):
-        groups.setdefault(call.images.shape[1:], []).append(i)
-    return list(groups.values())
 
 
 def _golden(args: RewardServiceArgs, reward: object) -> Rankings:
@@ -350,8 +315,7 @@ def app(args: RewardServiceArgs) -> serve.Application:
         name=args.name,
         **scale,
         ray_actor_options=actor,
-        # A call holds at least one image, so this many can fill a batch.
-        max_ongoing_requests=args.max_batch_images,
+        max_ongoing_requests=_most_ongoing(args),
         # A replica that was killed is noticed by its next health check; Serve's own period is 10.
         health_check_period_s=2.0,
         # One that hangs is replaced after three checks in a row without an answer; 30 is Serve's.
@@ -364,6 +328,18 @@ def app(args: RewardServiceArgs) -> serve.Application:
         logging_config=quiet(),
     )
     return deployment(HttpRewardReplica).bind(args)
+
+
+def _most_ongoing(args: RewardServiceArgs) -> int:
+    """Calls that one replica takes in; what is beyond them waits with its caller.
+
+    Calls that wait in the replica are merged as soon as it is free. They are not moved to replicas
+    that come later, so one that Serve adds replicas to takes no more than its next batch.
+    """
+    two_batches = 2 * args.max_batch_images  # a call holds at least one image
+    if args.autoscaling:
+        return max(two_batches, math.ceil(args.autoscaling.target_ongoing_requests))
+    return max(two_batches, CALLS_TAKEN_IN)
 
 
 def quiet() -> LoggingConfig:

@@ -16,6 +16,7 @@ from waiting import PATIENCE_S, wait_until
 
 from flowgrpo_ray.common.errors import RewardError
 from flowgrpo_ray.serving import deploy
+from flowgrpo_ray.serving import router as router_module
 from flowgrpo_ray.serving.args import RewardServiceArgs
 from flowgrpo_ray.serving.client import Patience, RewardClient
 from flowgrpo_ray.serving.router import RetryElsewhere
@@ -105,6 +106,30 @@ def test_a_queue_length_of_before_does_not_tip_the_balance():
         return [await first_of(request) for request in range(16)]
 
     assert sorted(Counter(asyncio.run(chosen())).items()) == [(n, 4) for n in range(4)]
+
+
+def test_a_call_without_room_waits_for_the_end_of_another(monkeypatch):
+    """And not for a pause that grows, nor without any pause, which would keep all busy."""
+    monkeypatch.setattr(router_module, "LOOK_AGAIN_S", PATIENCE_S)
+    router = RetryElsewhere(
+        deployment_id=DeploymentID("full"),
+        handle_source=DeploymentHandleSource.UNKNOWN,
+        use_replica_queue_len_cache=True,
+    )
+    replicas = [SimpleNamespace(replica_id=0)]
+
+    async def asked_twice():
+        metadata = SimpleNamespace(internal_request_id="late")
+        request = SimpleNamespace(metadata=metadata, future=asyncio.Future(), kwargs={})
+        assert await router.choose_replicas(replicas, request) == [replicas]
+        again = asyncio.create_task(router.choose_replicas(replicas, request))
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert not again.done()
+        router.on_request_completed(0, "early")
+        return await again
+
+    assert asyncio.run(asked_twice()) == [replicas]
 
 
 def test_a_replica_computes_on_as_many_threads_as_it_has_cpus_and_gpus(ray_cluster):

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import math
 import os
 import random
 import re
@@ -213,6 +214,31 @@ def test_calls_are_merged_by_size_and_cut_at_the_limit(port):
     assert asyncio.run(sizes((3, (4, 4)), (4, (4, 8)))) == [[3] * 3, [4] * 4]
     assert asyncio.run(sizes((19, (4, 4)))) == [[8] * 16 + [3] * 3]
     assert asyncio.run(sizes((0, (4, 4)))) == [[]]
+
+
+def test_calls_at_once_over_http_all_wait_in_the_replica_and_fill_its_batches(port, tmp_path):
+    """None waits with Serve's proxy, where it would come late to a batch."""
+    count, gate, arrived = 129, tmp_path / "gate", tmp_path / "arrived"
+    arrived.mkdir()
+    asked = {"batch size": 1, "sign in": str(arrived), "until": str(gate)}
+    data = {"prompts": '["x"]', "metadata": json.dumps([asked])}
+
+    async def at_once():
+        async with httpx.AsyncClient(timeout=PATIENCE_S, limits=httpx.Limits()) as client:
+            url, files = f"http://127.0.0.1:{port}/probe/score", {"images": ("0.png", GREY)}
+            posts = [client.post(url, data=data, files=files) for _ in range(count)]
+            calls = [asyncio.create_task(post) for post in posts]
+            end = time.monotonic() + PATIENCE_S
+            # Each is checked when it has been read, and again when it queues.
+            while len(list(arrived.iterdir())) < 2 * count and time.monotonic() < end:
+                await asyncio.sleep(0.05)
+            waiting = len(list(arrived.iterdir()))
+            gate.touch()
+            return waiting, [answer.json()["scores"][0] for answer in await asyncio.gather(*calls)]
+
+    waiting, sizes = asyncio.run(at_once())
+    assert waiting == 2 * count
+    assert sum(1 / size for size in sizes) == pytest.approx(math.ceil(count / 8)), "batches"
 
 
 def test_one_bad_call_does_not_fail_those_merged_with_it(port):
