@@ -1,7 +1,8 @@
 """JSON from files and from the network, which anyone may have written: one way to read it.
 
-Python's own reader also takes NaN and numbers that become infinite, gives texts that cannot be
-written anywhere, and fails at deep nesting with an error that is not a ``ValueError``.
+Python's own reader also takes NaN and numbers that become infinite, keeps the last of several
+values of one key, gives texts that cannot be written anywhere, and fails at deep nesting with an
+error that is not a ``ValueError``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ def parse(text: str | bytes) -> Any:
     if isinstance(text, bytes):
         text = text.decode("utf-8")
     try:
-        value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        value = json.loads(
+            text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_once
+        )
     except RecursionError:
         raise ValueError(f"it is nested more than {DEEPEST} levels deep") from None
     if text.count("[") + text.count("{") > DEEPEST:
@@ -46,6 +49,15 @@ def _finite(digits: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{digits[:40]} is too large for a number")
     return number
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {twice[:40]!r} more than once")
+    return found
 
 
 def _refuse(name: str) -> None:

@@ -340,6 +340,7 @@ DEEP = "[" * 50_000
         ([GREY], ["x", "y"], {}, 422, "1 images, but 2 prompts"),
         ([GREY], ["x"], {"metadata": "[]"}, 422, "1 images, but 0 metadata"),
         ([GREY], ["x"], {"metadata": "[1]"}, 422, "metadata must be a JSON list of objects"),
+        ([GREY], ["x"], {"metadata": '[{"a": 1, "a": 2}]'}, 422, "has the key 'a' more than once"),
         ([GREY], "x", {}, 422, "prompts is not JSON"),
         ([GREY], DEEP, {}, 422, "prompts is not JSON"),
         ([GREY], '{"a": 1}', {}, 422, "prompts must be a JSON list of texts"),
