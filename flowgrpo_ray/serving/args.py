@@ -79,7 +79,8 @@ class RewardServiceArgs(Strict):
     background: str = WHITE
     """What shows through where an image that comes over HTTP is transparent: a colour's name."""
     token_env: str = "FLOWGRPO_REWARD_TOKEN"
-    """Variable, in the environment of the cluster's nodes, of the bearer token over HTTP."""
+    """Variable, in the environment of the cluster's nodes, of the bearer token over HTTP. One that
+    is named here must be set there."""
 
     @field_validator("background")
     @classmethod

@@ -8,6 +8,7 @@ there is a token, it is asked for before the body is read.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import re
 import secrets
@@ -18,7 +19,7 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import FastAPI, File, Form, HTTPException, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,6 +27,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import flowgrpo_ray
 from flowgrpo_ray.common.images import WHITE, ImageError, decode_rgb
 from flowgrpo_ray.common.strict_json import parse
+from flowgrpo_ray.serving.api_page import api_page
+
+logger = logging.getLogger("ray.serve")  # what a replica writes to its log file
 
 
 @dataclass(frozen=True)
@@ -75,20 +79,11 @@ def build_api(
     score: images uint8 [b, H, W, 3], prompts, metadata -> float32 [b].
     token: that `POST /score` must bring as `Authorization: Bearer <token>`.
     """
-    api = FastAPI(
-        title=f"Reward {name}",
-        description="Scores images against their prompts.",
-        version=flowgrpo_ray.__version__,
-    )
+    api = _described(name)
     api.add_middleware(BodyLimit, max_bytes=limits.body_bytes)
     if token is not None:
         api.add_middleware(RequireToken, token=token)
     _answer_errors_as_json(api, name)
-
-    @api.get("/health")
-    async def health() -> Health:
-        return Health(reward=name, status="ok")
-
     refusals: dict[int | str, Any] = {code: {"model": Failure} for code in (401, 413, 422, 500)}
 
     @api.post("/score", responses=refusals)
@@ -123,6 +118,27 @@ def build_api(
             raise HTTPException(422, str(error)) from error
         values = (await score(batch, texts, data)).tolist()
         return Scores(reward=name, scores=[v if math.isfinite(v) else None for v in values])
+
+    return api
+
+
+def _described(name: str) -> FastAPI:
+    """An API that says what it is and that it is there."""
+    api = FastAPI(
+        title=f"Reward {name}",
+        description="Scores images against their prompts.",
+        version=flowgrpo_ray.__version__,
+        docs_url=None,  # they load scripts from a public server
+        redoc_url=None,
+    )
+
+    @api.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(api_page(api.openapi()))
+
+    @api.get("/health")
+    async def health() -> Health:
+        return Health(reward=name, status="ok")
 
     return api
 
@@ -190,7 +206,10 @@ def _answer_errors_as_json(api: FastAPI, name: str) -> None:
         return JSONResponse({"error": "; ".join(faults)}, 422)
 
     async def failed(_: Request, error: Exception) -> JSONResponse:
-        message = f"reward {name} failed: {type(error).__name__}: {error}"
+        # Its text may tell paths, hosts and keys of this machine: that stays in the log.
+        reference = secrets.token_hex(4)
+        logger.error("reward %s failed, reference %s", name, reference, exc_info=error)
+        message = f"reward {name} failed; its log tells why, at reference {reference}"
         return JSONResponse({"error": message}, 500)
 
     api.add_exception_handler(StarletteHTTPException, refused)

@@ -283,6 +283,12 @@ def _golden(args: RewardServiceArgs, reward: object) -> Rankings:
 def _token(args: RewardServiceArgs) -> str | None:
     """The bearer token of this deployment; RewardError where it needs one and has none."""
     token = os.environ.get(args.token_env) or None
+    if token is None and "token_env" in args.model_fields_set:
+        raise RewardError(
+            f"token_env = {args.token_env!r}: the replica of reward {args.name!r} has no such "
+            "environment variable: set it in the environment of the cluster's nodes (or in "
+            "runtime_env.env_vars of the application), or leave token_env out"
+        )
     address = http_address()
     if token is None and address and not is_loopback(address[0]):
         raise RewardError(

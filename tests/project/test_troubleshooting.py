@@ -44,6 +44,7 @@ NOT_FOR_USERS = {
 PARTS = {
     "serving.client.RewardClient._ask",
     "serving.http.RequireToken.__call__",
+    "serving.http._answer_errors_as_json",
     "rewards.environments._faults",
     "rewards.environments._misfits",
     "algorithm.gate.OnPolicyGate._mismatches",

@@ -224,6 +224,28 @@ def png(side: int = 8) -> bytes:
     return file.getvalue()
 
 
+def test_why_a_reward_failed_stays_in_the_log(caplog: pytest.LogCaptureFixture):
+    async def score(images: np.ndarray, prompts: object, metadata: object) -> np.ndarray:
+        raise OSError("cannot read /models/of/ours with key 1234")
+
+    api = build_api("mean", LIMITS, lambda prompts, metadata: None, score)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(api, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            data, files = {"prompts": '["x"]'}, {"images": ("0.png", png())}
+            return await client.post("/score", data=data, files=files)
+
+    with caplog.at_level("ERROR", "ray.serve"):
+        answer = asyncio.run(ask())
+    assert answer.status_code == 500
+    assert "models" not in answer.text
+    assert "OSError" not in answer.text
+    reference = answer.json()["error"].rpartition(" ")[2]
+    assert f"reference {reference}" in caplog.text
+    assert "OSError: cannot read /models/of/ours with key 1234" in caplog.text
+
+
 def post(port: int, **content: object) -> httpx.Response:
     headers = {"Authorization": f"Bearer {TOKEN}"}
     return httpx.post(f"http://127.0.0.1:{port}/score", headers=headers, timeout=20, **content)  # pyright: ignore[reportArgumentType]

@@ -285,7 +285,9 @@ def test_a_failing_reward_is_retried_and_then_named(port, asked, message):
     image = _png(images[0])
     answer = _post(port, "probe", [image] * 2, ["x", "y"], metadata=json.dumps([{asked: 1}, {}]))
     assert answer.status_code == 500
-    assert answer.json()["error"].startswith("reward probe failed")
+    assert re.fullmatch(
+        r"reward probe failed; its log tells why, at reference [0-9a-f]{8}", answer.json()["error"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -446,14 +448,27 @@ def test_a_deployment_with_a_token_asks_for_it(port):
 )
 def test_http_beyond_loopback_needs_a_token(monkeypatch, host, token, refused):
     monkeypatch.setattr(service, "http_address", lambda: host and (host, 8000))
+    monkeypatch.delenv("FLOWGRPO_REWARD_TOKEN", raising=False)
     if token:
-        monkeypatch.setenv("MY_TOKEN", token)
-    args = RewardServiceArgs(name="ocr", token_env="MY_TOKEN")
+        monkeypatch.setenv("FLOWGRPO_REWARD_TOKEN", token)
+    args = RewardServiceArgs(name="ocr")
     if refused:
-        with pytest.raises(RewardError, match=r"beyond this machine.*set MY_TOKEN"):
+        with pytest.raises(RewardError, match=r"beyond this machine.*set FLOWGRPO_REWARD_TOKEN"):
             service._token(args)
     else:
         assert service._token(args) == token
+
+
+@pytest.mark.parametrize("name", ["MY_TOKEN", "FLOWGRPO_REWARD_TOKEN"])
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_token_that_is_named_must_be_there(monkeypatch, name, value):
+    """Who names one means to be protected, on loopback too."""
+    monkeypatch.setattr(service, "http_address", lambda: ("127.0.0.1", 8000))
+    monkeypatch.delenv(name, raising=False)
+    if value is not None:
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RewardError, match=rf"token_env = '{name}': the replica .* has no such"):
+        service._token(RewardServiceArgs(name="ocr", token_env=name))
 
 
 def _mangled(rng):
@@ -522,8 +537,11 @@ def test_health_and_docs_answer_while_the_reward_works(port):
     (health, docs, schema), seconds = asyncio.run(both())
     assert seconds < 2
     assert health.json() == {"reward": "probe", "status": "ok"}
-    assert "/probe/openapi.json" in docs.text
+    assert 'href="openapi.json"' in docs.text
     assert "/score" in schema.json()["paths"]
+    fields = ("POST /score", "images", "prompts", "metadata", "GET /health")
+    assert all(f"<code>{field}</code>" in docs.text for field in fields)
+    assert not re.search("<script|<link|//", docs.text), "it needs nothing from elsewhere"
 
 
 def test_a_killed_replica_is_replaced_and_the_call_repeated(port, tmp_path):

@@ -481,7 +481,7 @@ def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: str):
 def test_a_key_that_stands_twice_is_named(tmp_path: Path):
     """Python's reader would keep the last value, at every depth, without a word."""
     path = write(tmp_path / "p.jsonl", '{"prompt": "a", "include": [{"count": 1, "count": 2}]}')
-    with pytest.raises(PromptError, match="line 1 holds no prompt: .*the key 'count' more than"):
+    with pytest.raises(PromptError, match=r"line 1 holds no prompt: .*the key 'count' more than"):
         load_prompts(path, "prompts.train")
 
 
