@@ -22,6 +22,7 @@ from flowgrpo_ray.rewards.options import arguments_of
 BUILTIN: dict[str, str] = {
     "ocr": "flowgrpo_ray.rewards.ocr:OcrReward",
     "pickscore": "flowgrpo_ray.rewards.pickscore:PickScoreReward",
+    "hps": "flowgrpo_ray.rewards.hps:HpsReward",
     "clipscore": "flowgrpo_ray.rewards.clipscore:ClipScoreReward",
     "aesthetic": "flowgrpo_ray.rewards.aesthetic:AestheticReward",
     "imagereward": "flowgrpo_ray.rewards.imagereward:ImageRewardReward",

@@ -65,7 +65,9 @@ class AestheticReward:
         source = ("head", head, head_revision)
         weights = read_weights(source, head_file)
         clip_source = ("clip", clip, clip_revision)
-        self._clip = ClipEncoder(clip_source, clip_source, device=place, dtype=dtype, batch=batch)
+        self._clip = ClipEncoder.load(
+            clip_source, clip_source, device=place, dtype=dtype, batch=batch
+        )
         self._head = score_head(self._clip.width)
         fill(self._head, weights, source)
         self._head.to(place)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -17,40 +17,73 @@ from flowgrpo_ray.rewards.loading import (
     load_model,
     pick_device,
 )
+from flowgrpo_ray.rewards.pixels import Pixels, by_transformers
 
 if TYPE_CHECKING:
     import torch
 
 CLIP_L = ModelSize(427_616_513, 16_842_752)  # ViT-L/14
+CLIP_H = ModelSize(986_109_441, 21_053_440)  # ViT-H/14
 
 
 class ClipEncoder:
     """A CLIP model of transformers: unit vectors, float32, of images and of texts.
 
-    Images are prepared with Pillow, as for the published scores, whether or not torchvision is
-    installed: the two give scores that differ in the fourth digit. Texts are padded to the longest
-    of a call; as the text model looks back only, any padding gives the same vectors.
+    `pixels` prepares the images, as the published code of a reward does. Texts are padded to the
+    longest of a call; as the text model looks back only, any padding gives the same vectors.
+
+    clip: the model, float32, which came from `model`.
+    processor: where its tokenizer is.
     """
 
     def __init__(
-        self, model: Source, processor: Source, *, device: torch.device, dtype: str, batch: int
+        self,
+        clip: Any,
+        model: Source,
+        processor: Source,
+        pixels: Pixels,
+        *,
+        device: torch.device,
+        dtype: str,
+        batch: int,
     ) -> None:
         import torch
-        from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+        from transformers import CLIPTokenizer
 
         # The logit scale is read before the weights are cast: a rounded logarithm is 1% off.
-        clip = load_model(CLIPModel, model)
         self.scale = float(clip.logit_scale.exp())
         self.width = clip.config.projection_dim
         self._model = clip.to(device=device, dtype=getattr(torch, dtype))
         self._max_length = clip.config.text_config.max_position_embeddings
-        self._prepare = load(CLIPImageProcessorPil, processor)
+        self._pixels = pixels
         self._tokenizer = load(CLIPTokenizer, processor)
         check_tokenizer(self._tokenizer, clip.config.text_config.vocab_size, processor, model)
         self._device, self._dtype, self._batch = device, getattr(torch, dtype), batch
 
+    @classmethod
+    def load(
+        cls,
+        model: Source,
+        processor: Source,
+        prepare: Callable[[Source], Pixels] = by_transformers,
+        *,
+        device: torch.device,
+        dtype: str,
+        batch: int,
+    ) -> ClipEncoder:
+        """One whose weights, tokenizer and image processor have the names of transformers."""
+        from transformers import CLIPModel
+
+        check_dtype_and_batch(dtype, batch)
+        clip, pixels = load_model(CLIPModel, model), prepare(processor)
+        return cls(clip, model, processor, pixels, device=device, dtype=dtype, batch=batch)
+
     def logits(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-        """exp(logit scale) * cosine of each image, uint8 [n, H, W, 3], and its text: float32 [n].
+        """exp(logit scale) * cosine, float32 [n], of each image and its text, as `cosines`."""
+        return np.float32(self.scale) * self.cosines(images, prompts)
+
+    def cosines(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """Cosine of each image, uint8 [n, H, W, 3], and its text: float32 [n].
 
         NaN where the model gives no numbers.
         """
@@ -60,20 +93,14 @@ class ClipEncoder:
             return np.zeros(0, np.float32)
         place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         texts = self.texts(list(place))[[place[prompt] for prompt in prompts]]
-        cosine = (self.images(list(images)) * texts).sum(dim=-1)
-        return (self.scale * cosine).cpu().numpy()
+        return (self.images(list(images)) * texts).sum(dim=-1).cpu().numpy()
 
     def images(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """Unit vectors [n, d] of images, each uint8 [h, w, 3] of any size; NaN where undefined."""
 
         def features(part: Sequence[np.ndarray]) -> Any:
-            # A strip of 3 rows would be taken for channels if the format were left to be guessed.
-            pixels = self._prepare(
-                images=list(part), input_data_format="channels_last", return_tensors="pt"
-            )["pixel_values"]
-            return self._model.get_image_features(
-                pixel_values=pixels.to(device=self._device, dtype=self._dtype)
-            )
+            pixels = self._pixels(part).to(device=self._device, dtype=self._dtype)
+            return self._model.get_image_features(pixel_values=pixels)
 
         return self._unit_vectors(features, images)
 
@@ -114,10 +141,18 @@ class PromptMatch:
     SCALE: ClassVar[float]  # the logit is divided by it
 
     def __init__(
-        self, model: Source, processor: Source, device: str | None, dtype: str, batch: int
+        self,
+        model: Source,
+        processor: Source,
+        device: str | None,
+        dtype: str,
+        batch: int,
+        prepare: Callable[[Source], Pixels] = by_transformers,
     ) -> None:
         place = pick_device(device)
-        self._clip = ClipEncoder(model, processor, device=place, dtype=dtype, batch=batch)
+        self._clip = ClipEncoder.load(
+            model, processor, prepare, device=place, dtype=dtype, batch=batch
+        )
 
     def __call__(
         self,

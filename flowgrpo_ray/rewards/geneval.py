@@ -293,7 +293,7 @@ class ColourClassifier:
     """CLIP without training: which of `COLOURS` an object has."""
 
     def __init__(self, source: Source, device: torch.device, dtype: str, batch: int) -> None:
-        self._clip = ClipEncoder(source, source, device=device, dtype=dtype, batch=batch)
+        self._clip = ClipEncoder.load(source, source, device=device, dtype=dtype, batch=batch)
         self._known: dict[str, torch.Tensor] = {}
 
     def fill_in(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -121,10 +121,13 @@ def check_tokenizer(tokenizer: Any, vocabulary: int, source: Source, model: Sour
         )
 
 
-def read_weights(source: Source, filename: str) -> dict[str, torch.Tensor]:
+def read_weights(
+    source: Source, filename: str, inside: str | None = None
+) -> dict[str, torch.Tensor]:
     """Weights by their names: from a file, or from `filename` of a folder or of a hub repository.
 
     Files are .safetensors, or else torch's, of which only tensors are read: no code in it is run.
+    inside: the key under which a file of torch's may hold them beside other things.
     """
     import torch
     from safetensors import SafetensorError
@@ -154,6 +157,8 @@ def read_weights(source: Source, filename: str) -> dict[str, torch.Tensor]:
         raise ModelError(
             f"{option} = {place!r}: {path.name} is no file of weights alone"
         ) from error
+    if inside is not None and isinstance(weights, dict) and inside in weights:
+        weights = weights[inside]
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and torch.is_tensor(value) for name, value in weights.items()
     ):
@@ -171,15 +176,31 @@ def fill(
 
     published: the name in `weights` of a weight of the model.
     """
-    state = model.state_dict()
-    own = {published(name): name for name in state}
+    places = {published(name): [tensor] for name, tensor in model.state_dict().items()}
+    fill_places(places, weights, source)
+
+
+def fill_places(
+    places: Mapping[str, Sequence[torch.Tensor]],
+    weights: Mapping[str, torch.Tensor],
+    source: Source,
+) -> None:
+    """Writes each of `weights` to its places; ModelError where a name or a shape has none.
+
+    places: the tensors of a model that a weight fills, one after another along its first dimension.
+    """
+
+    def shape(name: str) -> tuple[int, ...]:
+        first, *others = places[name]
+        return (first.shape[0] * (1 + len(others)), *first.shape[1:]) if others else first.shape
+
     wrong = {
-        "lacks": sorted(own.keys() - weights.keys()),
-        "also has": sorted(weights.keys() - own.keys()),
+        "lacks": sorted(places.keys() - weights.keys()),
+        "also has": sorted(weights.keys() - places.keys()),
         "has in another shape": [
-            f"{key} {tuple(weights[key].shape)}, not {tuple(state[name].shape)}"
-            for key, name in own.items()
-            if key in weights and weights[key].shape != state[name].shape
+            f"{name} {tuple(weights[name].shape)}, not {tuple(shape(name))}"
+            for name in places
+            if name in weights and weights[name].shape != shape(name)
         ],
     }
     option, place, _ = source
@@ -189,4 +210,7 @@ def fill(
                 f"{option} = {place!r}: these are not the weights that the reward needs: the file "
                 f"{what} {len(names)}, such as {names[0]}"
             )
-    model.load_state_dict({name: weights[key] for key, name in own.items()})
+    for name, parts in places.items():
+        values = weights[name].chunk(len(parts)) if len(parts) > 1 else [weights[name]]
+        for part, value in zip(parts, values, strict=True):
+            part.copy_(value)

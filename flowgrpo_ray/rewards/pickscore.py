@@ -12,15 +12,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-from flowgrpo_ray.rewards.clip import PromptMatch
-from flowgrpo_ray.rewards.loading import Batch, Device, Dtype, ModelSize, Revision
+from flowgrpo_ray.rewards.clip import CLIP_H, PromptMatch
+from flowgrpo_ray.rewards.loading import Batch, Device, Dtype, Revision
 
 
 class PickScoreReward(PromptMatch):
     """Scores each image against its own prompt."""
 
     SCALE = 26.0
-    SIZE = ModelSize(986_109_441, 21_053_440)
+    SIZE = CLIP_H
 
     def __init__(
         self,

@@ -165,7 +165,9 @@ NFT = {
     "sd35-nft-geneval": PublishedNft({"geneval": 1}),
     "sd35-nft-pickscore": PublishedNft({"pickscore": 1}),
     "sd35-nft-ocr": PublishedNft({"ocr": 1}, updates=2, beta=0.1, decay=LATE),
-    "sd35-nft-multi": PublishedNft({"pickscore": 1, "clipscore": 1}, steps=25, times=24, beta=0.1),
+    "sd35-nft-multi": PublishedNft(
+        {"pickscore": 1, "hps": 1, "clipscore": 1}, steps=25, times=24, beta=0.1
+    ),
 }
 OWN = {"sd35-ocr-geneval-pickscore": 32}  # of nobody's but ours, with their GPUs
 GPUS = {name: row.gpus for name, row in PUBLISHED.items()} | OWN | dict.fromkeys(NFT, 8)
