@@ -24,6 +24,7 @@ BUILTIN: dict[str, str] = {
     "pickscore": "flowgrpo_ray.rewards.pickscore:PickScoreReward",
     "hps": "flowgrpo_ray.rewards.hps:HpsReward",
     "clipscore": "flowgrpo_ray.rewards.clipscore:ClipScoreReward",
+    "clip_iqa": "flowgrpo_ray.rewards.clip_iqa:ClipIqaReward",
     "aesthetic": "flowgrpo_ray.rewards.aesthetic:AestheticReward",
     "imagereward": "flowgrpo_ray.rewards.imagereward:ImageRewardReward",
     "jpeg_compressibility": "flowgrpo_ray.rewards.jpeg:JpegCompressibilityReward",

@@ -16,6 +16,7 @@ from test_rewards_pickscore import (
 from flowgrpo_ray.common.errors import ModelError, RewardError, SpecError
 from flowgrpo_ray.rewards import build, resolve
 from flowgrpo_ray.rewards.aesthetic import HEAD_FILE, AestheticReward
+from flowgrpo_ray.rewards.clip_iqa import ClipIqaReward
 from flowgrpo_ray.rewards.clipscore import ClipScoreReward
 from flowgrpo_ray.rewards.golden import check_golden, score_golden
 
@@ -95,6 +96,38 @@ def test_a_clip_without_training_is_refused_by_its_golden_images(clip):
     reward = ClipScoreReward(clip, device="cpu")
     with pytest.raises(RewardError, match="not below"):
         check_golden(reward.golden(), score_golden(reward, reward.golden()))
+
+
+# --- CLIP-IQA
+
+
+@pytest.mark.parametrize("texts", [{}, {"good": "sharp", "bad": "a blurry photo"}])
+def test_clip_iqa_weighs_a_good_photo_against_a_bad_one(clip, batch, texts):
+    from transformers import CLIPModel
+
+    images, prompts, metadata = batch
+    model = CLIPModel.from_pretrained(clip).eval()
+    model.logit_scale.data.fill_(np.log(3))  # at 100 one text would be all there is
+    good, bad = texts.values() or ("good photo", "bad photo")
+
+    def vector(text):
+        return model.get_text_features(torch.tensor([letters(text)])).pooler_output[0]
+
+    with torch.no_grad():
+        seen = model.get_image_features(torch.stack([pixels(image) for image in images]))
+        towards, away = (
+            3 * torch.cosine_similarity(seen.pooler_output.double(), vector(text).double(), dim=-1)
+            for text in (good, bad)
+        )
+    reward = ClipIqaReward(**texts, path=clip, device="cpu", batch=3)
+    assert reward._clip.scale == pytest.approx(100, rel=1e-5)
+    reward._clip.scale = 3.0
+    scores = reward(images, prompts, metadata)
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, 1 / (1 + torch.exp(away - towards)), atol=1e-6)
+    assert np.ptp(scores) > 0.05, "the images must differ for this to say anything"
+    np.testing.assert_array_equal(reward(images, ["other"] * 4, metadata), scores)
+    assert reward(images[:0], [], []).shape == (0,)
 
 
 # --- aesthetic
@@ -217,5 +250,7 @@ def test_golden_ratings_lie_on_the_scale_of_the_ratings(clip, tmp_path, bias, so
 def test_config_files():
     assert resolve("clipscore") is ClipScoreReward
     assert resolve("aesthetic") is AestheticReward
+    assert resolve("clip_iqa") is ClipIqaReward
     check_deployment("clipscore")
+    check_deployment("clip_iqa")
     check_deployment("aesthetic")
