@@ -8,12 +8,13 @@ CLIP-IQA (Wang et al. 2022, arXiv 2207.12396) needs no reference image and no pr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from flowgrpo_ray.rewards.clip import CLIP_L, ClipEncoder
-from flowgrpo_ray.rewards.loading import pick_device
+from flowgrpo_ray.rewards.loading import Batch, Device, Dtype, Revision, pick_device
 
 
 class ClipIqaReward:
@@ -21,26 +22,25 @@ class ClipIqaReward:
 
     The authors' is a ResNet-50 CLIP without position embedding, for images of any size. Here it is
     any CLIP of transformers, on what its image processor makes of an image.
-
-    good, bad: the two texts; the authors also have `Sharp photo.` and `Blurry photo.`, and others.
-    path: a CLIP with its tokenizer and image processor, a local folder or a hub id.
-    revision: of `path`, where that is a hub id.
-    device: `cuda`, `cuda:1`, `cpu`; by default a GPU if there is one.
-    dtype: of the weights: `float32`, `bfloat16` or `float16`. The cosine is always float32.
-    batch: images that go through the model at once.
     """
 
     SIZE = CLIP_L
 
     def __init__(
         self,
-        good: str = "Good photo.",
-        bad: str = "Bad photo.",
-        path: str = "openai/clip-vit-large-patch14",
-        revision: str | None = None,
-        device: str | None = None,
-        dtype: str = "float32",
-        batch: int = 32,
+        good: Annotated[
+            str, Field(description="of a good image; the authors also have `Sharp photo.`")
+        ] = "Good photo.",
+        bad: Annotated[str, Field(description="of a bad one, `Blurry photo.`")] = "Bad photo.",
+        path: Annotated[
+            str, Field(description="a CLIP with its tokenizer and image processor: folder or hub id")
+        ] = "openai/clip-vit-large-patch14",
+        revision: Revision = None,
+        device: Device = None,
+        dtype: Annotated[
+            Dtype, Field(description="of the weights; the cosine stays float32")
+        ] = "float32",
+        batch: Batch = 32,
     ) -> None:
         source = ("path", path, revision)
         place = pick_device(device)

@@ -72,19 +72,18 @@ class GenevalReward:
                    else 0; 0 too unless everything asked before of either entry was right
 
     With 16 objects found where 1 is asked the number is -14: like the authors' it is not cut off
-    at 0. `exclude` does not enter. Two differences: after the 0 of a wrong position the server
-    adds a 1 (0.75 in all, here 2/3), which is taken for an oversight; and where an entry asks for
-    colour AND position, as none of the public prompts does, it leaves a term out at times.
+    at 0. `exclude` does not enter. `as_published` takes two differences back: after the 0 of a wrong
+    position the server adds a 1 (3/4 in all, here 2/3), taken for an oversight; and where an entry
+    asks for colour AND position, as no public prompt does, it leaves a term out unless number and
+    colour are right.
 
     `graded: false` gives 1 or 0. With `strict` every number must be met exactly, every colour and
     position be right and no class of `exclude` be there in its number: the server's strict
     accuracy. With `strict: false` as well it is GenEval's own rule, which published scores use:
     AT LEAST `count` objects, of which only the `count` most certain are looked at further.
 
-    What counts as found: certainty above `threshold` (for the tag `counting`,
-    `counting_threshold`), at most `max_objects` per class, the most certain first. `max_overlap`
-    below 1 also drops an object whose box overlaps a more certain one of its class that much
-    (intersection over union); GenEval leaves it at 1.
+    What counts as found: what is certain enough, at most `max_objects` per class, the most certain
+    first. Overlap is intersection over union.
 
     Position: with o the offset of two boxes' centres and s the sum of their sizes,
     r = sign(o) * max(|o| - position_threshold * s, 0); left of: r.x / |o| < -0.5, and so on.
@@ -92,18 +91,21 @@ class GenevalReward:
     object alone on grey, cropped to its box.
     """
 
-    SIZE = ModelSize(CLIP_L.parameters + 215_525_061, 746_101_334)
+    SIZE = ModelSize(CLIP_L.parameters + 68_741_083, 717_301_334)
 
     def __init__(
         self,
         detector: Annotated[
             str, Field(description="Mask2Former with the 80 classes of COCO: a folder or a hub id")
-        ] = "facebook/mask2former-swin-large-coco-instance",
+        ] = "facebook/mask2former-swin-small-coco-instance",
         clip: Annotated[
             str, Field(description="names the colours: a folder or a hub id")
         ] = "openai/clip-vit-large-patch14",
         graded: Annotated[bool, Field(description="parts of a point; the table above")] = True,
         strict: Annotated[bool, Field(description="exact numbers; the table above")] = True,
+        as_published: Annotated[
+            bool, Field(description="the terms of the server, its 1 for a wrong position with them")
+        ] = False,
         threshold: Annotated[
             Part, Field(description="certainty above which an object counts")
         ] = 0.3,
@@ -130,7 +132,7 @@ class GenevalReward:
         self._rule = "graded" if graded else "strict" if strict else "benchmark"
         self._thresholds = dict.fromkeys(TAGS, threshold) | {"counting": counting_threshold}
         self._max_objects, self._max_overlap = max_objects, max_overlap
-        self._position_threshold = position_threshold
+        self._rules = {"position_threshold": position_threshold, "as_published": as_published}
         self._batch = batch
         where = pick_device(device)
         self._detector = Detector(("detector", detector, detector_revision), where, dtype)
@@ -162,7 +164,7 @@ class GenevalReward:
         return [
             float("nan")
             if found is None
-            else float(getattr(judge(task, found, self._position_threshold), self._rule))
+            else float(getattr(judge(task, found, **self._rules), self._rule))
             for task, found in zip(tasks, seen, strict=True)
         ]
 
@@ -171,6 +173,8 @@ class GenevalReward:
         """ValueError for two rules at once."""
         if options["graded"] and not options["strict"]:
             raise ValueError("strict: false is a rule of its own, it needs graded: false")
+        if options["as_published"] and not options["graded"]:
+            raise ValueError("as_published: true is for graded: true")
 
     @staticmethod
     def check_prompt(prompt: str, metadata: Mapping[str, Any]) -> None:

@@ -167,13 +167,17 @@ def relations(a: Box, b: Box, position_threshold: float = 0.1) -> set[str]:
 
 
 def judge(
-    task: Task, found: Mapping[str, Sequence[Found]], position_threshold: float = 0.1
+    task: Task,
+    found: Mapping[str, Sequence[Found]],
+    position_threshold: float = 0.1,
+    as_published: bool = False,
 ) -> Verdict:
     """The verdict on an image with the objects `found`, by class and the most certain first.
 
     Where a colour is asked, the first `count` objects of the class must carry theirs.
+    `as_published`: `graded` has the authors' terms, which are others where a position is asked.
     """
-    exact = _requirements(task, found, position_threshold, at_least=False)
+    exact = _requirements(task, found, position_threshold, as_published=as_published)
     loose = _requirements(task, found, position_threshold, at_least=True)
     clean = all(len(found.get(no.name, ())) < no.count for no in task.exclude)
     return Verdict(
@@ -187,7 +191,9 @@ def _requirements(
     task: Task,
     found: Mapping[str, Sequence[Found]],
     position_threshold: float,
-    at_least: bool,
+    *,
+    at_least: bool = False,
+    as_published: bool = False,
 ) -> list[float]:
     """How far each requirement is met, 1 for wholly; `at_least` overlooks objects in excess."""
     met: list[float] = []
@@ -204,12 +210,16 @@ def _requirements(
             right = right and matches == want.count
         if want.relation is not None:
             others = groups[want.target]
-            right = right and bool(others)
-            right = right and all(
+            compared = right and bool(others)
+            stands = compared and all(
                 want.relation in relations(thing.box, other.box, position_threshold)
                 for thing in things
                 for other in others
             )
-            met.append(float(right))
+            if right or want.colour is None or not as_published:
+                met.append(float(stands))
+            if as_published and compared and not stands:
+                met.append(1.0)
+            right = stands
         groups.append(things if right else ())
     return met

@@ -10,14 +10,18 @@ transformers, filled with it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from flowgrpo_ray.rewards.clip import CLIP_H, ClipEncoder, PromptMatch
 from flowgrpo_ray.rewards.loading import (
+    Batch,
+    Device,
+    Dtype,
+    Revision,
     Source,
-    check_dtype_and_batch,
     fill_places,
     load,
     pick_device,
@@ -57,33 +61,36 @@ class HpsReward(PromptMatch):
 
     Images are prepared as by the authors' code: the whole image, its longer side 224 pixels, black
     beside it.
-
-    path: the authors' checkpoint, a .pt or .safetensors file, or a folder or hub id that holds
-        `file`.
-    file: its name there. `HPS_v2_compressed.pt` is v2.0.
-    revision: of `path`, where that is a hub id.
-    processor: the folder or hub id of the configuration and the tokenizer of its CLIP.
-    device: `cuda`, `cuda:1`, `cpu`; by default a GPU if there is one.
-    dtype: of the weights: `float32`, `bfloat16` or `float16`. The cosine is always float32.
-    batch: images that go through the model at once.
     """
 
     SIZE = CLIP_H
 
     def __init__(
         self,
-        path: str = "xswu/HPSv2",
-        file: str = "HPS_v2.1_compressed.pt",
-        processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        revision: str | None = None,
-        device: str | None = None,
-        dtype: str = "float32",
-        batch: int = 32,
+        path: Annotated[
+            str,
+            Field(
+                description="the authors' checkpoint, a .pt or .safetensors file, or a folder or "
+                "hub id that holds `file`"
+            ),
+        ] = "xswu/HPSv2",
+        file: Annotated[
+            str, Field(description="its name there; `HPS_v2_compressed.pt` is v2.0")
+        ] = "HPS_v2.1_compressed.pt",
+        processor: Annotated[
+            str,
+            Field(description="folder or hub id of the configuration and tokenizer of its CLIP"),
+        ] = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        revision: Revision = None,
+        device: Device = None,
+        dtype: Annotated[
+            Dtype, Field(description="of the weights; the cosine stays float32")
+        ] = "float32",
+        batch: Batch = 32,
     ) -> None:
         from transformers import CLIPConfig
 
         place = pick_device(device)
-        check_dtype_and_batch(dtype, batch)
         source: Source = ("path", path, revision)
         its_clip: Source = ("processor", processor, None)
         weights = read_weights(source, file, inside="state_dict")

@@ -166,7 +166,7 @@ NFT = {
     "sd35-nft-pickscore": PublishedNft({"pickscore": 1}),
     "sd35-nft-ocr": PublishedNft({"ocr": 1}, updates=2, beta=0.1, decay=LATE),
     "sd35-nft-multi": PublishedNft(
-        {"pickscore": 1, "hps": 1, "clipscore": 1}, steps=25, times=24, beta=0.1
+        {"pickscore": 1, "hps": 1, "clipscore": 0.3}, steps=25, times=24, beta=0.1
     ),
 }
 OWN = {"sd35-ocr-geneval-pickscore": 32}  # of nobody's but ours, with their GPUs
@@ -285,6 +285,7 @@ def test_the_sets_and_the_counts_fit(name: str):
             assert one.evaluate == f"prompts/{of}-test.{ending}"
         for reward, section in spec.rewards.items():
             assert (section.gpus > 0) == (reward != "ocr")
+            assert section.options.get("as_published", False) == (reward == "geneval")
 
 
 @pytest.mark.parametrize("name", GPUS)

@@ -479,6 +479,7 @@ def deny(thing, backends):
     ("options", "message"),
     [
         ({"strict": False}, "needs graded: false"),
+        ({"graded": False, "as_published": True}, "as_published: true is for graded: true"),
         ({"threshold": 1.5}, "threshold: .*less than or equal to 1, not 1.5"),
         ({"max_objects": 0}, "max_objects: .*greater than or equal to 1"),
         ({"batch": 0}, "batch: .*greater than or equal to 1"),

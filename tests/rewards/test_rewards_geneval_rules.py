@@ -99,7 +99,7 @@ PINK_CAT, BLACK_CAT = thing("cat", colour="pink"), thing("cat", colour="black")
         (BOTH, [RED_DOG, PINK_CAT, PINK_CAT], 1 / 2, False, True),
         (BOTH, [], 0, False, False),
         (LEFT, [DOG, WEST], 1, True, True),
-        (LEFT, [DOG, CAT], 2 / 3, False, False),  # 3/4 by the server's double entry
+        (LEFT, [DOG, CAT], 2 / 3, False, False),
         (LEFT, [DOG], 1 / 3, False, False),
         (LEFT, [WEST], 1 / 3, False, False),
         (LEFT, [], 0, False, False),
@@ -118,6 +118,30 @@ def test_verdicts_by_hand(metadata, things, graded, strict, benchmark):
     verdict = judge(task_of("p", metadata), seen(*things))
     assert verdict.graded == pytest.approx(graded)
     assert (verdict.strict, verdict.benchmark) == (strict, benchmark)
+
+
+REDDER = [wanted("dog"), wanted("cat", color="red", position=["left of", 0])]
+RED_WEST = thing("cat", left=-50, colour="red")
+
+
+@pytest.mark.parametrize(
+    ("include", "things", "graded"),
+    [
+        (LEFT["include"], [DOG, WEST], 1),  # 1, 1, 1
+        (LEFT["include"], [DOG, CAT], 3 / 4),  # 1, 1, 0 and 1
+        (LEFT["include"], [DOG], 1 / 3),  # 1, 0, 0
+        (LEFT["include"], [WEST], 1 / 3),  # 0, 1, 0: there is nothing to be left of
+        (REDDER, [DOG, RED_WEST], 1),  # 1, 1, 1, 1
+        (REDDER, [DOG, WEST], 2 / 3),  # 1, 1, 0: the position is not asked
+        (REDDER, [DOG], 1 / 3),  # 1, 0 and one 0 for colour and position
+        (BOTH["include"], [BLUE_DOG, PINK_CAT], 3 / 4),  # as ever without a position
+    ],
+)
+def test_published_verdicts_by_hand(include, things, graded):
+    task = task_of("p", {"tag": "position", "include": include})
+    published, own = judge(task, seen(*things), as_published=True), judge(task, seen(*things))
+    assert published.graded == pytest.approx(graded)
+    assert published == replace(own, graded=published.graded)
 
 
 def restated(task, found, threshold=0.1):
