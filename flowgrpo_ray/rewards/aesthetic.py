@@ -27,6 +27,7 @@ from flowgrpo_ray.rewards.loading import (
     pick_device,
     read_weights,
 )
+from flowgrpo_ray.rewards.pixels import by_torchvision
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +67,7 @@ class AestheticReward:
         weights = read_weights(source, head_file)
         clip_source = ("clip", clip, clip_revision)
         self._clip = ClipEncoder.load(
-            clip_source, clip_source, device=place, dtype=dtype, batch=batch
+            clip_source, clip_source, by_torchvision, device=place, dtype=dtype, batch=batch
         )
         self._head = score_head(self._clip.width)
         fill(self._head, weights, source)

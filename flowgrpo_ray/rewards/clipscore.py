@@ -14,13 +14,14 @@ from pydantic import Field
 
 from flowgrpo_ray.rewards.clip import CLIP_L, PromptMatch
 from flowgrpo_ray.rewards.loading import Batch, Device, Dtype, Revision
+from flowgrpo_ray.rewards.pixels import bilinear
 
 
 class ClipScoreReward(PromptMatch):
     """Scores each image against its own prompt.
 
-    Flow-GRPO's code resizes images as float tensors, this one with Pillow, as CLIP was trained:
-    scores differ slightly.
+    As in Flow-GRPO's code images are resized bilinearly, as numbers that are not rounded; CLIP was
+    trained on Pillow's bicubic ones.
     """
 
     SCALE = 30.0
@@ -40,4 +41,4 @@ class ClipScoreReward(PromptMatch):
         batch: Batch = 32,
     ) -> None:
         source = ("path", path, revision)
-        super().__init__(source, source, device, dtype, batch)
+        super().__init__(source, source, device, dtype, batch, bilinear)

@@ -38,6 +38,7 @@ from flowgrpo_ray.rewards.loading import (
     load_model,
     pick_device,
 )
+from flowgrpo_ray.rewards.pixels import by_torchvision
 
 if TYPE_CHECKING:
     import torch
@@ -297,7 +298,9 @@ class ColourClassifier:
     """CLIP without training: which of `COLOURS` an object has."""
 
     def __init__(self, source: Source, device: torch.device, dtype: str, batch: int) -> None:
-        self._clip = ClipEncoder.load(source, source, device=device, dtype=dtype, batch=batch)
+        self._clip = ClipEncoder.load(
+            source, source, by_torchvision, device=device, dtype=dtype, batch=batch
+        )
         self._known: dict[str, torch.Tensor] = {}
 
     def fill_in(

@@ -34,6 +34,7 @@ from flowgrpo_ray.rewards.loading import (
     pick_device,
     read_weights,
 )
+from flowgrpo_ray.rewards.pixels import processed, torchvision_processor
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +89,7 @@ class ImageRewardReward:
         batch: Batch = 32,
     ) -> None:
         import torch
-        from transformers import BertTokenizer, CLIPImageProcessorPil
+        from transformers import BertTokenizer
 
         self._device, self._dtype, self._batch = pick_device(device), getattr(torch, dtype), batch
         source: Source = ("path", path, revision)
@@ -97,9 +98,9 @@ class ImageRewardReward:
         self._text.to(device=self._device, dtype=self._dtype)
         self._head.to(self._device)
         side = self._vision.config.image_size
-        self._prepare = CLIPImageProcessorPil(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-        )
+        crop = {"height": side, "width": side}
+        processor = torchvision_processor()(size={"shortest_edge": side}, crop_size=crop)
+        self._pixels = processed(processor)
         names: Source = ("tokenizer", tokenizer, None)
         self._tokenizer = load(BertTokenizer, names)
         known = self._text.config.vocab_size - len(EXTRA_TOKENS)
@@ -128,9 +129,7 @@ class ImageRewardReward:
     def _score(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         import torch
 
-        pixels = self._prepare(
-            images=list(images), input_data_format="channels_last", return_tensors="pt"
-        )["pixel_values"]
+        pixels = self._pixels(list(images))
         tokens = self._tokenizer(
             list(prompts),
             padding="max_length",

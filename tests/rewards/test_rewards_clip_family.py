@@ -3,6 +3,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from test_rewards_pickscore import (
     END,
@@ -52,13 +53,24 @@ def head(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batch():
-    images = np.random.default_rng(0).integers(0, 256, (4, 40, 56, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (4, 40, 44, 3), dtype=np.uint8)
     images[1] = 255 - images[1] // 8
     images.flags.writeable = False
     return images, ["a cat", "two red dogs", "", "a very long prompt " * 9], [{}] * 4
 
 
 # --- CLIPScore
+
+
+def bilinear_pixels(image):
+    """By hand: Pillow resizes a colour in floats, 40 x 44 to 32 x 35; of 3 columns 2 go left."""
+    planes = [
+        np.asarray(Image.fromarray(colour).resize((35, 32), Image.Resampling.BILINEAR))[:, 2:34]
+        for colour in image.astype(np.float32).transpose(2, 0, 1) / 255
+    ]
+    mean = np.array((0.48145466, 0.4578275, 0.40821073))[:, None, None]
+    std = np.array((0.26862954, 0.26130258, 0.27577711))[:, None, None]
+    return torch.tensor((np.stack(planes) - mean) / std, dtype=torch.float32)
 
 
 def test_clipscore_is_the_models_logit_over_30_with_texts_padded_to_the_full_length(clip, batch):
@@ -74,7 +86,7 @@ def test_clipscore_is_the_models_logit_over_30_with_texts_padded_to_the_full_len
         logits = model(
             input_ids=padded,
             attention_mask=mask,
-            pixel_values=torch.stack([pixels(image) for image in images]),
+            pixel_values=torch.stack([bilinear_pixels(image) for image in images]),
         ).logits_per_image.diagonal()
     scores = ClipScoreReward(clip, device="cpu", batch=3)(images, prompts, metadata)
     assert scores.dtype == np.float32
@@ -139,7 +151,7 @@ def ratings(clip, images):
 
     model = CLIPModel.from_pretrained(clip).eval()
     with torch.no_grad():
-        embedded = model.vision_model(torch.stack([pixels(image) for image in images]))
+        embedded = model.vision_model(torch.stack([pixels(image, round) for image in images]))
         vectors = model.visual_projection(embedded.pooler_output).double()
     values = vectors / vectors.square().sum(dim=1, keepdim=True).sqrt()
     weights = {name: value.double() for name, value in head_weights().items()}

@@ -271,7 +271,7 @@ class StraightColours:
         grey = Image.new("RGB", (image.shape[1], image.shape[0]), "#999999")
         alone = Image.composite(Image.fromarray(image), grey, Image.fromarray(one.mask))
         crop = np.asarray(alone.crop(tuple(int(edge) for edge in one.box)))
-        picture = self.unit("image", pixels(crop)[None])
+        picture = self.unit("image", pixels(crop, round)[None])
         return COLOURS[int(np.argmax([text @ picture for text in self.texts(one.name)]))]
 
 

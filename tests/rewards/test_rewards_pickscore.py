@@ -65,13 +65,16 @@ def letters(text):
     return [*ids[:76], END]
 
 
-def pixels(image):
-    """CLIP's preparation by hand: short side to PIXELS, bicubic; centre; normalised."""
+def pixels(image, rounds=math.floor):
+    """CLIP's preparation by hand: short side to PIXELS, bicubic; centre; normalised.
+
+    rounds: half a row; torchvision's crop as Python does.
+    """
     height, width = image.shape[:2]
     short = min(height, width)
     size = (int(PIXELS * width / short), int(PIXELS * height / short))
     resized = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
-    top, left = (resized.shape[0] - PIXELS) // 2, (resized.shape[1] - PIXELS) // 2
+    top, left = (rounds((side - PIXELS) / 2) for side in resized.shape[:2])
     centre = resized[top : top + PIXELS, left : left + PIXELS] / 255
     mean = (0.48145466, 0.4578275, 0.40821073)
     std = (0.26862954, 0.26130258, 0.27577711)
@@ -99,7 +102,7 @@ def reward(clip):
 
 @pytest.fixture(scope="module")
 def batch():
-    images = np.random.default_rng(0).integers(0, 256, (7, 40, 56, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (7, 40, 44, 3), dtype=np.uint8)
     images.flags.writeable = False
     prompts = ["a cat", "two red dogs", "a cat", "x", "", "a very long prompt " * 9, "green tea"]
     return images, prompts, [{}] * 7
