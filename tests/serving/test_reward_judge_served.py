@@ -10,6 +10,8 @@ import ray
 from tiny_judge import tiny_judge
 from waiting import PATIENCE_S
 
+from flowgrpo_ray.common.errors import RewardError
+from flowgrpo_ray.rewards.vlm_judge import VlmJudge
 from flowgrpo_ray.serving import deploy
 from flowgrpo_ray.serving.args import RewardServiceArgs
 from flowgrpo_ray.serving.client import Patience, RewardClient
@@ -24,6 +26,25 @@ def _servers(model):
 @pytest.fixture
 def model(pytestconfig):
     return str(tiny_judge(pytestconfig.cache.mkdir("judges")))
+
+
+def ask_a_question_of_ones_own(server, model):
+    """The server that runs already, by its address; it has no probabilities and says so."""
+    words = server.cmdline()
+    url = f"http://127.0.0.1:{words[words.index('--port') + 1]}"
+    images = np.stack([np.full((64, 64, 3), level, np.uint8) for level in (240, 10)])
+
+    def scores(**options):
+        judge = VlmJudge("Is {prompt} bright?", low=1, high=5, url=url, model=model, **options)
+        try:
+            return judge(images, ["a cat"] * 2, [{}] * 2).tolist()
+        finally:
+            judge.close()
+
+    assert scores(max_tokens=16) == [(4.5 - 1) / 4, (1.5 - 1) / 4]
+    for answer in ("yes_no", "digits"):
+        with pytest.raises(RewardError, match="no chat completion with probabilities"):
+            scores(answer=answer)
 
 
 @pytest.mark.slow
@@ -52,6 +73,7 @@ def test_a_served_judge_scores_after_its_server_died_and_ends_with_its_deploymen
     (restarted,) = _servers(model)
     assert restarted.pid != server.pid
     assert sys.executable in restarted.cmdline()[0]
+    ask_a_question_of_ones_own(restarted, model)
     deploy.remove(["judge"])
     psutil.wait_procs([restarted], timeout=20)
     assert _servers(model) == []
