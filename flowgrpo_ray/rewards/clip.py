@@ -74,7 +74,6 @@ class ClipEncoder:
         """One whose weights, tokenizer and image processor have the names of transformers."""
         from transformers import CLIPModel
 
-        check_dtype_and_batch(dtype, batch)
         clip, pixels = load_model(CLIPModel, model), prepare(processor)
         return cls(clip, model, processor, pixels, device=device, dtype=dtype, batch=batch)
 

@@ -33,7 +33,8 @@ class ClipIqaReward:
         ] = "Good photo.",
         bad: Annotated[str, Field(description="of a bad one, `Blurry photo.`")] = "Bad photo.",
         path: Annotated[
-            str, Field(description="a CLIP with its tokenizer and image processor: folder or hub id")
+            str,
+            Field(description="a CLIP with its tokenizer and image processor: folder or hub id"),
         ] = "openai/clip-vit-large-patch14",
         revision: Revision = None,
         device: Device = None,

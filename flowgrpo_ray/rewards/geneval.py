@@ -73,10 +73,10 @@ class GenevalReward:
                    else 0; 0 too unless everything asked before of either entry was right
 
     With 16 objects found where 1 is asked the number is -14: like the authors' it is not cut off
-    at 0. `exclude` does not enter. `as_published` takes two differences back: after the 0 of a wrong
-    position the server adds a 1 (3/4 in all, here 2/3), taken for an oversight; and where an entry
-    asks for colour AND position, as no public prompt does, it leaves a term out unless number and
-    colour are right.
+    at 0. `exclude` does not enter. `as_published` takes two differences back: after the 0 of a
+    wrong position the server adds a 1 (3/4 in all, here 2/3), taken for an oversight; and where an
+    entry asks for colour AND position, as no public prompt does, it leaves a term out unless number
+    and colour are right.
 
     `graded: false` gives 1 or 0. With `strict` every number must be met exactly, every colour and
     position be right and no class of `exclude` be there in its number: the server's strict
