@@ -19,6 +19,7 @@ from flowgrpo_ray.rewards.clip import CLIP_L, ClipEncoder
 from flowgrpo_ray.rewards.geneval_rules import (
     CLASSES,
     COLOURS,
+    OTHER_SPELLINGS,
     TAGS,
     Found,
     Task,
@@ -42,13 +43,6 @@ from flowgrpo_ray.rewards.pixels import by_torchvision
 
 if TYPE_CHECKING:
     import torch
-
-OTHER_SPELLINGS = {
-    **{"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"},
-    **{"tvmonitor": "tv", "television": "tv", "motorbike": "motorcycle", "aeroplane": "airplane"},
-    **{"sofa": "couch", "doughnut": "donut", "hairdryer": "hair drier"},
-}
-"""Detectors' names of the same classes, as `_squash` leaves them."""
 
 TEMPLATES = (
     "a photo of a {colour} {name}",
@@ -86,8 +80,6 @@ class GenevalReward:
     What counts as found: what is certain enough, at most `max_objects` per class, the most certain
     first. Overlap is intersection over union.
 
-    Position: with o the offset of two boxes' centres and s the sum of their sizes,
-    r = sign(o) * max(|o| - position_threshold * s, 0); left of: r.x / |o| < -0.5, and so on.
     Colour: of ten colours the one nearest in CLIP, by the mean over three prompt templates, to the
     object alone on grey, cropped to its box.
     """

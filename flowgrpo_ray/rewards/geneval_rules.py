@@ -11,6 +11,13 @@ from typing import Any
 
 import numpy as np
 
+OTHER_SPELLINGS = {
+    **{"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"},
+    **{"tvmonitor": "tv", "television": "tv", "motorbike": "motorcycle", "aeroplane": "airplane"},
+    **{"sofa": "couch", "doughnut": "donut", "hairdryer": "hair drier"},
+}
+"""Detectors' names of the same classes, in lower case without spaces."""
+
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLOURS = (
     *("red", "orange", "yellow", "green", "blue"),

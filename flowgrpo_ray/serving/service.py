@@ -23,7 +23,6 @@ from ray.serve.schema import LoggingConfig
 from flowgrpo_ray.common.errors import RewardError
 from flowgrpo_ray.common.gpus import hide_gpus
 from flowgrpo_ray.common.images import decode_rgb
-from flowgrpo_ray.common.loopback import is_loopback
 from flowgrpo_ray.rewards import (
     build,
     check_options,
@@ -39,7 +38,8 @@ from flowgrpo_ray.serving.args import RewardServiceArgs
 from flowgrpo_ray.serving.batches import Call, Scored, by_size, image_count, shares
 from flowgrpo_ray.serving.exporter import Exporter
 from flowgrpo_ray.serving.http import Limits, build_api
-from flowgrpo_ray.serving.ray_private import http_address, stay_on_loopback
+from flowgrpo_ray.serving.ray_private import stay_on_loopback
+from flowgrpo_ray.serving.tokens import token_of
 from flowgrpo_ray.serving.types import Answer, Metadata, ReplicaStats
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class RewardReplica:
         if not args.gpus:
             hide_gpus()
         self._args = args
-        self._token = _token(args)
+        self._token = token_of(args)
         self._check_prompt = prompt_check(args.reward, args.options)
         self._over_group = is_over_group(args.reward)
         self._reward = build(args.reward, args.options)
@@ -278,25 +278,6 @@ def _golden(args: RewardServiceArgs, reward: object) -> Rankings:
         image = decode_rgb(Path(file.image).read_bytes(), file.image)
         pictures.append([Golden(image, file.prompt, file.metadata, file.low, file.high)])
     return pictures
-
-
-def _token(args: RewardServiceArgs) -> str | None:
-    """The bearer token of this deployment; RewardError where it needs one and has none."""
-    token = os.environ.get(args.token_env) or None
-    if token is None and "token_env" in args.model_fields_set:
-        raise RewardError(
-            f"token_env = {args.token_env!r}: the replica of reward {args.name!r} has no such "
-            "environment variable: set it in the environment of the cluster's nodes (or in "
-            "runtime_env.env_vars of the application), or leave token_env out"
-        )
-    address = http_address()
-    if token is None and address and not is_loopback(address[0]):
-        raise RewardError(
-            f"Serve's HTTP listens on {address[0]!r}, beyond this machine, and there is no token: "
-            f"set {args.token_env} in the environment of the cluster's nodes (or in runtime_env."
-            "env_vars of the application), or keep http_options.host at 127.0.0.1"
-        )
-    return token
 
 
 # FastAPI's application is built in the replica, by __serve_build_asgi_app__.
