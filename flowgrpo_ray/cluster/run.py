@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import errno
 import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from flowgrpo_ray.common.errors import RunFolderError
 from flowgrpo_ray.estimate import store
 from flowgrpo_ray.estimate.preflight import check_access, check_environments, check_run
 from flowgrpo_ray.run.folder import RunFolder
-from flowgrpo_ray.run.tracking import SUMMARY, RunRecorder, StartClock
+from flowgrpo_ray.run.tracking import SUMMARY, Mirror, RunRecorder, StartClock
 from flowgrpo_ray.spec.prompts import Prompt, prompts_digest
 from flowgrpo_ray.spec.training import TrainingSpec
 from flowgrpo_ray.view.report import write_report
@@ -45,12 +46,21 @@ class Outcome:
 
 
 def train(
-    spec: TrainingSpec, root: Path, *, resume: bool, display: Display, started: float | None = None
+    spec: TrainingSpec,
+    root: Path,
+    *,
+    resume: bool,
+    display: Display,
+    started: float | None = None,
+    seen: Mirror | None = None,
+    begun: Callable[[Callable[[], None]], None] | None = None,
 ) -> Outcome:
     """Train ``spec`` in ``root/<name>``. SIGINT or SIGTERM once finishes the iteration and
     checkpoints; twice stops at once (``KeyboardInterrupt``).
 
-    ``started`` is when the command began (``time.perf_counter``), for the start-up phases.
+    ``started`` is when the command began (``time.perf_counter``), for the start-up phases. ``seen``
+    is told each row, and of which file; ``begun`` the function that does what a signal does, from
+    any thread: in one that is not the main thread no signal comes.
     """
     clock = StartClock(time.perf_counter() if started is None else started)
     clock.lap("import")
@@ -75,7 +85,9 @@ def train(
             trainer = Trainer(spec, prompts, held_out, folder, recorder, live, clock, saved=saved)
             del saved  # so that the trainer can free it
             live.follow(trainer)
-            progress = _run(trainer)
+            if seen:
+                recorder.mirrors.append(seen)
+            progress = _run(trainer, begun)
         summary = _summary(spec, progress, trainer.floors)
         recorder.write_summary(summary)
         write_report(folder.path)
@@ -106,12 +118,15 @@ def _recorder(
     return recorder
 
 
-def _run(trainer: Trainer) -> Progress:
+Begun = Callable[[Callable[[], None]], None] | None
+
+
+def _run(trainer: Trainer, begun: Begun) -> Progress:
     """Train; ``RunFolderError`` where the run folder's disk takes no more."""
     from flowgrpo_ray.serving import deploy
 
     try:
-        return asyncio.run(_until_stopped(trainer))
+        return asyncio.run(_until_stopped(trainer, begun))
     except OSError as error:
         if error.errno not in DISK:
             raise
@@ -124,7 +139,7 @@ def _run(trainer: Trainer) -> Progress:
             deploy.remove(trainer.crew.own_rewards)
 
 
-async def _until_stopped(trainer: Trainer) -> Progress:
+async def _until_stopped(trainer: Trainer, begun: Begun) -> Progress:
     """Train under signal handlers; installed here because ``ray.init`` replaces SIGTERM's."""
     loop = asyncio.get_running_loop()
     task = asyncio.ensure_future(trainer.train())
@@ -136,8 +151,19 @@ async def _until_stopped(trainer: Trainer) -> Progress:
             trainer.display.note("stopping after this iteration; once more to stop at once")
             trainer.stop()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, interrupt)
+    own = threading.current_thread()
+
+    def interrupt_from_anywhere() -> None:
+        if threading.current_thread() is own:
+            interrupt()  # at once: before the next iteration begins
+        else:
+            loop.call_soon_threadsafe(interrupt)
+
+    if own is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, interrupt)
+    if begun:
+        begun(interrupt_from_anywhere)
     try:
         return await task
     except asyncio.CancelledError:

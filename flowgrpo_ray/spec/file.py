@@ -133,10 +133,15 @@ def load_spec(source: str, overrides: Sequence[str] = ()) -> TrainingSpec:
         raise SpecError(f"{path}: cannot be read: {error.strerror}") from error
     if not isinstance(data, dict):
         raise SpecError(f"{path}: a spec is a mapping of keys, not {type(data).__name__}")
+    look_in(path.parent)  # for classes of the user's
+    return validate(overridden(data, overrides), str(path))
+
+
+def overridden(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The keys of a spec with ``a.b=c`` overrides applied, in place."""
     for override in overrides:
         _override(data, override)
-    look_in(path.parent)  # for classes of the user's
-    return validate(data, str(path))
+    return data
 
 
 def validate(data: Any, source: str) -> TrainingSpec:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -76,6 +77,15 @@ class RunDisplay:
     def note(self, message: str) -> None:
         """Something the person should know, as it is: a prompt in it may hold square brackets."""
         self.console.print(printable(message), highlight=False, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def shown(spec: TrainingSpec, *, quiet: bool = False) -> Iterator[RunDisplay]:
+    """The display of a run that Python code trains: in a notebook plain lines below the cell, in a
+    terminal a live one; ``quiet`` shows nothing."""
+    console = Console(quiet=quiet, force_jupyter=False)
+    with RunDisplay(spec, console) as display:
+        yield display
 
 
 def printable(text: str) -> str:
