@@ -28,6 +28,7 @@ from flowgrpo_ray.common.own_classes import nearest
 from flowgrpo_ray.rewards import check_options
 from flowgrpo_ray.rewards.environments import python_of
 from flowgrpo_ray.serving.args import RewardServiceArgs
+from flowgrpo_ray.serving.deploy import remove as take_away
 from flowgrpo_ray.serving.types import ReplicaStats, app_name
 from flowgrpo_ray.serving.waiting import until_running
 from flowgrpo_ray.spec.file import parse_yaml
@@ -167,7 +168,7 @@ def remove(client: ServeSubmissionClient, name: str) -> None:
     known = details_of(client)
     if name not in known:
         raise _unknown(name, known)
-    serve.delete(app_name(name))
+    take_away([name])
 
 
 def _unknown(name: str, known: Mapping[str, Any]) -> RewardError:

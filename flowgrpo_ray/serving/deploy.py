@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection, Mapping, Sequence
 
 from ray import serve
@@ -10,10 +11,12 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, Repli
 
 from flowgrpo_ray.common.errors import ClusterError, RewardError, SpecError
 from flowgrpo_ray.serving.args import RewardServiceArgs
-from flowgrpo_ray.serving.ray_private import http_address
+from flowgrpo_ray.serving.ray_private import end_replicas, http_address, serve_applications
 from flowgrpo_ray.serving.service import app, quiet
 from flowgrpo_ray.serving.types import app_name
 from flowgrpo_ray.serving.waiting import until_running
+
+REMOVED_S = 300.0  # more than replicas are given to answer the calls that they have (drain_s)
 
 
 def deploy(args: Sequence[RewardServiceArgs], *, http_port: int | None) -> list[str]:
@@ -58,9 +61,31 @@ def deploy(args: Sequence[RewardServiceArgs], *, http_port: int | None) -> list[
 
 
 def remove(names: Sequence[str]) -> None:
-    """Deletes the applications of these rewards."""
+    """Deletes the applications of these rewards, and returns when they are gone.
+
+    Replicas answer the calls that they have. Those that have not started have none: Serve would
+    ask them to finish, and wait for their answer as long as for that of the others.
+    """
+    applications = serve_applications()
+    started = {
+        replica["actor_name"]
+        for name in map(app_name, names)
+        for deployment in applications.get(name, {"deployments": {}})["deployments"].values()
+        for replica in deployment["replicas"]
+        if replica["state"] == ReplicaState.RUNNING
+    }
     for name in names:
-        serve.delete(app_name(name))
+        serve.delete(app_name(name), _blocking=False)
+    end = time.monotonic() + REMOVED_S
+    while left := [name for name in map(app_name, names) if name in serve_applications()]:
+        if time.monotonic() > end:
+            raise RewardError(
+                f"still there {REMOVED_S:g} s after they were taken away: {', '.join(left)}. Their "
+                "replicas have calls to answer (drain_s): Serve goes on with it"
+            )
+        for name in left:
+            end_replicas(name, but=started)
+        time.sleep(0.1)
 
 
 def _check_http(port: int) -> None:

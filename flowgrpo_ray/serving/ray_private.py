@@ -8,7 +8,8 @@ Serve is imported where it is needed: it takes 0.7 s, and processes that train n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -43,6 +44,17 @@ def serve_applications() -> Mapping[str, Any]:
 
     client = _get_global_client()
     return client.get_serve_details()["applications"] if client else {}
+
+
+def end_replicas(application: str, *, but: Collection[str]) -> None:
+    """Kills an application's replicas, started or not, but those that are called so: Serve tells
+    none of an application that it deletes, yet their actors have names."""
+    actors: Any = ray.util.list_named_actors(all_namespaces=True)
+    for actor in actors:
+        name = actor["name"]
+        if name.startswith(f"SERVE_REPLICA::{application}#") and name not in but:
+            with suppress(ValueError):  # it is gone
+                ray.kill(ray.get_actor(name, namespace=actor["namespace"]))
 
 
 def http_address() -> tuple[str, int] | None:

@@ -22,6 +22,7 @@ NEEDED = [
     ("ray.serve._private.client", "ServeControllerClient.http_config", None),
     ("ray.serve._private.client", "ServeControllerClient", "self._controller"),
     ("ray.serve._private.controller", "ServeController.get_proxy_location", None),
+    ("ray.serve._private.common", "ReplicaID.to_full_id_str", "REPLICA_ID_FULL_ID_STR_PREFIX"),
     ("ray.serve._private.replica", "add_port_to_grpc_server", None),
     ("ray.serve._private.replica", "", "add_port_to_grpc_server(self._server, "),
 ]

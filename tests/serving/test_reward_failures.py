@@ -199,7 +199,7 @@ def test_statistics_of_the_replicas_add_up(twins):
 @pytest.mark.slow
 def test_calls_in_flight_are_answered_by_a_replica_that_is_taken_away(ray_cluster):
     _deploy(RewardServiceArgs(name="leaving", reward=PROBE))
-    threading.Timer(0.5, serve.delete, [app_name("leaving")]).start()
+    threading.Timer(0.5, deploy.remove, [["leaving"]]).start()
     (outcome,), stats = _ask("leaving", [{"seconds": 2}], retries=0)
     assert outcome.rewards["leaving"].tolist() == [np.float32(0.2)]
     assert stats.failures == 0

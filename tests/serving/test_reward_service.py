@@ -584,10 +584,13 @@ def test_a_reward_that_cannot_start_is_named_with_its_cause(port):
 
 
 def test_deadline_and_absence_are_named(port):
-    slow = RewardServiceArgs(name="slow", reward=PROBE, cpus=64.0, drain_s=0.5)  # too many CPUs
+    slow = RewardServiceArgs(name="slow", reward=PROBE, cpus=64.0)  # too many CPUs
     with pytest.raises(RewardError, match=r"not running after 1 s.*reward-slow"):
         deploy.start_rewards([slow], http_port=port, deadline_s=1)
-    serve.delete("reward-slow", _blocking=False)
+    began = time.monotonic()
+    deploy.remove(["slow"])
+    assert time.monotonic() - began < slow.drain_s, "nothing is asked of what never started"
+    assert "reward-slow" not in serve.status().applications
     with pytest.raises(RewardError, match="reward-nobody: no such application"):
         deploy.wait(["nobody"], deadline_s=1)
     with pytest.raises(RewardError, match="reward-nobody"):
