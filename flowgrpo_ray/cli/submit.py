@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from flowgrpo_ray.cluster.upload import SPEC, pack
+from flowgrpo_ray.common.addresses import probe_jobs
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.estimate.preflight import check_run
 from flowgrpo_ray.spec.training import TrainingSpec
@@ -25,15 +26,17 @@ def submit_run(
     status."""
     if runs is not None and not runs.is_absolute():
         raise SpecError(f"--runs {runs}: give an absolute path of the cluster's machines")
+    probe_jobs(address)
     check_run(spec, elsewhere=True)
     with tempfile.TemporaryDirectory(prefix="flowgrpo-submit-") as name:
         folder = Path(name)
         files = pack(spec, folder)
         from flowgrpo_ray.cluster import jobs
 
-        client = jobs.connect(address)
         arguments = ["train", SPEC, "--resume", *(["--runs", str(runs)] if runs else [])]
-        job = jobs.submit(client, spec.name, folder, arguments, stop_wait)
+        with console.status("submitting to the Ray cluster"):
+            client = jobs.connect(address)
+            job = jobs.submit(client, spec.name, folder, arguments, stop_wait)
     at = f"--address {client.get_address()}"
     lines = (
         f"job {job} is submitted, with {', '.join(files)}",

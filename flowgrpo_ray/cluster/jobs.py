@@ -11,6 +11,7 @@ from pathlib import Path
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from flowgrpo_ray.common.addresses import jobs_address
 from flowgrpo_ray.common.errors import ClusterError, token_refused
 
 RUN = "flowgrpo_run"  # in a job's metadata: the run that it trains
@@ -22,11 +23,11 @@ def connect(address: str | None) -> JobSubmissionClient:
     say (RAY_API_SERVER_ADDRESS, RAY_ADDRESS), else the cluster that runs here."""
     if address:
         os.environ["RAY_API_SERVER_ADDRESS"] = address  # which Ray prefers to its own argument
-    where = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    where = jobs_address() or "this machine"
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
-        raise token_refused(where or "this machine", error) from error
+        raise token_refused(where, error) from error
     except (ConnectionError, RuntimeError) as error:
         raise ClusterError(
             f"no Ray cluster takes jobs at {where or 'this machine'}: give the address of its "

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowgrpo_ray.cluster.live import Display, Live
-from flowgrpo_ray.cluster.session import joined, ray_session
+from flowgrpo_ray.cluster.session import joined, probe, ray_session
 from flowgrpo_ray.common.errors import RunFolderError
 from flowgrpo_ray.estimate import store
 from flowgrpo_ray.estimate.preflight import check_access, check_environments, check_run
@@ -64,6 +64,7 @@ def train(
     """
     clock = StartClock(time.perf_counter() if started is None else started)
     clock.lap("import")
+    probe()
     prompts, held_out = check_run(spec)
     if not joined():  # the machines of a cluster may have what this one lacks
         check_environments(spec)
@@ -75,7 +76,7 @@ def train(
         live = ending.enter_context(Live(folder, spec, display))
         saved = _continued(folder, [*prompts, *held_out]) if resume else None
         recorder = _recorder(folder, spec, saved, live)
-        live.stage("starting Ray")
+        live.stage("joining the Ray cluster" if joined() else "starting Ray")
         if not joined() and (too_small := store.told(spec)):
             live.note(too_small)
         with ray_session(spec, folder.logs), contextlib.closing(recorder):

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flowgrpo_ray.cluster.janitor import MARK, RAY, janitor, keep_logs
+from flowgrpo_ray.common.addresses import probe_cluster, ray_address
 from flowgrpo_ray.common.errors import ClusterError, token_refused
 from flowgrpo_ray.estimate.store import store_size
 from flowgrpo_ray.spec.training import TrainingSpec, required_resources
@@ -41,7 +42,13 @@ def ray_session(spec: TrainingSpec, logs: Path) -> Iterator[None]:
 
 def joined() -> bool:
     """Whether a cluster is named to join."""
-    return "RAY_ADDRESS" in os.environ
+    return ray_address() is not None
+
+
+def probe() -> None:
+    """``ClusterError`` if a cluster is named to join and none is there."""
+    if (address := ray_address()) is not None:
+        probe_cluster(address, "RAY_ADDRESS")
 
 
 @contextmanager
@@ -49,6 +56,7 @@ def _joined(spec: TrainingSpec) -> Iterator[None]:
     import ray
     from ray.exceptions import AuthenticationError
 
+    probe()
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     except AuthenticationError as error:
@@ -69,6 +77,7 @@ def _joined(spec: TrainingSpec) -> Iterator[None]:
 def _private(spec: TrainingSpec, logs: Path) -> Iterator[None]:
     gpus = check_local_gpus(spec)
     os.environ.update(private_environment())
+    os.environ.pop("RAY_ADDRESS", None)  # it is empty, if it is there
     import ray
 
     needed = required_resources(spec)
@@ -121,6 +130,7 @@ def private_environment() -> dict[str, str]:
         # In the environment, so no file in ~/.ray; kept, because Ray reads it once per process.
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "flowgrpo_ray.serving.json_errors:middlewares",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         # Finished calls that Ray remembers, 2 kB each: its own 100,000 grow for hours.
         "RAY_task_events_max_num_task_in_gcs": "10000",
