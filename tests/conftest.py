@@ -16,6 +16,10 @@ import pytest
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+# As a run that starts its own Ray sets it.
+os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = (
+    "flowgrpo_ray.serving.json_errors:middlewares"
+)
 os.environ["FLOWGRPO_TEST_TOKEN"] = secrets.token_hex(16)  # of a reward's HTTP; replicas inherit it
 # Prompt encodings belong to this run of the tests, not to the user's cache.
 os.environ["FLOWGRPO_ENCODINGS"] = tempfile.mkdtemp(prefix="fge", dir="/tmp")

@@ -28,6 +28,12 @@ BACKOFF_S = 0.5
 """Wait before the first retry; each further one waits twice as long."""
 
 CONNECTION_ERRORS = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
+HINTS = {  # what answers so is mostly a proxy, which knows nothing of the program behind it
+    404: " (nothing is served at this path)",
+    502: " (a proxy reaches no server)",
+    503: " (no replica or server takes requests now)",
+    504: " (a proxy has waited too long)",
+}
 MAX_SCORE = float(np.finfo(np.float32).max)
 MOST_BYTES = 2**24  # of an answer
 
@@ -121,7 +127,8 @@ def answer(
         else:
             if response.is_success:
                 return response
-            failure = f"{response.url}: {response.status_code}: {response.text[:500]}"
+            hint = HINTS.get(response.status_code, "")
+            failure = f"{response.url}: {response.status_code}{hint}: {response.text[:500]}"
             if response.status_code != 429 and response.status_code < 500:
                 raise RewardError(failure)
     raise RewardError(f"{failure} (asked {1 + retries} times)")

@@ -95,8 +95,15 @@ def one_in_three(answer):
     return lambda number, body: (200, '{"scores": [0.5, null]}') if number == 2 else answer
 
 
-@pytest.mark.parametrize("answer", [(500, ""), (503, "busy"), (429, "slow down")])
-def test_a_passing_failure_is_asked_again(batch, answer):
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ((500, ""), "500: "),
+        ((503, "busy"), r"503 \(no replica or server takes requests now\): busy"),
+        ((429, "slow down"), "429: slow down"),
+    ],
+)
+def test_a_passing_failure_is_asked_again(batch, answer, said):
     images, prompts, metadata = (part[:2] for part in batch)
     with scripted(one_in_three(answer)) as server:
         np.testing.assert_array_equal(
@@ -106,7 +113,7 @@ def test_a_passing_failure_is_asked_again(batch, answer):
         assert len(set(server.bodies)) == 3, "each try has a boundary of its own"
     with (
         scripted(one_in_three(answer)) as server,
-        pytest.raises(RewardError, match=rf"/score: {answer[0]}: {answer[1]} \(asked 2 times\)"),
+        pytest.raises(RewardError, match=rf"/score: {said} \(asked 2 times\)"),
     ):
         HttpReward(server.url, retries=1)(images, prompts, metadata)
 

@@ -559,6 +559,19 @@ def test_a_killed_replica_is_replaced_and_the_call_repeated(port, tmp_path):
     assert _probe(retries=2).tolist() == [np.float32(0.2)]
 
 
+def test_errors_of_the_proxy_are_json(port, tmp_path):
+    url = f"http://127.0.0.1:{port}"
+    unknown = httpx.post(f"{url}/nobody/score")
+    assert unknown.status_code == 404
+    assert unknown.json() == {"error": "no reward is served at this path"}
+    died = json.dumps([{"die once": str(tmp_path / "died")}])
+    answer = _post(port, "probe", [GREY], ["x"], metadata=died)
+    assert (tmp_path / "died").exists()
+    assert answer.status_code == 500
+    assert answer.json() == {"error": "the replica that had this call was lost; try again"}
+    assert _probe(retries=2).tolist() == [np.float32(0.2)]
+
+
 def test_what_is_deployed_already_is_used_as_it_is(port):
     deploy.wait(["probe"], deadline_s=PATIENCE_S)
     before = _pid()
