@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +16,8 @@ from rich.table import Table
 from flowgrpo_ray.view.console import printable
 
 if TYPE_CHECKING:
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
     from flowgrpo_ray.serving.admin import RewardStatus
 
 AddressOption = Annotated[
@@ -23,7 +27,18 @@ AddressOption = Annotated[
 DeadlineOption = Annotated[
     float, typer.Option("--deadline", min=0, help="seconds to wait until all replicas run")
 ]
-console = Console()
+console, progress = Console(), Console(stderr=True)
+
+
+@contextmanager
+def _connected(address: str | None) -> Iterator[ServeSubmissionClient]:
+    """A connection to the cluster, and a word while it is made."""
+    from flowgrpo_ray.serving import admin
+
+    with ExitStack() as stack:
+        with progress.status("connecting to the Ray cluster"):
+            client = stack.enter_context(admin.connection(address))
+        yield client
 
 
 def deploy(
@@ -35,9 +50,9 @@ def deploy(
     from flowgrpo_ray.serving import admin
 
     config = admin.read_config(file)
-    with admin.connection(address) as client:
+    with _connected(address) as client:
         names = admin.deploy_file(client, file, config)
-        with console.status(f"starting {', '.join(names)}"):
+        with progress.status(f"starting {', '.join(names)}"):
             admin.wait_for(client, names, deadline)
         _show([row for row in admin.status(client) if row.name in names])
 
@@ -49,7 +64,7 @@ def status(
     """Replicas, queue, latency, errors and environment of every reward."""
     from flowgrpo_ray.serving import admin
 
-    with admin.connection(address) as client:
+    with _connected(address) as client:
         rows = admin.status(client)
     if as_json:
         print(json.dumps([_as_json(row) for row in rows]))
@@ -64,13 +79,16 @@ def scale(
     replicas: Annotated[int, typer.Argument(min=1, help="that shall run")],
     address: AddressOption = None,
     deadline: DeadlineOption = 600,
+    beyond: Annotated[
+        bool, typer.Option("--beyond", help="ask for more than fits: the cluster grows by itself")
+    ] = False,
 ) -> None:
     """Change the number of replicas of one reward, while runs use it."""
     from flowgrpo_ray.serving import admin
 
-    with admin.connection(address) as client:
-        admin.scale(client, name, replicas)
-        with console.status(f"{name}: waiting for {replicas} replicas"):
+    with _connected(address) as client:
+        admin.scale(client, name, replicas, beyond=beyond)
+        with progress.status(f"{name}: waiting for {replicas} replicas"):
             admin.wait_for(client, [name], deadline)
         _show([row for row in admin.status(client) if row.name == name])
 
@@ -82,7 +100,7 @@ def remove(
     """Take a reward away, after it has answered the calls that it has."""
     from flowgrpo_ray.serving import admin
 
-    with admin.connection(address) as client:
+    with _connected(address) as client, progress.status(f"taking {name} away"):
         admin.remove(client, name)
     print(f"{name} is removed")
 

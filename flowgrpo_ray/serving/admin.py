@@ -7,7 +7,6 @@ deploy`, deploying one file leaves the rewards of other files alone.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,12 +22,15 @@ from ray.exceptions import AuthenticationError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
+from flowgrpo_ray.common.addresses import probe_cluster, ray_address
 from flowgrpo_ray.common.errors import ClusterError, RewardError, SpecError, token_refused
 from flowgrpo_ray.common.own_classes import nearest
 from flowgrpo_ray.rewards import check_options
 from flowgrpo_ray.rewards.environments import python_of
 from flowgrpo_ray.serving.args import RewardServiceArgs
+from flowgrpo_ray.serving.deploy import check_environments_there
 from flowgrpo_ray.serving.deploy import remove as take_away
+from flowgrpo_ray.serving.ray_private import free_by_node
 from flowgrpo_ray.serving.types import ReplicaStats, app_name
 from flowgrpo_ray.serving.waiting import until_running
 from flowgrpo_ray.spec.file import parse_yaml
@@ -41,7 +43,9 @@ BUILDER = "flowgrpo_ray.serving.service:app"
 def connection(address: str | None) -> Iterator[ServeSubmissionClient]:
     """A connection to the cluster at `address` (default: RAY_ADDRESS, else the one that runs here)
     and to its dashboard."""
-    address = address or os.environ.get("RAY_ADDRESS") or "auto"
+    source = "--address" if address else "RAY_ADDRESS"
+    address = address or ray_address() or "auto"
+    probe_cluster(address, source)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -106,7 +110,9 @@ def check_keys(where: str, given: Mapping[str, Any], schema: type[BaseModel]) ->
 def deploy_file(client: ServeSubmissionClient, path: Path, config: dict[str, Any]) -> list[str]:
     """Deploys the rewards of a config file, as `read_config` gave it, beside those that run; their
     names."""
-    names = [application["args"]["name"] for application in config["applications"]]
+    args = [RewardServiceArgs.model_validate(a["args"]) for a in config["applications"]]
+    check_environments_there(args, built_there=True)
+    names = [arg.name for arg in args]
     details = client.get_serve_details()
     _check_same_http(config, details, path)
     config["applications"] += [
@@ -147,12 +153,18 @@ def _as_it_is(application: Mapping[str, Any]) -> dict[str, Any]:
     return config | {"deployments": list(overrides.values())}
 
 
-def scale(client: ServeSubmissionClient, name: str, replicas: int) -> None:
-    """Asks Serve for so many replicas of a reward; those that run keep running."""
+def scale(client: ServeSubmissionClient, name: str, replicas: int, *, beyond: bool = False) -> None:
+    """Asks Serve for so many replicas of a reward; those that run keep running.
+
+    RewardError if nodes have no room for them, unless the cluster may grow `beyond` what it has.
+    """
+    known = details_of(client)
+    if name not in known:
+        raise _unknown(name, known)
+    if not beyond:
+        _check_room(name, replicas, known[name]["deployments"].get(name, {}))
     path = f"/api/v1/applications/{app_name(name)}/deployments/{name}/scale"
     answer = client._do_request("POST", path, json_data={"target_num_replicas": replicas})
-    if answer.status_code == 404:
-        raise _unknown(name, details_of(client))
     if answer.status_code == 412:
         raise RewardError(
             f"{app_name(name)} cannot be scaled by hand: {answer.json()['error']} With "
@@ -161,6 +173,32 @@ def scale(client: ServeSubmissionClient, name: str, replicas: int) -> None:
         )
     if answer.status_code != 200:
         raise ClusterError(f"scaling {app_name(name)}: {answer.status_code} {answer.text}")
+
+
+def _check_room(name: str, replicas: int, deployment: Mapping[str, Any]) -> None:
+    """RewardError if more replicas are asked for than the nodes have room for."""
+    options = deployment.get("deployment_config", {}).get("ray_actor_options", {})
+    cpus, gpus = options.get("num_cpus", 1), options.get("num_gpus", 0)
+    needed = {"CPU": cpus, "GPU": gpus, **(options.get("resources") or {})}
+    needed = {resource: count for resource, count in needed.items() if count}
+    placed = sum(bool(replica.get("node_id")) for replica in deployment.get("replicas", []))
+    free = list(free_by_node().values())
+    room = sum(
+        min(int(node.get(resource, 0) / count + 1e-9) for resource, count in needed.items())
+        for node in free
+        if needed
+    )
+    if needed and replicas - placed > room:
+        each = " and ".join(f"{count:g} {resource}" for resource, count in needed.items())
+        left = ", ".join(
+            f"{sum(node.get(resource, 0) for node in free):g} {resource}" for resource in needed
+        )
+        raise RewardError(
+            f"{app_name(name)}: {replicas} replicas are asked for and {placed} are placed; each "
+            f"takes {each}, and {left} are free on {len(free)} nodes: room for {room} more, "
+            f"{placed + room} in all. Ask for fewer, or let a cluster that grows by itself have "
+            "them: --beyond"
+        )
 
 
 def remove(client: ServeSubmissionClient, name: str) -> None:

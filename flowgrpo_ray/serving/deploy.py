@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
+import ray
 from ray import serve
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ReplicaState
 
-from flowgrpo_ray.common.errors import ClusterError, RewardError, SpecError
+from flowgrpo_ray.common.errors import (
+    ClusterError,
+    RewardEnvironmentError,
+    RewardError,
+    SpecError,
+)
+from flowgrpo_ray.rewards.environments import FOLDER_VARIABLE, environments_folder
 from flowgrpo_ray.serving.args import RewardServiceArgs
 from flowgrpo_ray.serving.ray_private import end_replicas, http_address, serve_applications
 from flowgrpo_ray.serving.service import app, quiet
@@ -26,6 +35,7 @@ def deploy(args: Sequence[RewardServiceArgs], *, http_port: int | None) -> list[
     `http_port` is None. An application that is there already, from whomever and with whatever
     options, is used as it is: the names of these rewards are returned.
     """
+    check_environments_there(args, built_there=False)
     names = [arg.name for arg in args]
     if len(set(names)) < len(names):
         raise SpecError(f"rewards need different names, got {names}")
@@ -58,6 +68,39 @@ def deploy(args: Sequence[RewardServiceArgs], *, http_port: int | None) -> list[
             wait_for_applications_running=False,
         )
     return present
+
+
+def check_environments_there(args: Sequence[RewardServiceArgs], *, built_there: bool) -> None:
+    """RewardEnvironmentError if environments are here and the cluster's machines do not find them,
+    because one side alone has FLOWGRPO_ENVIRONMENTS: a replica would wait for its Python for ever.
+
+    built_there: whether the applications are built on the cluster, and so with its variable.
+    """
+    here = environments_folder()
+    named = {arg.environment for arg in args if arg.environment is not None}
+    names = sorted(name for name in named if (here / name).is_dir())
+    if not names:
+        return
+    ask = ray.remote(num_cpus=0)(_looks)
+    there, why, lacks = ray.get(ask.remote(names, None if built_there else here))
+    if there != here and lacks:
+        raise RewardEnvironmentError(
+            f"environments {', '.join(lacks)}: here they are in {here} ({_variable()}), and the "
+            f"cluster's machines look in {there} ({why}): start Ray on all of them with the "
+            f"{FOLDER_VARIABLE} of here, or build them there"
+        )
+
+
+def _looks(names: Sequence[str], folder: Path | None) -> tuple[Path, str, list[str]]:
+    """Where a process of the cluster looks, why there, and which of the environments are not in
+    `folder`, which by default is that one."""
+    there = environments_folder()
+    lacks = [name for name in names if not (folder or there).joinpath(name).is_dir()]
+    return there, _variable(), lacks
+
+
+def _variable() -> str:
+    return f"{FOLDER_VARIABLE} is {'' if os.environ.get(FOLDER_VARIABLE) else 'not '}set"
 
 
 def remove(names: Sequence[str]) -> None:

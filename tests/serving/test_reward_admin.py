@@ -12,7 +12,7 @@ import clusters
 import pytest
 import yaml
 
-from flowgrpo_ray.common.errors import RewardEnvironmentError, SpecError
+from flowgrpo_ray.common.errors import RewardEnvironmentError, RewardError, SpecError
 from flowgrpo_ray.serving import admin
 
 HERE = Path(__file__).parents[1]
@@ -69,6 +69,9 @@ def test_rewards_are_deployed_scaled_and_removed_while_they_are_used(cluster, tm
         text=True,
     )
     assert traffic.stdout.readline() == "started\n"
+    said = cluster.rewards("scale", "probe", 99, status=2)
+    assert "99 replicas are asked for and 2 are placed; each takes 0.25 CPU" in said
+    assert cluster.status()["probe"]["target"] == 2
     cluster.rewards("scale", "probe", 3)
     grown = cluster.status()
     assert grown["probe"]["running"] == grown["probe"]["target"] == 3
@@ -103,6 +106,36 @@ def test_rewards_are_deployed_scaled_and_removed_while_they_are_used(cluster, tm
     assert "no reward 'nobody' is deployed on this cluster; deployed: " in said
     assert "alone is removed" in cluster.rewards("remove", "alone")
     assert cluster.status().keys() == {"sign_colour", "probe"}
+
+
+@pytest.mark.parametrize(
+    ("replicas", "cpus", "gpus", "refused"),
+    [
+        (3, 0.25, 0, None),
+        (11, 0.25, 0, None),  # 2 are placed; 7 fit on one node, 2 on the other
+        (12, 0.25, 0, "each takes 0.25 CPU, and 2.4 CPU are free on 2 nodes: room for 9 more, 11"),
+        (3, 1, 0.5, None),
+        (4, 1, 0.5, "each takes 1 CPU and 0.5 GPU, and 2.4 CPU, 4 GPU are free .*room for 1 more"),
+        (1, 8, 0, None),  # fewer than run
+        (99, 0, 0, None),
+    ],
+)
+def test_more_replicas_than_fit_are_refused_with_the_numbers(
+    monkeypatch, replicas, cpus, gpus, refused
+):
+    free = {"a": {"CPU": 1.8, "GPU": 1.0}, "b": {"CPU": 0.6, "GPU": 3.0}}
+    monkeypatch.setattr(admin, "free_by_node", lambda: free)
+    deployment = {
+        "deployment_config": {"ray_actor_options": {"num_cpus": cpus, "num_gpus": gpus}},
+        "replicas": [{"node_id": "a"}, {"node_id": "b"}, {"node_id": None}],
+    }
+    if refused is None:
+        admin._check_room("ocr", replicas, deployment)
+    else:
+        with pytest.raises(
+            RewardError, match=f"reward-ocr: {replicas} replicas.* 2 are.*{refused}"
+        ):
+            admin._check_room("ocr", replicas, deployment)
 
 
 # --- config files

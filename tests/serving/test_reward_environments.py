@@ -98,3 +98,18 @@ def test_a_missing_environment_is_an_error_at_once(ray_cluster, tmp_path, monkey
     with pytest.raises(RewardEnvironmentError, match="flowgrpo-ray rewards env build paddleocr"):
         start(args)
     assert "reward-lost" not in serve.status().applications
+
+
+def test_environments_that_one_side_alone_names_are_told(ray_cluster, tmp_path, monkeypatch):
+    """An application that is built on the cluster looks where the cluster's variable says."""
+    args = [RewardServiceArgs(name="ours", reward="ocr", environment="only-here")]
+    deploy.check_environments_there(args, built_there=True)  # neither side has it
+    (tmp_path / "only-here").mkdir()
+    monkeypatch.setenv(environments.FOLDER_VARIABLE, str(tmp_path))
+    deploy.check_environments_there(args, built_there=False)  # its path is right there too
+    with pytest.raises(RewardEnvironmentError) as caught:
+        deploy.check_environments_there(args, built_there=True)
+    assert f"environments only-here: here they are in {tmp_path} (FLOWGRPO_ENVIRONMENTS is" in str(
+        caught.value
+    )
+    assert "(FLOWGRPO_ENVIRONMENTS is not set)" in str(caught.value)
