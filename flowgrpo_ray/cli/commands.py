@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+import flowgrpo_ray
 from flowgrpo_ray.cli.monitor import monitor
 from flowgrpo_ray.cli.options import (
     IterationOption,
@@ -25,10 +25,11 @@ from flowgrpo_ray.cli.options import (
     WeightsOption,
 )
 from flowgrpo_ray.cli.prompts import prompts_app
+from flowgrpo_ray.cli.recipes import recipes_app
 from flowgrpo_ray.cli.rewards import rewards_app
 from flowgrpo_ray.cli.train import train
-from flowgrpo_ray.common.errors import FlowGrpoError
-from flowgrpo_ray.spec.file import RECIPES, load_spec, recipe_names
+from flowgrpo_ray.common.errors import FlowGrpoError, SpecError
+from flowgrpo_ray.spec.file import load_spec
 from flowgrpo_ray.spec.training import TrainingSpec
 
 app = typer.Typer(
@@ -39,9 +40,28 @@ app = typer.Typer(
 )
 app.add_typer(rewards_app, name="rewards")
 app.add_typer(prompts_app, name="prompts")
+app.add_typer(recipes_app, name="recipes")
 app.command()(monitor)
 app.command()(train)
 console = Console()
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        print(f"flowgrpo-ray {flowgrpo_ray.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_tell_version, is_eager=True, help="print the version and end"
+        ),
+    ] = False,
+) -> None:
+    """Online reinforcement learning for flow-matching text-to-image models, on Ray."""
 
 
 @app.command()
@@ -113,12 +133,19 @@ def sample(
     weights: WeightsOption = "ema",
     iteration: IterationOption = None,
     columns: Annotated[int, typer.Option(min=1, help="images in a row")] = 8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace --out")] = False,
 ) -> None:
     """Draw one image per prompt into a grid PNG."""
     from flowgrpo_ray.run.inference import generate, load_trained, open_target
     from flowgrpo_ray.run.tracking import save_grid
 
     spec, folder = open_target(target)
+    _check_picture(out, overwrite)
+    if len(prompts) > 1 and not any(" " in prompt for prompt in prompts):
+        console.print(
+            f"{len(prompts)} prompts of one word each; one of several words wants quotes",
+            soft_wrap=True,
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     policy = load_trained(spec, folder, weights, iteration)
     steps = steps or spec.evaluation.steps
@@ -126,6 +153,14 @@ def sample(
     save_grid(out, images, min(columns, len(images)))
     count = f"{len(images)} image{'s' if len(images) > 1 else ''}"
     console.print(f"{count} in {out}", soft_wrap=True)
+
+
+def _check_picture(out: Path, overwrite: bool) -> None:
+    """``SpecError`` for a file that `sample` cannot, or must not, write."""
+    if out.suffix.lower() != ".png":
+        raise SpecError(f"--out {out}: the name must end in .png")
+    if out.exists() and not (overwrite and out.is_file()):
+        raise SpecError(f"--out {out} exists: give another name, or --overwrite for a file")
 
 
 @app.command()
@@ -187,16 +222,6 @@ def report(run: RunArgument) -> None:
     from flowgrpo_ray.view.report import write_report
 
     console.print(str(write_report(run)), soft_wrap=True)
-
-
-@app.command()
-def recipes() -> None:
-    """List the training specs of this package."""
-    table = Table(box=None, show_header=False)
-    for name in recipe_names():
-        text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
-        table.add_row(f"[bold]{name}[/]", text.splitlines()[0].lstrip("# "))
-    console.print(table)
 
 
 @app.command()

@@ -24,14 +24,12 @@ if TYPE_CHECKING:
 GIB = 2**30
 # GiB that torch can use, rounded down: a little less than what the name says.
 GPUS = {
-    "a10g": 22,
-    "rtx4090": 23,
-    "a100-40": 39,
-    "l40s": 44,
-    "a100-80": 79,
-    "h100": 79,
-    "h200": 139,
+    **{"a10g": 22, "l4": 22, "rtx3090": 23, "rtx4090": 23, "rtx5090": 31, "a100-40": 39},
+    **{"l40s": 44, "a6000": 47, "a100-80": 79, "h100": 79, "h200": 139, "b200": 178},
+    "mi300x": 191,
 }
+ALIASES = {"a100": "a100-80", "rtxa6000": "a6000"}
+MOST_GIB = 300  # of one GPU: a larger number is the name of one, as 4090
 ASSUMED = GPUS["h100"]  # where ranks have GPUs and none is named or here
 
 
@@ -102,13 +100,15 @@ def price_of_watched(spec: TrainingSpec) -> dict[str, dict[str, float]]:
 
 def gpu_memory(gpu: str) -> float:
     """GiB of a GPU by name, or the number that was given; ``SpecError`` for anything else."""
-    if gpu.lower() in GPUS:
-        return GPUS[gpu.lower()]
+    name = gpu.lower().replace(" ", "").replace("_", "-").removeprefix("nvidia-")
+    for known in (name, ALIASES.get(name), f"rtx{name}", name.replace("rtx-", "rtx")):
+        if known in GPUS:
+            return GPUS[known]
     try:
         memory = float(gpu)
     except ValueError:
         memory = 0.0
-    if not 0 < memory < float("inf"):
+    if not 0 < memory <= MOST_GIB:
         raise SpecError(f"--gpu {gpu!r}: write a number of GiB, or one of {', '.join(GPUS)}")
     return memory
 

@@ -117,12 +117,7 @@ def load_spec(source: str, overrides: Sequence[str] = ()) -> TrainingSpec:
     if not path.suffix and source in recipe_names():
         path = RECIPES / f"{source}.yaml"
     if not os.path.isfile(path):  # a name that no file can have is no error to it
-        near = difflib.get_close_matches(source, recipe_names(), n=1)
-        hint = f"; did you mean the recipe {near[0]!r}?" if near else ""
-        raise SpecError(
-            f"{source!r} is neither a file nor a recipe{hint} "
-            f"(recipes: {', '.join(recipe_names())})"
-        )
+        raise unknown_recipe(source)
     try:
         if path.stat().st_size > MOST_BYTES:
             raise SpecError(f"{path}: larger than {MOST_BYTES:,} bytes, which no spec is")
@@ -142,6 +137,14 @@ def overridden(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
     for override in overrides:
         _override(data, override)
     return data
+
+
+def unknown_recipe(source: str) -> SpecError:
+    """The error of a name that is neither a file nor a recipe."""
+    near = difflib.get_close_matches(source, recipe_names(), n=1)
+    hint = f"; did you mean the recipe {near[0]!r}?" if near else ""
+    names = ", ".join(recipe_names())
+    return SpecError(f"{source!r} is neither a file nor a recipe{hint} (recipes: {names})")
 
 
 def validate(data: Any, source: str) -> TrainingSpec:
@@ -199,7 +202,8 @@ def _explain(problem: Any) -> str:
         return f"{key}: unknown key{of_kind}; {_hint(last, _keys_at(parents), 'known keys')}"
     if problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
         return _explain_kind(problem, key)
-    return mistake(key, problem)
+    meant = SYNONYMS.get(str(problem["input"])) if problem["type"] == "literal_error" else None
+    return mistake(key, problem) + (f"; did you mean {meant!r}?" if meant else "")
 
 
 def _explain_kind(problem: Any, key: str) -> str:
@@ -215,9 +219,23 @@ def _explain_kind(problem: Any, key: str) -> str:
     return f"{key}.kind: unknown kind {short(kind)}; {_hint(kind, kinds, 'kinds')}{own}"
 
 
+# What other trainers call things, and what they are called here.
+SYNONYMS = {
+    **{"lr": "learning_rate", "max_grad_norm": "grad_norm", "adam_weight_decay": "weight_decay"},
+    **{"guidance_scale": "guidance", "cfg": "guidance", "num_steps": "steps"},
+    **{"num_inference_steps": "steps", "resolution": "size", "noise_level": "eta"},
+    **{"num_image_per_prompt": "group_size", "num_generations": "group_size"},
+    **{"train_batch_size": "micro_batch", "batch_size": "micro_batch", "num_epochs": "iterations"},
+    **{"max_steps": "iterations", "clip_range": "clip_high", "beta": "kl", "lora_rank": "rank"},
+    **{"lora_alpha": "alpha", "target_modules": "targets", "pretrained": "path"},
+    **{"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "half": "float16"},
+}
+
+
 def _hint(word: Any, known: Sequence[str], all_of_them: str) -> str:
-    """The known word that is near, or else all of them."""
-    near = difflib.get_close_matches(str(word), known, n=1)
+    """The known word that is meant or near, or else all of them."""
+    meant = SYNONYMS.get(str(word))
+    near = [meant] if meant in known else difflib.get_close_matches(str(word), known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"{all_of_them}: {', '.join(known)}"
 
 

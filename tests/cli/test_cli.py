@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 
+import flowgrpo_ray
 from flowgrpo_ray import cli
+from flowgrpo_ray.cli.plan import gpu_memory
+from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.types import Parallel
 from flowgrpo_ray.run.folder import RunFolder
-from flowgrpo_ray.spec.file import load_spec, recipe_names
+from flowgrpo_ray.spec.file import RECIPES, load_spec, recipe_names
 
 COMMANDS = {
     "train": "Train a model",
@@ -26,7 +29,7 @@ COMMANDS = {
     "export": "for diffusers",
     "report": "report.html",
     "monitor": "as a live page",
-    "recipes": "List the training specs",
+    "recipes": "the training specs of this package",
     "schema": "JSON schema",
 }
 
@@ -55,6 +58,7 @@ def test_every_command_is_listed_and_known_here(run):
     status, out, _ = run("--help")
     assert status == 0
     registered = {c.name or c.callback.__name__ for c in cli.app.registered_commands}  # type: ignore[union-attr]
+    registered |= {group.name for group in cli.app.registered_groups}
     assert registered >= COMMANDS.keys()
     assert all(re.search(rf"\b{name}\b", out) for name in registered)
 
@@ -184,7 +188,7 @@ def test_verdicts_compare_with_a_gpu_or_name_one():
     worker, rank = verdicts(None, footprint_of(22, 40))
     assert worker.endswith("the smallest GPU that has it: a10g (22 GiB)")
     assert rank.endswith("the smallest GPU that has it: l40s (44 GiB)")
-    assert "no known GPU has it" in verdicts(None, footprint_of(1, 140))[1]
+    assert "no known GPU has it" in verdicts(None, footprint_of(1, 192))[1]
 
 
 def test_advice_leaves_out_what_is_done_or_would_not_help():
@@ -253,11 +257,74 @@ def test_a_note_is_printed_as_it_is():
     assert out.getvalue() == "first prompt: 'a sign [/] [red] [/b]'\n"
 
 
-def test_recipes_lists_each_with_its_line(run):
+def test_recipes_lists_each_with_its_line_by_the_gpus_that_it_needs(run):
     status, out, _ = run("recipes")
     assert status == 0
+    places = []
     for name in recipe_names():
-        assert re.search(rf"^\W*{name}\s+\w+", out, re.M)
+        line = re.search(rf"^\W*{name}\s+\w+", out, re.M)
+        places.append((load_spec(name).gpus, line.start()))
+    assert sorted(places) == sorted(places, key=lambda place: place[1])
+    rows = json.loads(run("recipes", "--json")[1])
+    assert {row["name"]: row["gpus"] for row in rows} == {
+        name: load_spec(name).gpus for name in recipe_names()
+    }
+
+
+def test_a_recipe_is_shown_and_copied_with_its_comments(run, tmp_path):
+    text = (RECIPES / "tiny-ocr.yaml").read_text()
+    assert run("recipes", "show", "tiny-ocr")[:2] == (0, text)
+    file = tmp_path / "mine.yaml"
+    status, out, _ = run("recipes", "copy", "tiny-ocr", file)
+    assert (status, file.read_text()) == (0, text)
+    assert f"flowgrpo-ray plan {file}" in out
+    file.write_text("mine")
+    for arguments in (("copy", "tiny-ocr", file), ("copy", "tiny-orc", tmp_path / "new.yaml")):
+        assert run("recipes", *arguments)[0] == 2
+    assert file.read_text() == "mine"
+    assert run("recipes", "copy", "tiny-ocr", file, "--overwrite")[0] == 0
+    assert run("recipes", "copy", "tiny-ocr", tmp_path / "no" / "a.yaml")[0] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.yaml"]
+
+
+def test_version(run):
+    assert run("--version")[:2] == (0, f"flowgrpo-ray {flowgrpo_ray.__version__}\n")
+
+
+@pytest.mark.parametrize("name", ["4090", "RTX 4090", "rtx4090", "nvidia_rtx_4090"])
+def test_a_gpu_has_many_spellings(name):
+    assert gpu_memory(name) == 23
+
+
+def test_a_number_that_no_gpu_has_is_no_number_of_gib():
+    assert gpu_memory("80") == 80
+    assert gpu_memory("A100") == gpu_memory("a100-80") == 79
+    for name in ("301", "4091", "0", "-1", "nan", "h1000"):
+        with pytest.raises(SpecError, match="write a number of GiB, or one of"):
+            gpu_memory(name)
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("optimizer.lr=1e-4", "did you mean 'learning_rate'"),
+        ("sampling.guidance_scale=4", "did you mean 'guidance'"),
+        ("sampling.num_image_per_prompt=8", "did you mean 'group_size'"),
+        ("model.dtype=fp16", "did you mean 'float16'"),
+    ],
+)
+def test_words_of_other_trainers_are_understood(override, meant):
+    with pytest.raises(SpecError, match=meant):
+        load_spec("tiny-ocr", [override])
+
+
+def test_a_picture_is_written_over_only_if_asked(run, tmp_path):
+    out = tmp_path / "a.png"
+    out.write_text("mine")
+    assert run("sample", "tiny-ocr", "a sign", "--out", out)[0] == 2
+    assert run("sample", "tiny-ocr", "a sign", "--out", tmp_path / "a.jpg")[0] == 2
+    assert run("sample", "tiny-ocr", "a sign", "--out", tmp_path, "--overwrite")[0] == 2
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_schema_is_json_with_descriptions(run):

@@ -253,11 +253,11 @@ def test_a_progressive_window_may_touch_the_last_stochastic_step():
 @pytest.mark.parametrize(
     ("recipe", "overrides", "expected"),
     [
-        ("sd35-ocr-4gpu", [], (4, 1.0, 1.0)),
-        ("sd35-pickscore-1gpu", [], (1, 2.0, 0.8)),  # beside a reward that takes the rest
+        ("sd35-ocr-4gpu", [], (4, 1.0, 0.9)),
+        ("sd35-pickscore-1gpu", [], (1, 2.0, 0.6)),  # beside a reward that takes the rest
         ("sd35-pickscore", [], (32, 1.0, 0.9)),  # each of the 32 has a GPU for itself
         ("sd35-pickscore", ["cluster.workers.count=8"], (8, 1.0, 0.9)),  # the rest follows
-        ("sd35-ocr", ["cluster.rollout.count=14"], (16, 1.875, 1.0)),  # 30, of 64 micro-batches
+        ("sd35-ocr", ["cluster.rollout.count=14"], (16, 1.875, 0.9)),  # 30, of 64 micro-batches
         ("tiny-ocr", [], (2, 0.75, 0.0)),
         ("tiny-ocr", ["cluster.workers={count: 1, cpus: 2, threads: 2}"], (1, 2.0, 0.0)),
     ],
