@@ -26,8 +26,8 @@ def submit_run(
     status."""
     if runs is not None and not runs.is_absolute():
         raise SpecError(f"--runs {runs}: give an absolute path of the cluster's machines")
-    probe_jobs(address)
     check_run(spec, elsewhere=True)
+    probe_jobs(address)
     with tempfile.TemporaryDirectory(prefix="flowgrpo-submit-") as name:
         folder = Path(name)
         files = pack(spec, folder)

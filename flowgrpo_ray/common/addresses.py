@@ -51,7 +51,7 @@ def probe_jobs(address: str | None) -> None:
     wrong = "it begins with ray://" if where.startswith("ray://") else _silence(url)
     if wrong:
         raise ClusterError(
-            f"no Ray cluster takes jobs at {where!r} ({wrong}): give the address of its dashboard, "
+            f"no Ray cluster takes jobs at {where} ({wrong}): give the address of its dashboard, "
             "--address http://HEAD:8265"
         )
 
