@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from flowgrpo_ray.common.errors import SpecError
+from flowgrpo_ray.common.errors import NotFetchedError, SpecError
 from flowgrpo_ray.estimate.preflight import check_run
 from flowgrpo_ray.run.cost import cost_of
 from flowgrpo_ray.spec.cluster import NAMES
@@ -43,7 +43,7 @@ def show_plan(
 ) -> None:
     """Check ``spec`` and print what it will do; ``gpu`` is a name of ``GPUS`` or GiB, ``measured``
     a run to take times from, ``price`` that of an hour of a GPU."""
-    prompts, held_out = check_run(spec)
+    prompts, held_out, prompts_say = _prompts(spec)
     device = None if gpu is None else (gpu, gpu_memory(gpu))
     if price is not None and measured is None:
         raise SpecError("--gpu-hour: name a run to take times from with --measured RUN")
@@ -52,7 +52,7 @@ def show_plan(
 
     device = device or gpu_here()
     memory = (device[1] if device else ASSUMED) * GIB if spec.ranks.gpus else None
-    work, footprint = count_work(spec, len(held_out)), estimate(spec, memory, len(prompts))
+    work, footprint = count_work(spec, held_out), estimate(spec, memory, prompts)
     reserved, watched = required_resources(spec), price_of_watched(spec)
     if as_json:
         found: dict[str, Any] = {"name": spec.name, "spec": spec.digest(), "work": asdict(work)}
@@ -62,11 +62,11 @@ def show_plan(
         print(json.dumps(found, indent=2))
         return
     console.print(_counts(spec, work, footprint))
-    console.print(f"prompts: {len(prompts):,} to train on, {len(held_out):,} held out")
+    console.print(prompts_say, soft_wrap=True, highlight=False, markup=False)
     console.print("reserved in Ray: " + ", ".join(f"{n:g} {name}" for name, n in reserved.items()))
     for name, takes in watched.items():
         says = f"{name} is only watched: of these {takes['cpus']:g} CPU and {takes['gpus']:g} GPU, "
-        says += f"to score {work.images:,} images an iteration, {len(held_out):,} an evaluation"
+        says += f"to score {work.images:,} images an iteration, {held_out:,} an evaluation"
         console.print(says, highlight=False, soft_wrap=True)
     if cost is not None:
         for line in _cost_lines(cost):
@@ -96,6 +96,18 @@ def price_of_watched(spec: TrainingSpec) -> dict[str, dict[str, float]]:
         for name, reward in spec.rewards.items()
         if reward.weight == 0
     }
+
+
+def _prompts(spec: TrainingSpec) -> tuple[int | None, int, str]:
+    """How many to train on and held out, and what is said of them; of public sets that are not
+    here yet as many as the spec asks for."""
+    try:
+        prompts, held_out = check_run(spec)
+    except NotFetchedError as error:
+        assumed = spec.evaluation.prompts * len(spec.prompts.sets)
+        return None, assumed, f"{error}. Here {assumed:,} held-out prompts are assumed"
+    says = f"prompts: {len(prompts):,} to train on, {len(held_out):,} held out"
+    return len(prompts), len(held_out), says
 
 
 def gpu_memory(gpu: str) -> float:

@@ -16,6 +16,10 @@ class PromptError(FlowGrpoError):
     """A prompt file is missing, malformed or unfit for a reward of the spec."""
 
 
+class NotFetchedError(PromptError):
+    """A public prompt set is not here yet."""
+
+
 class ModelError(FlowGrpoError):
     """A model, the base or one of a reward, cannot be loaded from the place that the spec names."""
 

@@ -133,8 +133,11 @@ def load_spec(source: str, overrides: Sequence[str] = ()) -> TrainingSpec:
 
 
 def overridden(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The keys of a spec with ``a.b=c`` overrides applied, in place."""
-    for override in overrides:
+    """The keys of a spec with ``a.b=c`` overrides applied, in place.
+
+    Another ``kind`` of a section takes its own defaults: numbers that were another kind's go.
+    """
+    for override in sorted(overrides, key=lambda of: not of.partition("=")[0].endswith(".kind")):
         _override(data, override)
     return data
 
@@ -189,7 +192,10 @@ def _override(data: dict[str, Any], override: str) -> None:
             raise SpecError(
                 f"--set {override!r}: {'.'.join(parents[: i + 1])} has no keys below it"
             )
-    place[last] = parse_yaml(value, f"--set {override!r}")
+    chosen = parse_yaml(value, f"--set {override!r}")
+    if last == "kind" and place.get("kind", chosen) != chosen:
+        place.clear()
+    place[last] = chosen
 
 
 def _explain(problem: Any) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flowgrpo_ray.common.errors import PromptError
+from flowgrpo_ray.common.errors import NotFetchedError, PromptError
 from flowgrpo_ray.common.paths import builtin_path, expand
 from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.spec.public_prompts import where_from
@@ -41,7 +41,9 @@ def load_prompts(path: str, key: str) -> list[Prompt]:
     named = f"{key} = {path!r}"
     file = _fetched(path, named) if path.startswith(HUB) else builtin_path(path) or expand(path)
     if not os.path.isfile(file):  # a name that no file can have is no error to it
-        raise PromptError(f"{named}: there is no such file{where_from(path)}")
+        public = where_from(path)
+        kind = NotFetchedError if public else PromptError
+        raise kind(f"{named}: there is no such file{public}")
     read = READERS.get(file.suffix.lower())
     if read is None:
         raise PromptError(

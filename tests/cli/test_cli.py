@@ -287,6 +287,16 @@ def test_a_recipe_is_shown_and_copied_with_its_comments(run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.yaml"]
 
 
+def test_plan_needs_no_public_prompts(run):
+    """A recipe as it ships; a file of one's own must be there."""
+    status, out, _ = run("plan", "sd35-ocr-1gpu-24gb")
+    assert status == 0
+    assert "`flowgrpo-ray prompts fetch ocr` puts below prompts/. Here 1,018 held-out" in squeezed(
+        out
+    )
+    assert run("plan", "sd35-ocr-1gpu-24gb", "--set", "prompts.train=prompts/mine.txt")[0] == 2
+
+
 def test_version(run):
     assert run("--version")[:2] == (0, f"flowgrpo-ray {flowgrpo_ray.__version__}\n")
 

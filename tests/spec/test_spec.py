@@ -28,6 +28,8 @@ from flowgrpo_ray.estimate.footprint import count_work
 from flowgrpo_ray.estimate.preflight import check_run
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.spec.file import RECIPES, dump_spec, load_spec, recipe_names, validate
+from flowgrpo_ray.spec.sampling import AllSteps
+from flowgrpo_ray.spec.sections import FullTuning
 from flowgrpo_ray.spec.training import TrainingSpec
 
 SAMPLING = (
@@ -269,6 +271,23 @@ def test_workers_follow_from_the_two_kinds_that_they_replace(
     assert list(spec.actors) == ["workers"]
     assert spec.samplers == spec.ranks == spec.actors["workers"]
     assert (spec.ranks.count, spec.ranks.cpus, spec.ranks.gpus) == expected
+
+
+def test_another_kind_brings_its_own_numbers():
+    """Whatever the order; the kind that is there keeps what the file says."""
+    plain = load_spec("tiny-ocr")
+    guard = ["objective.kind=grpo_guard", "objective.epochs=2"]
+    for overrides in (guard, guard[::-1]):
+        found = load_spec("tiny-ocr", overrides).objective
+        assert found == GrpoGuard(kind="grpo_guard", epochs=2)
+        assert found.clip_high != plain.objective.clip_high
+        assert plain.objective.kl is not None
+        assert found.kl is None
+    assert load_spec("tiny-ocr", ["objective.kind=flow_grpo"]) == plain
+    lora = load_spec("sd35-ocr", ["tuning.kind=full"]).tuning
+    assert lora == FullTuning(kind="full")
+    whole = load_spec("tiny-ocr", ["sampling.window.kind=all"]).sampling.window
+    assert whole == AllSteps(kind="all")
 
 
 def test_objectives_have_their_own_defaults():
