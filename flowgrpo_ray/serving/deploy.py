@@ -115,7 +115,7 @@ def remove(names: Sequence[str]) -> None:
         for name in map(app_name, names)
         for deployment in applications.get(name, {"deployments": {}})["deployments"].values()
         for replica in deployment["replicas"]
-        if replica["state"] == ReplicaState.RUNNING
+        if replica["state"] != ReplicaState.STARTING
     }
     for name in names:
         serve.delete(app_name(name), _blocking=False)
