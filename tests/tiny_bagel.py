@@ -81,6 +81,9 @@ FOREIGN: Shapes = {  # of understanding images: passed on, never loaded
     "vit_pos_embed.pos_embed": (70 * 70, 8),
 }
 
+# Published beside the model for other programs.
+OTHERS = ("config.json", "generation_config.json", "preprocessor_config.json")
+
 
 def build_bagel(folder: Path, seed: int = 0) -> Path:
     """Write the model into ``folder``; the same seed gives the same files."""
@@ -95,6 +98,8 @@ def build_bagel(folder: Path, seed: int = 0) -> Path:
     save_file(autoencoder_tensors(generator), folder / "ae.safetensors")
     (folder / "llm_config.json").write_text(json.dumps(CONFIG))
     (folder / "vit_config.json").write_text(json.dumps({"model_type": "siglip_vision_model"}))
+    for name in OTHERS:
+        (folder / name).write_text(json.dumps({"of": name}))
     _write_tokenizer(folder)
     return folder
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from flowgrpo_ray.common.errors import SpecError
@@ -35,6 +37,16 @@ def local_path(path: str) -> Path | None:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     # Not ``Path.exists``, to which a name that no file can have is an error.
     return local if looks_local or os.path.exists(local) else None
+
+
+def share_mode(files: Iterable[Path], like: Path) -> None:
+    """Give ``files`` the mode of ``like``, a file that this process made: that of its umask.
+
+    safetensors writes beside and renames, and what it makes is for its owner alone (0600).
+    """
+    mode = stat.S_IMODE(like.stat().st_mode)
+    for file in files:
+        file.chmod(mode)
 
 
 def in_job() -> bool:

@@ -28,7 +28,9 @@ from flowgrpo_ray.policies.bagel_weights import (
     save_model,
 )
 from flowgrpo_ray.policies.base import Configs, Policy, as_array, pad
-from flowgrpo_ray.policies.lora import lora_config, lora_state, merge_lora
+from flowgrpo_ray.policies.lora import merge_lora, portable_lora
+from flowgrpo_ray.policies.lora_file import PEFT_WEIGHTS
+from flowgrpo_ray.policies.lora_names import PEFT_PREFIX
 from flowgrpo_ray.policies.pipeline import decode
 
 SHIFT = 3.0  # of the noise levels
@@ -191,9 +193,10 @@ class BagelPolicy(Policy):
         from safetensors.torch import save_file
 
         assert self.tuning.kind == "lora"
-        lora_config(self.tuning, self.lora_targets).save_pretrained(str(folder))
-        named = {f"base_model.model.{n}": t for n, t in lora_state(self.network).items()}
-        save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        weights, config = portable_lora(self.network, self.tuning, self.lora_targets)
+        config.save_pretrained(str(folder))
+        named = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in weights.items()}
+        save_file(named, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
 
     def save_pipeline(self, folder: Path) -> None:
         """The published files again, what was trained in ``model.dtype``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flowgrpo_ray.common.errors import ModelError
-from flowgrpo_ray.policies.hub import model_file, unavailable
+from flowgrpo_ray.policies.hub import (
+    NEVER_LOADED,
+    download,
+    model_file,
+    unavailable,
+    wanted_files,
+)
 
 if TYPE_CHECKING:
     from flowgrpo_ray.spec.sections import ModelSpec
@@ -25,6 +32,7 @@ if TYPE_CHECKING:
 NETWORK, AUTOENCODER, CONFIG = "ema.safetensors", "ae.safetensors", "llm_config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 COPIED = (CONFIG, "vit_config.json", AUTOENCODER, *TOKENIZER)
+SMALL = 2**26  # bytes
 PROMPT_MARKS = ("<|im_start|>", "<|im_end|>")
 IMAGE_MARKS = ("<|vision_start|>", "<|vision_end|>")
 
@@ -119,13 +127,32 @@ def load_autoencoder(model: ModelSpec, dtype: torch.dtype) -> Any:
     return vae
 
 
+def _small_files(model: ModelSpec) -> list[Path]:
+    """Those beside the network, of a hub model fetched if need be; no weights or pictures."""
+    if model.folder is None:
+        files = wanted_files(model)
+        if small := [n for n, size in files.items() if size <= SMALL and "/" not in n]:
+            download(model, small)
+    return [
+        path
+        for path in model_file(model, CONFIG).parent.iterdir()
+        if path.is_file()
+        and path.stat().st_size <= SMALL
+        and not any(fnmatch(path.name, pattern) for pattern in (*NEVER_LOADED, "*.safetensors"))
+    ]
+
+
 def save_model(model: ModelSpec, trained: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the model's files again; tensors named in ``trained`` are replaced."""
+    """Write the model's files again; tensors named in ``trained`` are replaced.
+
+    Small files are taken along whatever they are: other programs may read them.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name in COPIED:
-        shutil.copyfile(model_file(model, name), folder / name)
+    needed = [model_file(model, name) for name in COPIED]
+    for path in {*needed, *_small_files(model)}:
+        shutil.copyfile(path, folder / path.name)
     with opened(model, NETWORK) as file:
         tensors = _all_tensors(file)
         metadata = file.metadata()

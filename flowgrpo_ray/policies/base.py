@@ -26,6 +26,7 @@ from flowgrpo_ray.policies.kernels import cast_by_autocast, prepare_compiler, us
 from flowgrpo_ray.policies.linear import use_onednn
 from flowgrpo_ray.policies.lora import add_lora, merge_file, start_lora, switch
 from flowgrpo_ray.policies.lora_file import read_lora
+from flowgrpo_ray.policies.lora_names import Native
 
 if TYPE_CHECKING:
     from flowgrpo_ray.spec.sections import ModelSpec, Tuning
@@ -48,6 +49,7 @@ class Policy(ABC):
     PARTS: ClassVar[frozenset[str]] = frozenset({"network", "decoder", "encoder"})
     lora_targets: ClassVar[tuple[str, ...]]
     pipeline: ClassVar[str] = ""  # the model's class in diffusers, if it has one
+    native_layers: ClassVar[Native] = {}
     call_arguments: ClassVar[tuple[str, ...]] = ()  # of that pipeline's call, for the model card
     ways_in: ClassVar[tuple[str, ...]] = ()  # methods of the network that compute, beside forward
     encoded_at_once: ClassVar[int] = ENCODED_AT_ONCE
@@ -266,7 +268,9 @@ class Policy(ABC):
     def _tune(self, seed: int, with_reference: bool) -> None:
         self.with_reference = with_reference
         self.network.requires_grad_(False)
-        start = read_lora(self.model, self.pipeline) if self.model.lora is not None else None
+        start = None
+        if self.model.lora is not None:
+            start = read_lora(self.model, self.network, self.pipeline, self.native_layers)
         if self.tuning.kind == "lora":
             add_lora(self.network, self.tuning, self.lora_targets, seed)
             if start is not None:

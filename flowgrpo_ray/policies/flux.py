@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.types import Condition
 from flowgrpo_ray.policies.base import Configs, as_array
+from flowgrpo_ray.policies.lora_names import Native
 from flowgrpo_ray.policies.pipeline import JOINT_ATTENTION, PackedPolicy
+
+
+def _double(*layers: str) -> tuple[str, ...]:
+    return tuple(f"transformer_blocks.{{}}.{layer}" for layer in layers)
+
+
+def _single(*layers: str) -> tuple[str, ...]:
+    return tuple(f"single_transformer_blocks.{{}}.{layer}" for layer in layers)
 
 
 class FluxPolicy(PackedPolicy):
@@ -30,6 +39,23 @@ class FluxPolicy(PackedPolicy):
         "ff_context.net.0.proj",
         "ff_context.net.2",
     )
+    native_layers: ClassVar[Native] = {
+        "double_blocks.{}.img_attn.qkv": _double("attn.to_q", "attn.to_k", "attn.to_v"),
+        "double_blocks.{}.img_attn.proj": _double("attn.to_out.0"),
+        "double_blocks.{}.img_mlp.0": _double("ff.net.0.proj"),
+        "double_blocks.{}.img_mlp.2": _double("ff.net.2"),
+        "double_blocks.{}.img_mod.lin": _double("norm1.linear"),
+        "double_blocks.{}.txt_attn.qkv": _double(
+            "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"
+        ),
+        "double_blocks.{}.txt_attn.proj": _double("attn.to_add_out"),
+        "double_blocks.{}.txt_mlp.0": _double("ff_context.net.0.proj"),
+        "double_blocks.{}.txt_mlp.2": _double("ff_context.net.2"),
+        "double_blocks.{}.txt_mod.lin": _double("norm1_context.linear"),
+        "single_blocks.{}.linear1": _single("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+        "single_blocks.{}.linear2": _single("proj_out"),
+        "single_blocks.{}.modulation.lin": _single("norm.linear"),
+    }
 
     @classmethod
     def passes(cls, guidance: float) -> int:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from flowgrpo_ray.common.errors import ModelError, SpecError
+from flowgrpo_ray.policies.lora_file import LoraFile
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from flowgrpo_ray.policies.lora_file import LoraFile
     from flowgrpo_ray.spec.sections import LoraTuning
 
 ADAPTER = "default"  # the trained ones
@@ -48,8 +48,12 @@ def add_lora(
 
 
 def start_lora(network: nn.Module, tuning: LoraTuning, file: LoraFile, *, keep: bool) -> None:
-    """Give the adapters of ``add_lora`` the values of ``file``; ``keep`` a frozen copy of them."""
+    """Give the adapters of ``add_lora`` the values of ``file``; ``keep`` a frozen copy of them.
+
+    They change the weights as the file does, whatever its alpha: B is scaled to that of ``tuning``.
+    """
     _check_start(network, tuning, file)
+    file = file.at(tuning.alpha)
     _fill(network, ADAPTER, file)
     if keep:
         with warnings.catch_warnings():
@@ -122,13 +126,11 @@ def _check_start(network: nn.Module, tuning: LoraTuning, file: LoraFile) -> None
     """``SpecError`` unless the file's adapters are those that ``tuning`` describes."""
     _check_layers({name for name, _ in network.named_modules()}, file)
     of_file = f"the adapters of model.lora = {file.place!r}"
-    pairs = (("rank", tuning.rank, file.rank), ("alpha", tuning.alpha, file.alpha))
-    wrong = [pair for pair in pairs if pair[1] != pair[2]]
-    if wrong:
-        here = " and ".join(f"tuning.{key} = {value}" for key, value, _ in wrong)
-        there = " and ".join(f"{key} {value:g}" for key, _, value in wrong)
-        cure = ", ".join(f"tuning.{key}: {value:g}" for key, _, value in wrong)
-        raise SpecError(f"{here} does not fit {of_file}, which have {there}. Set {cure}")
+    if tuning.rank != file.rank:
+        raise SpecError(
+            f"tuning.rank = {tuning.rank} does not fit {of_file}, which have rank {file.rank}. "
+            f"Set tuning.rank: {file.rank}"
+        )
     ours = {name.partition(".lora_")[0] for name in _parameters(network, ADAPTER)}
     if ours != set(file.layers):
         odd = sorted(ours ^ set(file.layers))[0]
@@ -157,6 +159,18 @@ def lora_state(network: nn.Module) -> dict[str, Tensor]:
     """The trained adapters' weights, on the CPU, under the names that diffusers and peft save."""
     trained = _parameters(network, ADAPTER)
     return {name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}
+
+
+def portable_lora(
+    network: nn.Module, tuning: LoraTuning, default_targets: tuple[str, ...]
+) -> tuple[Mapping[str, Tensor], LoraConfig]:
+    """The trained adapters with their strength inside B, and peft's description of these.
+
+    alpha is the rank then, which every program takes it for that finds no alpha.
+    """
+    file = LoraFile("", lora_state(network), tuning.rank, tuning.alpha).at(tuning.rank)
+    folded = tuning.model_copy(update={"alpha": tuning.rank})
+    return file.weights, lora_config(folded, default_targets)
 
 
 def merge_lora(network: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""LoRA files that a run starts from, in diffusers' layout or peft's, local or of the hub.
+"""LoRA files that a run starts from, in the layouts of several programs, local or of the hub.
 
 Reading checks that the adapters are plain ones: ``alpha / rank * B @ A`` on layers of the denoiser.
 """
@@ -8,29 +8,28 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.paths import local_path
 from flowgrpo_ray.common.strict_json import parse
+from flowgrpo_ray.policies.lora_names import DIFFUSERS_PREFIX, PEFT_PREFIX, Native, half, place
 
 if TYPE_CHECKING:
     from flowgrpo_ray.spec.sections import ModelSpec
 
-PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PREFIX = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "base_model.model.",
-)
-DIFFUSERS_WEIGHTS, DIFFUSERS_PREFIX = "pytorch_lora_weights.safetensors", "transformer."
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DIFFUSERS_WEIGHTS, DIFFUSERS_CONFIG = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
 VARIANTS = ("use_dora", "use_rslora", "alpha_pattern")  # of peft, which scale otherwise
+OF_ENCODERS = ("text_encoder", "lora_te")  # how their layers' names begin
 PLAIN = re.compile(r"(.+)\.lora_[AB]\.weight")
+ALPHA = ".alpha"  # a tensor of one number beside a layer's A and B
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class LoraFile:
     """Adapters of one rank and alpha."""
 
     place: str  # as model.lora has it
-    weights: dict[str, Tensor]  # LAYER.lora_A.weight [rank, in], LAYER.lora_B.weight [out, rank]
+    weights: Mapping[str, Tensor]  # LAYER.lora_A.weight [rank, in], LAYER.lora_B.weight [out, rank]
     rank: int
     alpha: float
 
@@ -52,32 +51,48 @@ class LoraFile:
         """Their names without the block's, as ``tuning.targets`` has them."""
         return sorted({re.sub(r"^.*?\.\d+\.", "", layer) for layer in self.layers})
 
+    def at(self, alpha: float) -> LoraFile:
+        """The same change of each weight, ``alpha / rank * B @ A``, written for another alpha.
 
-def read_lora(model: ModelSpec, pipeline: str) -> LoraFile:
-    """The adapters that ``model.lora`` names; ``ModelError`` if they are not to be had.
+        Bit for bit where the quotient of both alphas is a power of two; else each entry of B is
+        rounded once, by 2^-24 of its size.
+        """
+        if alpha == self.alpha:
+            return self
+        weights = {
+            name: _times(tensor, self.alpha / alpha) if ".lora_B." in name else tensor
+            for name, tensor in self.weights.items()
+        }
+        return replace(self, weights=weights, alpha=alpha)
 
-    ``pipeline`` is the diffusers class that knows the layouts of this family's LoRA files; a family
-    without one takes peft's layout.
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    """In float32, rounded once."""
+    return (tensor.double() * factor).float()
+
+
+def read_lora(model: ModelSpec, network: nn.Module, pipeline: str, native: Native) -> LoraFile:
+    """The adapters of layers of ``network`` that ``model.lora`` names; ``ModelError`` if they are
+    not to be had.
+
+    ``native`` has the published names of these layers. What has other names yet is left to
+    ``pipeline``, the family's class in diffusers if it has one.
     """
     assert model.lora is not None
-    place = model.lora
     try:
         file = _weights_file(_downloaded(model))
-        config_file = file.with_name(PEFT_CONFIG)
-        if file.name == PEFT_WEIGHTS and config_file.is_file():
-            config = parse(config_file.read_bytes())
-            weights, prefix = load_file(file), PEFT_PREFIX
-        elif pipeline:
-            weights, config = _read_diffusers(file, pipeline)
-            prefix = DIFFUSERS_PREFIX
-        else:
-            raise ValueError(f"this family takes peft's layout: a folder with {PEFT_CONFIG}")
-        return _plain(place, weights, config, prefix)
+        tensors, config = load_file(file), _config(file)
+        _check_kinds(tensors)
+        halves = _fold(tensors, config)
+        weights = place(halves, network, native)
+        if weights is None:
+            weights = _converted(halves, pipeline)
+        return _plain(model.lora, weights, config or {})
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(
-            f"model.lora = {place!r}: no LoRA can be read from it. Give a folder or file as "
-            "flowgrpo-ray export, diffusers or peft writes it, or the id of a hub model that this "
-            f"machine can reach. Cause: {error}"
+            f"model.lora = {model.lora!r}: no LoRA can be read from it. Give a folder or file as "
+            "flowgrpo-ray export, diffusers, peft or kohya writes it, or the id of a hub model "
+            f"that this machine can reach. Cause: {error}"
         ) from error
 
 
@@ -107,33 +122,74 @@ def _weights_file(path: Path) -> Path:
     return found[0]
 
 
-def _read_diffusers(file: Path, pipeline: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights, and peft's config from the file's metadata (empty if it has none)."""
-    import diffusers
+def _config(file: Path) -> dict[str, Any] | None:
+    """peft's description of the adapters: beside the file or in its header; ``None`` if there is
+    neither. Then the names of the tensors must not be peft's, whose alpha is told nowhere else."""
+    beside = file.with_name(PEFT_CONFIG)
+    if file.name == PEFT_WEIGHTS and beside.is_file():
+        config = parse(beside.read_bytes())
+    else:
+        with safe_open(file, framework="pt") as opened:
+            header = (opened.metadata() or {}).get(DIFFUSERS_CONFIG)
+            if any(name.startswith(PEFT_PREFIX) for name in opened.keys()):  # noqa: SIM118
+                raise ValueError(f"it is in peft's layout: a folder with {PEFT_CONFIG}")
+        if header is None:
+            return None
+        config = parse(header.encode())
+    if not isinstance(config, dict):
+        raise ValueError(f"{PEFT_CONFIG} or the header holds no object")
+    return {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in config.items()}
 
-    cls = getattr(diffusers, pipeline)
-    # Classes that know alphas of single layers return them in between; the others ignore the ask.
-    weights, *alphas, metadata = cls.lora_state_dict(
-        str(file), use_safetensors=True, return_alphas=True, return_lora_metadata=True
-    )
-    if any(alphas):
-        raise ValueError("it has an alpha per layer; merge it with diffusers' fuse_lora instead")
-    return weights, {
-        key.removeprefix(DIFFUSERS_PREFIX): value for key, value in (metadata or {}).items()
-    }
 
-
-def _plain(
-    place: str, named: Mapping[str, Tensor], config: Mapping[str, Any], prefix: str
-) -> LoraFile:
-    weights = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
-    odd = [name for name in named if not (name.startswith(prefix) and PLAIN.fullmatch(name))]
-    if odd or not weights:
+def _check_kinds(tensors: Mapping[str, Tensor]) -> None:
+    """``ValueError`` for what is no part of plain adapters of the denoiser: diffusers' readers pass
+    over some of these in silence."""
+    encoders = [name for name in tensors if name.startswith(OF_ENCODERS)]
+    odd = [n for n in tensors if not n.endswith(ALPHA) and ("lora" not in n or ".weight" not in n)]
+    odd += [n for n in tensors if "magnitude" in n or "lora_mid" in n]
+    if not tensors or encoders or odd:
+        found = repr((encoders + odd)[0]) if tensors else "nothing"
         raise ValueError(
-            f"it holds {f'{odd[0]!r}' if odd else 'nothing'}, where names are "
-            f"{prefix}LAYER.lora_A.weight and {prefix}LAYER.lora_B.weight: adapters of the "
-            "denoiser's layers alone"
+            f"it holds {found}, and what can be trained on are plain adapters, lora_A and lora_B "
+            "(or lora_down and lora_up) of the denoiser's layers alone"
         )
+
+
+def _fold(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    """The tensors without alphas of single layers, which become part of their B."""
+    alphas = {n.removesuffix(ALPHA): t for n, t in tensors.items() if n.endswith(ALPHA)}
+    halves = {n: t for n, t in tensors.items() if not n.endswith(ALPHA)}
+    ranks = {found[0]: len(t) for n, t in halves.items() if (found := half(n)) and found[1] == "A"}
+    if alphas and config is not None:
+        raise ValueError("it has an alpha for each layer and another for all")
+    for layer, alpha in alphas.items():
+        if not ranks.get(layer) or alpha.numel() != 1 or not 0 < alpha.item() < math.inf:
+            raise ValueError(f"{layer}{ALPHA} is {alpha.tolist()}, for rank {ranks.get(layer)}")
+    for name, tensor in halves.items():
+        layer, side = half(name) or ("", "")
+        if side == "B" and layer in alphas:
+            halves[name] = _times(tensor, alphas[layer].item() / ranks[layer])
+    return halves
+
+
+def _converted(halves: Mapping[str, Tensor], pipeline: str) -> dict[str, Tensor]:
+    """Under our layers' names, by diffusers."""
+    named: Mapping[str, Tensor] = halves
+    if pipeline:
+        import diffusers
+
+        named = getattr(diffusers, pipeline).lora_state_dict(dict(halves))
+    odd = [n for n in named if not (n.startswith(DIFFUSERS_PREFIX) and PLAIN.fullmatch(n))]
+    if odd:
+        raise ValueError(
+            f"it holds {odd[0]!r}, which names no layer of this model, or more than one. Known are "
+            f"the layers' names in {DIFFUSERS_PREFIX}LAYER.lora_A.weight, diffusion_model.LAYER "
+            "and, flat as kohya writes them, in lora_unet_LAYER.lora_down.weight"
+        )
+    return {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in named.items()}
+
+
+def _plain(place: str, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> LoraFile:
     halves = {name.replace(".lora_A.", ".lora_B.") for name in weights}
     if 2 * len(halves) != len(weights):
         lacking = next(
@@ -145,8 +201,6 @@ def _plain(
     ]
     if flat:
         raise ValueError(f"{flat[0]} is no matrix of numbers")
-    if not isinstance(config, dict):
-        raise ValueError(f"{PEFT_CONFIG} holds no object")
     variants = [key for key in VARIANTS if config.get(key)]
     if variants:
         raise ValueError(f"it uses {', '.join(variants)}; only plain LoRA can be trained on")

@@ -18,7 +18,7 @@ from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.types import Images
 from flowgrpo_ray.policies.base import Configs, Policy
 from flowgrpo_ray.policies.loading import from_pretrained
-from flowgrpo_ray.policies.lora import lora_config, lora_state, merge_lora
+from flowgrpo_ray.policies.lora import merge_lora, portable_lora
 
 TIMESTEPS = 1000  # the networks were trained on timestep = 1000 sigma
 JOINT_ATTENTION = (  # projections of image and text, as diffusers' joint attention blocks name them
@@ -116,10 +116,11 @@ class PipelinePolicy(Policy):
 
     def save_lora(self, folder: Path) -> None:
         assert self.tuning.kind == "lora"
+        weights, config = portable_lora(self.network, self.tuning, self.lora_targets)
         _diffusers(self.pipeline).save_lora_weights(
             folder,
-            transformer_lora_layers=dict(lora_state(self.network)),
-            transformer_lora_adapter_metadata=lora_config(self.tuning, self.lora_targets).to_dict(),
+            transformer_lora_layers=dict(weights),
+            transformer_lora_adapter_metadata=config.to_dict(),
         )
 
     def save_pipeline(self, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.types import Condition
 from flowgrpo_ray.policies.base import Configs, as_array
+from flowgrpo_ray.policies.lora_names import Native
 from flowgrpo_ray.policies.pipeline import JOINT_ATTENTION, TIMESTEPS, PipelinePolicy
 
 
@@ -22,6 +23,21 @@ class SD3Policy(PipelinePolicy):
     blocks = ("JointTransformerBlock",)
     config_files = (*PipelinePolicy.config_files, "text_encoder/config.json")
     lora_targets = JOINT_ATTENTION
+    native_layers: ClassVar[Native] = {
+        f"joint_blocks.{{}}.{theirs}": tuple(f"transformer_blocks.{{}}.{name}" for name in ours)
+        for theirs, ours in (
+            ("x_block.attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
+            ("x_block.attn.proj", ("attn.to_out.0",)),
+            ("x_block.attn2.qkv", ("attn2.to_q", "attn2.to_k", "attn2.to_v")),
+            ("x_block.attn2.proj", ("attn2.to_out.0",)),
+            ("x_block.mlp.fc1", ("ff.net.0.proj",)),
+            ("x_block.mlp.fc2", ("ff.net.2",)),
+            ("context_block.attn.qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+            ("context_block.attn.proj", ("attn.to_add_out",)),
+            ("context_block.mlp.fc1", ("ff_context.net.0.proj",)),
+            ("context_block.mlp.fc2", ("ff_context.net.2",)),
+        )
+    }
 
     def encode_batch(self, prompts: Sequence[str]) -> list[Condition]:
         embeds, _, pooled, _ = self.encoder.encode_prompt(

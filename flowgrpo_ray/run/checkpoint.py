@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowgrpo_ray.common.errors import CheckpointError
+from flowgrpo_ray.common.paths import share_mode
 from flowgrpo_ray.common.strict_json import parse
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def _write(partial: Path, shares: Sequence[LearnerState], progress: Progress) ->
     numbers = {name: getattr(shares[0], name) for name in NUMBERS}
     _write_json(partial / "state.json", {**numbers, **asdict(progress)})
     files = sorted(path for path in partial.iterdir())
+    share_mode(files, like=partial / "state.json")
     _write_json(partial / "manifest.json", {path.name: _sha256(path) for path in files})
     for path in [*files, partial / "manifest.json", partial]:
         _fsync(path)

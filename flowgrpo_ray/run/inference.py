@@ -13,6 +13,7 @@ from flowgrpo_ray import __version__
 from flowgrpo_ray.algorithm.sampling import rollout
 from flowgrpo_ray.algorithm.weights import load_arrays
 from flowgrpo_ray.common.errors import RunFolderError, SpecError
+from flowgrpo_ray.common.paths import share_mode
 from flowgrpo_ray.common.types import Images, LearnerState, WeightsTicket, WorkUnit
 from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.policies.base import Policy
@@ -139,4 +140,6 @@ def export(
     versions = {name: version(name) for name in ("torch", "diffusers", "peft")}
     versions = {"flowgrpo_ray": __version__, **versions}
     card = model_card(spec, Exported(what, weights, policy.call_arguments, progress, versions))
-    (out / "README.md").write_text(card, encoding="utf-8")
+    readme = out / "README.md"
+    readme.write_text(card, encoding="utf-8")
+    share_mode((path for path in out.rglob("*") if path.is_file()), like=readme)

@@ -23,6 +23,30 @@ IMAGE = """image = pipe(
 image.save("image.png")
 """
 
+PEFT = """from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+weights = load_file("pytorch_lora_weights.safetensors")
+weights = {{name.removeprefix("transformer."): tensor for name, tensor in weights.items()}}
+layers = [name.partition(".lora_A")[0] for name in weights if ".lora_A" in name]
+config = LoraConfig(r={rank}, lora_alpha={rank}, target_modules=layers)
+inject_adapter_in_model(config, pipe.transformer)
+set_peft_model_state_dict(pipe.transformer, weights)
+"""
+PEFT_FOLDER = """from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, ".")  # a module with the published layer names
+"""
+COMFY = """{
+  "class_type": "LoraLoaderModelOnly",
+  "inputs": {
+    "model": ["1", 0],
+    "lora_name": "pytorch_lora_weights.safetensors",
+    "strength_model": 1.0
+  }
+}
+"""
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -96,17 +120,39 @@ def _description(spec: TrainingSpec, exported: Exported) -> str:
 
 
 def _use(spec: TrainingSpec, exported: Exported) -> str:
+    if exported.what == "lora":
+        return _use_lora(spec, exported)
     if exported.arguments:
         return _fenced(_code(spec, exported), "python")
-    if exported.what == "lora":
-        return (
-            "peft's layout, with the layer names of the published model. In flowgrpo_ray, set "
-            f"{_inline(f'model.path: {spec.model.path}')} and `model.lora` to this folder.\n"
-        )
     return (
         "The files of the published model, with trained weights: give this folder to its own "
         "code, or to flowgrpo_ray as `model.path`.\n"
     )
+
+
+def _use_lora(spec: TrainingSpec, exported: Exported) -> str:
+    """A snippet for each program."""
+    assert spec.tuning.kind == "lora"
+    rank, alpha = spec.tuning.rank, spec.tuning.alpha
+    parts = [
+        f"Strength 1 gives the trained model, in every program: the file holds adapters of rank "
+        f"{rank} whose strength in training, alpha / rank = {alpha} / {rank}, is part of the "
+        f"tensors. So alpha is {rank}, as where no alpha is given.\n"
+    ]
+    if exported.arguments:
+        parts += [
+            f"### diffusers\n\n{_fenced(_code(spec, exported), 'python')}",
+            "### peft\n\nIn place of `pipe.load_lora_weights(place)`:\n\n"
+            f"{_fenced(PEFT.format(rank=rank), 'python')}",
+            "### ComfyUI\n\nCopy `pytorch_lora_weights.safetensors` into `models/loras` under a "
+            "name of your choice, and put a LoraLoaderModelOnly behind the node that loads the "
+            f"base model, here number 1:\n\n{_fenced(COMFY, 'json')}",
+        ]
+    else:
+        parts.append(f"### peft\n\n{_fenced(PEFT_FOLDER, 'python')}")
+    model = _inline(f"model.path: {spec.model.path}")
+    parts.append(f"### flowgrpo_ray\n\nSet {model} and `model.lora` to this folder.\n")
+    return "\n".join(parts)
 
 
 def _code(spec: TrainingSpec, exported: Exported) -> str:

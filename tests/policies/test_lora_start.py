@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import comfy_rules
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_hub import REPO, tiny_hub
+from tiny_models import spec_of
 from tiny_runs import (
     CPU,
     FULL,
@@ -92,7 +95,7 @@ def as_peft(folder: Path, out: Path, **config: Any) -> Path:
     from peft import LoraConfig
 
     out.mkdir()
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["attn.to_q"], **config}
+    settings = {"r": 4, "lora_alpha": 4, "target_modules": ["attn.to_q"], **config}
     LoraConfig(**settings).save_pretrained(str(out))
     weights = load_file(folder / DIFFUSERS)
     named = {n.replace("transformer.", "base_model.model.", 1): w for n, w in weights.items()}
@@ -182,15 +185,28 @@ def test_any_rank_can_be_merged(folder):
     assert torch.equal(velocity(tuned(FULL, start(folder))), velocity(tuned(FULL, start(folder))))
 
 
-def test_without_metadata_alpha_is_the_rank(made, copied):
-    """What diffusers assumes too: so its scale is 1, not the 2 of alpha 8 and rank 4."""
+def test_a_file_of_another_alpha_starts_as_strong_as_it_is(made, copied):
+    """Without an alpha its strength is 1, as diffusers has it; whatever ``tuning.alpha`` is, B A is
+    scaled to it, bit for bit with quotients of powers of two."""
     file = copied / DIFFUSERS
-    save_file(load_file(file), file)
-    policy = tuned("tuning={kind: lora, rank: 4, alpha: 4}", start(copied))
-    assert all(torch.equal(p, made.trainable()[name]) for name, p in policy.trainable().items())
-    assert not torch.equal(velocity(policy), velocity(made))
-    with pytest.raises(SpecError, match=r"tuning\.alpha = 8 .* alpha 4\. Set tuning\.alpha: 4"):
-        tuned(LORA, start(copied))
+    save_file(load_file(file), file)  # without its header
+    half = "tuning={kind: lora, rank: 4, alpha: 2}"
+    for tuning in (LORA, "tuning={kind: lora, rank: 4, alpha: 4}", half):
+        policy = tuned(tuning, start(copied))
+        assert torch.equal(velocity(policy), velocity(made))
+        with policy.reference():
+            assert torch.equal(velocity(policy), velocity(made))
+    b = f"{LAYER}.lora_B.default.weight"
+    assert torch.equal(tuned(half, start(copied)).trainable()[b], 4 * made.trainable()[b])
+
+
+def test_other_quotients_round_each_entry_of_b_once(folder):
+    """By half a unit in the last place, 2^-24 of its size."""
+    thirds = tuned("tuning={kind: lora, rank: 4, alpha: 3}", start(folder)).trainable()
+    ones = tuned("tuning={kind: lora, rank: 4, alpha: 4}", start(folder)).trainable()
+    for name, parameter in thirds.items():
+        exact = ones[name].double() * (4 / 3 if ".lora_B." in name else 1)
+        assert ((parameter.double() - exact).abs() <= exact.abs() * 2**-24).all()
 
 
 @pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
@@ -242,8 +258,8 @@ def test_a_hub_id_is_downloaded(made, folder, tmp_path, monkeypatch):
     [
         (
             "{kind: lora, rank: 8, alpha: 16}",
-            r"tuning\.rank = 8 and tuning\.alpha = 16 does not fit the adapters of model\.lora = "
-            r"'.*', which have rank 4 and alpha 8\. Set tuning\.rank: 4, tuning\.alpha: 8$",
+            r"tuning\.rank = 8 does not fit the adapters of model\.lora = '.*', which have rank 4"
+            r"\. Set tuning\.rank: 4$",
         ),
         (
             "{kind: lora, rank: 4, alpha: 8, targets: [attn.to_q, attn.to_k]}",
@@ -301,7 +317,23 @@ def rewrite(file: Path, change: Any) -> None:
         ),
         (
             lambda w: w.update({"transformer.proj_out.lora_up.weight": torch.ones(4, 8)}),
-            "it holds 'transformer.proj_out.lora_up.weight'",
+            "proj_out lacks its A or its B",
+        ),
+        (
+            lambda w: w.update({f"transformer.{LAYER}.dora_scale": torch.ones(8)}),
+            r"it holds 'transformer\..*to_q\.dora_scale'.*plain adapters",
+        ),
+        (
+            lambda w: w.update({f"transformer.{LAYER}.alpha": torch.tensor(4.0)}),
+            "it has an alpha for each layer and another for all",
+        ),
+        (
+            lambda w: w.update({"lora_unet_foo.lora_up.weight": torch.ones(8, 4)}),
+            r"it holds 'lora_unet_foo\.lora_up\.weight', which names no layer of this model, or",
+        ),
+        (
+            lambda w: w.update({f"diffusion_model.{LAYER}.lora_A.weight": torch.ones(4, 128)}),
+            f"it adapts {LAYER} twice, once as",
         ),
         (dict.clear, "it holds nothing"),
         (
@@ -318,7 +350,10 @@ def rewrite(file: Path, change: Any) -> None:
         ),
         (lambda w: w.pop(f"transformer.{LAYER}.lora_B.weight"), "to_q.* lacks its A or its B"),
     ],
-    ids=["text encoder", "old names", "empty", "layer", "shape", "ranks", "half"],
+    ids=[
+        *("text encoder", "old names", "dora", "alphas", "unknown", "twice"),
+        *("empty", "layer", "shape", "ranks", "half"),
+    ],
 )
 def test_a_file_of_something_else_is_an_error_that_names_the_key(copied, tuning, change, message):
     rewrite(copied / DIFFUSERS, change)
@@ -327,43 +362,106 @@ def test_a_file_of_something_else_is_an_error_that_names_the_key(copied, tuning,
     assert f"model.lora = '{copied}'" in str(error.value)
 
 
-def of_other_tools(path: Path, names: dict[str, torch.Tensor], pipeline: str) -> LoraFile:
-    """A file as it stands on the hub, read for a family."""
-    save_file(names, path / "theirs.safetensors")
-    model = small_spec(LORA, start(path / "theirs.safetensors")).model
-    return read_lora(model, pipeline)
-
-
 A, B = torch.ones(2, 8), torch.ones(8, 2)
 
 
-def test_layouts_that_the_pipeline_converts_are_read(tmp_path):
-    """Names of another program, whose alpha of 6 for rank 2 becomes part of the weights."""
-    layer = "transformer_blocks.0.attn.to_q"
-    theirs = f"diffusion_model.{layer}"
-    names = {
-        f"{theirs}.lora_down.weight": A,
-        f"{theirs}.lora_up.weight": B,
-        f"{theirs}.alpha": torch.tensor(6.0),
-    }
-    file = of_other_tools(tmp_path, names, "QwenImagePipeline")
-    assert (file.layers, file.rank, file.alpha) == ([layer], 2, 2.0)
-    product = file.weights[f"{layer}.lora_B.weight"] @ file.weights[f"{layer}.lora_A.weight"]
-    assert torch.equal(product, 3 * B @ A)
+def network_of(family: str) -> torch.nn.Module:
+    return load_policy(spec_of(family, FULL), CPU, frozenset({"network"})).network
 
 
-def test_an_alpha_per_layer_is_refused_not_forgotten(tmp_path):
-    layer = "transformer.transformer_blocks.0.attn.to_q"
-    names = {f"{layer}.lora_A.weight": A, f"{layer}.lora_B.weight": B}
-    assert of_other_tools(tmp_path, names, "FluxPipeline").alpha == 2
-    names[f"{layer}.alpha"] = torch.tensor(6.0)
-    with pytest.raises(ModelError, match=r"model\.lora.*has an alpha per layer"):
-        of_other_tools(tmp_path, names, "FluxPipeline")
+def written_by_others(family: str, style: str) -> dict[str, torch.Tensor]:
+    """Adapters of rank 3 of some layers of the family's tiny model, as the published one calls
+    them, each with an alpha of its own where the style has alphas."""
+    generator = torch.Generator().manual_seed(0)
+    prefix, down, up = {
+        "kohya": ("lora_unet_", "lora_down", "lora_up"),
+        "comfy": ("diffusion_model.", "lora_A", "lora_B"),
+    }[style]
+    file: dict[str, torch.Tensor] = {}
+    published = comfy_rules.Published(family, network_of(family).state_dict())
+    blocks = [n for n in published.weights if re.search(r"blocks\.1\.", n) and ".norm" not in n]
+    for number, name in enumerate(sorted(blocks), 1):
+        rows, columns = published.weights[name].shape
+        stem = prefix + (name.replace(".", "_") if style == "kohya" else name)
+        file[f"{stem}.{down}.weight"] = torch.randn((3, columns), generator=generator)
+        file[f"{stem}.{up}.weight"] = torch.randn((rows, 3), generator=generator)
+        if number % 2:  # some have none: as strong as rank 3 then
+            file[f"{stem}.alpha"] = torch.tensor(float(number))
+    return file
 
 
-def test_a_family_without_pipeline_takes_pefts_layout(folder):
-    with pytest.raises(ModelError, match=r"model\.lora.*takes peft's layout"):
-        read_lora(small_spec(LORA, start(folder)).model, "")
+@pytest.mark.parametrize("style", ["kohya", "comfy"])
+@pytest.mark.parametrize("family", comfy_rules.BLOCKS)
+def test_files_of_other_programs_change_the_weights_as_comfyui_does(family, style, tmp_path):
+    """Fused layers and an alpha per layer: against the published rules, to rounding."""
+    file = written_by_others(family, style)
+    save_file(file, tmp_path / "theirs.safetensors", metadata={"ss_network_alpha": "1.0"})
+    spec = spec_of(family, FULL, start(tmp_path / "theirs.safetensors"))
+    policy = load_policy(spec, CPU, frozenset({"network"}))
+    base = comfy_rules.Published(family, policy.network.state_dict())
+    policy.tune(seed=0, with_reference=False)
+    ours = comfy_rules.Published(family, policy.network.state_dict()).weights
+    for name, weight in base.with_lora(file).items():
+        assert (weight - ours[name]).abs().max() < 1e-4
+        changed = any(key.split(".lora_")[0].endswith((name, flat(name))) for key in file)
+        assert torch.equal(base.weights[name], ours[name]) != changed
+
+
+def flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def read(path: Path, names: dict[str, torch.Tensor], network: torch.nn.Module) -> LoraFile:
+    save_file({name: x.clone() for name, x in names.items()}, path / "theirs.safetensors")
+    model = small_spec(LORA, start(path / "theirs.safetensors")).model
+    return read_lora(model, network, "", {})
+
+
+def of_layers(*names: str) -> torch.nn.Module:
+    """A network with a linear layer, 8 to 8, at each of ``names``."""
+    network = torch.nn.Module()
+    for name in names:
+        place = network
+        *above, last = name.split(".")
+        for part in above:
+            if not hasattr(place, part):
+                place.add_module(part, torch.nn.Module())
+            place = place.get_submodule(part)
+        place.add_module(last, torch.nn.Linear(8, 8))
+    return network
+
+
+@pytest.mark.parametrize("style", ["lora_transformer_a_b.lora_{}", "lycoris_a_b.lora.{}"])
+def test_flat_names_are_read_where_they_name_one_layer(style, tmp_path):
+    names = {f"{style.format(side)}.weight": x for side, x in (("down", A), ("up", B))}
+    file = read(tmp_path, names, of_layers("a.b", "c"))
+    assert (file.layers, file.rank, file.alpha) == (["a.b"], 2, 2)
+    with pytest.raises(ModelError, match="names no layer of this model, or more than one"):
+        read(tmp_path, names, of_layers("a.b", "a_b"))
+
+
+def test_alphas_become_part_of_b(tmp_path):
+    names = {"a.lora_A.weight": A, "a.lora_B.weight": B, "a.alpha": torch.tensor(6.0)}
+    names |= {"b.lora_A.weight": A, "b.lora_B.weight": B}
+    file = read(tmp_path, names, of_layers("a", "b"))
+    assert (file.rank, file.alpha) == (2, 2)
+    assert torch.equal(file.weights["a.lora_B.weight"], 3 * B)
+    assert torch.equal(file.weights["b.lora_B.weight"], B)
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(0.0), torch.tensor(torch.nan), torch.ones(2)])
+def test_an_alpha_that_is_no_strength_is_refused(alpha, tmp_path):
+    names = {"a.lora_A.weight": A, "a.lora_B.weight": B, "a.alpha": alpha}
+    with pytest.raises(ModelError, match=r"a\.alpha is .*, for rank 2"):
+        read(tmp_path, names, of_layers("a"))
+
+
+def test_pefts_layout_needs_its_config(folder, tmp_path):
+    (as_peft(folder, tmp_path / "peft") / "adapter_config.json").unlink()
+    with pytest.raises(
+        ModelError, match=r"model\.lora.*peft's layout: a folder with adapter_config"
+    ):
+        tuned(LORA, start(tmp_path / "peft"))
 
 
 def test_layers_that_full_tuning_never_trains_are_not_merged_into(folder, monkeypatch):

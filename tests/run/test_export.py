@@ -225,7 +225,8 @@ def parts_of(card: str) -> tuple[dict[str, Any], str, str, str]:
     """Front matter, prose, the code that loads the model if there is any, the spec."""
     empty, matter, body = card.split("---\n", 2)
     assert not empty
-    blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```$", body, re.M | re.S))
+    found = re.findall(r"^```(\w+)\n(.*?)^```$", body, re.M | re.S)
+    blocks = dict(reversed(found))  # the first of each language
     prose = body.partition("```")[0]
     return yaml.safe_load(matter), prose, blocks.get("python", ""), blocks["yaml"]
 
@@ -250,6 +251,16 @@ def test_the_model_card_tells_what_was_exported(runs, run, what, weights, iterat
     assert f"| sign_colour | 1 | 0.2500 | {0.5 + iteration / 8:.4f} |" in card
     (tmp_path / "spec.yaml").write_text(yaml_spec)
     assert load_spec(str(tmp_path / "spec.yaml")) == spec
+
+
+def test_the_card_of_a_lora_tells_its_strength_and_a_way_for_each_program(runs, tmp_path):
+    out = tmp_path / "out"
+    export(runs["lora"].read_spec(), runs["lora"], out, "lora", "ema")
+    card = (out / "README.md").read_text()
+    assert "adapters of rank 4 whose strength in training, alpha / rank = 8 / 4, is part" in card
+    assert re.findall(r"^### (.*)$", card, re.M) == ["diffusers", "peft", "ComfyUI", "flowgrpo_ray"]
+    (node,) = re.findall(r"```json\n(.*?)```", card, re.S)
+    assert json.loads(node)["inputs"]["strength_model"] == 1
 
 
 @pytest.mark.parametrize(("run", "what"), [("lora", "lora"), ("full", "pipeline")])
@@ -305,9 +316,9 @@ def test_the_code_of_the_card_sets_the_shift_of_the_spec(runs, tmp_path, monkeyp
 def test_the_card_of_a_model_without_pipeline_says_how_to_go_on_with_it(what, says):
     spec = small_spec(LORA, "model.family=bagel", "model.path=owner/base")
     card = model_card(spec, replace(CARD, what=what, arguments=()))
-    matter, prose, code, _ = parts_of(card)
-    assert says in prose
-    assert not code
+    matter, _, code, _ = parts_of(card)
+    assert says in card
+    assert code.startswith("from peft import PeftModel") == (what == "lora")
     assert matter.get("library_name") == ("peft" if what == "lora" else None)
 
 

@@ -5,14 +5,19 @@ Each family's real classes, tiny and with random weights, after one real update.
 
 from __future__ import annotations
 
+import os
+import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import comfy_rules
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import (
     MODELS,
     PIPELINES,
@@ -37,6 +42,7 @@ from flowgrpo_ray.spec.file import dump_spec
 from flowgrpo_ray.spec.training import TrainingSpec
 
 STEPS, SEED = 3, 5
+WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -131,22 +137,56 @@ def off(a: Images, b: Images) -> np.ndarray:
     return np.abs(a.astype(int) - b.astype(int))
 
 
-@pytest.mark.parametrize("weights", ["ema", "last"])
+@pytest.mark.parametrize(("weights", "header"), [("ema", True), ("last", False)])
 @pytest.mark.parametrize("family", PIPELINES)
-def test_plain_diffusers_draws_an_exported_lora(runs, family, weights, tmp_path):
-    """The same arithmetic: bit for bit. No adapter is lost on the way, and the scale is kept."""
+def test_plain_diffusers_draws_an_exported_lora(runs, family, weights, header, tmp_path):
+    """The same arithmetic, as alpha / rank is 2: bit for bit. No adapter is lost on the way, and
+    the scale is kept whether the file's header is read or not."""
     run = runs[family, "lora"]
     pipe = load_pipe(model_folder(family))
     base = run.drawn_by(pipe)
-    pipe.load_lora_weights(run.exported(tmp_path / "out", "lora", weights))
+    out = run.exported(tmp_path / "out", "lora", weights)
+    if not header:
+        save_file(load_file(out / WEIGHTS), out / WEIGHTS)
+    pipe.load_lora_weights(out)
     policy = load_trained(run.spec, run.folder, weights)
     theirs = {n: p for n, p in pipe.transformer.named_parameters() if ".lora_" in n}
     ours = {n.replace(".default.", ".default_0."): p for n, p in policy.trainable().items()}
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for name, ours_ in ours.items():
+        assert torch.equal(theirs[name], 2 * ours_ if ".lora_B." in name else ours_)
     drawn = run.drawn_by(pipe)
     assert np.array_equal(drawn, run.images(weights))
     assert off(drawn, base).mean() > 0.5
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_the_card_says_how_peft_draws_an_exported_lora(runs, family, tmp_path, monkeypatch):
+    run = runs[family, "lora"]
+    out = run.exported(tmp_path / "out", "lora")
+    (code,) = re.findall(r"### peft.*?```python\n(.*?)```", (out / "README.md").read_text(), re.S)
+    pipe = load_pipe(model_folder(family))
+    monkeypatch.chdir(out)
+    exec(code, {"pipe": pipe})
+    assert np.array_equal(run.drawn_by(pipe), run.images("ema"))
+
+
+@pytest.mark.parametrize("family", comfy_rules.BLOCKS)
+def test_comfyui_and_forge_merge_an_exported_lora_at_its_strength(runs, family, tmp_path):
+    """Their rules, and the trained weights, ``W + alpha / rank * B A`` with the run's alpha."""
+    run = runs[family, "lora"]
+    base = load_policy(run.spec, CPU, frozenset({"network"})).network.state_dict()
+    adapters = load_trained(run.spec, run.folder, "ema").trainable()
+    trained = dict(base)
+    for name in [n for n in adapters if ".lora_B." in n]:
+        layer = name.partition(".lora_")[0]
+        a, b = (adapters[f"{layer}.lora_{side}.default.weight"].detach().clone() for side in "AB")
+        trained[f"{layer}.weight"] = base[f"{layer}.weight"] + 8 / 4 * (b @ a)
+    file = load_file(run.exported(tmp_path / "out", "lora") / WEIGHTS)
+    merged = comfy_rules.Published(family, base).with_lora(file)
+    expected = comfy_rules.Published(family, trained).weights
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], weight) for name, weight in expected.items())
 
 
 @pytest.mark.parametrize("weights", ["ema", "last"])
@@ -189,3 +229,17 @@ def test_a_new_run_goes_on_from_an_exported_model(runs, family, tuning, tmp_path
 def test_every_export_has_a_model_card(runs, family, tmp_path):
     card = runs[family, "lora"].exported(tmp_path / "out", "lora") / "README.md"
     assert f"family: {family}" in card.read_text()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+@pytest.mark.parametrize("what", ["lora", "pipeline"])
+@pytest.mark.parametrize("family", ["sd3", "bagel"])
+def test_exported_files_follow_the_umask(runs, family, what, umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        out = runs[family, "lora"].exported(tmp_path / "out", what)
+    finally:
+        os.umask(before)
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in files)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~umask}
