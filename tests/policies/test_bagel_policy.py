@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_bagel import FOREIGN, build_bagel
+from tiny_hub import REPO, tiny_hub
 from tiny_runs import (
     CPU,
     LORA,
@@ -32,7 +33,7 @@ from tiny_runs import (
 from flowgrpo_ray.algorithm.sampling import batch_condition, replay, rollout
 from flowgrpo_ray.common.errors import ModelError, SpecError
 from flowgrpo_ray.common.types import Schedule
-from flowgrpo_ray.policies import load_policy
+from flowgrpo_ray.policies import bagel_weights, load_policy
 from flowgrpo_ray.policies.bagel import BagelPolicy, guide, pack, unpack
 from flowgrpo_ray.policies.base import Policy
 
@@ -514,6 +515,26 @@ def test_an_exported_folder_is_the_trained_model(folder, tmp_path, tuning):
     assert {path.name for path in (tmp_path / "out").iterdir()} == others | {"ema.safetensors"}
     for name in others:
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_an_export_of_a_hub_model_fetches_its_small_files(folder, tmp_path, monkeypatch):
+    """Of its other files, which a run does not read, no weights and nothing large."""
+    from huggingface_hub import constants
+
+    published = Path(shutil.copytree(folder, tmp_path / "published"))
+    (published / "large.txt").write_bytes(bytes(2000))
+    (published / "README.md").write_text("of the base model")
+    monkeypatch.setattr(bagel_weights, "SMALL", 1999)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with tiny_hub(published) as (address, _):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        bagel_weights.save_model(spec_of(Path(REPO)).model, {}, tmp_path / "out")
+    out = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert out.keys() == {path.name for path in folder.iterdir()}
+    for name in out.keys() - {"ema.safetensors"}:
+        assert out[name] == (folder / name).read_bytes()
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)

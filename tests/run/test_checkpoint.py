@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +83,16 @@ def test_round_trip_bit_for_bit(tmp_path: Path):
     path = save(tmp_path, 7)
     assert path.name == "iteration-000007"
     assert_is(path, 7)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_follow_the_umask(umask, tmp_path: Path):
+    before = os.umask(umask)
+    try:
+        path = save(tmp_path, 7)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o666 & ~umask}
 
 
 def test_no_averages_is_no_error(tmp_path: Path):
