@@ -54,6 +54,10 @@ TEMPLATE_WORDS += [
         *("text", "spatial", "relationships", "of", "objects", "and", "background"),
     )
 ]
+CHAT = (  # of Qwen3, without a thought
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
@@ -202,6 +206,44 @@ def _qwen_config(vocabulary: int) -> Any:
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision)
 
 
+def build_z_image(folder: Path) -> None:
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = CHAT
+    text = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    network = ZImageTransformer2DModel(
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[4, 6, 6],
+        axes_lens=[1536, 512, 512],
+    )
+    _strengthen(network)
+    for padding in (network.x_pad_token, network.cap_pad_token):  # zeros when made
+        torch.nn.init.normal_(padding)
+    ZImagePipeline(
+        scheduler=_scheduler(shift=6.0),
+        vae=_autoencoder(),
+        text_encoder=Qwen3Model(text),
+        tokenizer=tokenizer,
+        transformer=network,
+    ).save_pretrained(folder)
+
+
 def _strengthen(network: torch.nn.Module) -> None:
     """Larger weights than the initial ones, so that prompts and guidance show in the velocity."""
     with torch.no_grad():
@@ -262,6 +304,8 @@ def pipeline_images(
         guided = {"true_cfg_scale": guidance}
         if guidance > 1:
             guided["negative_prompt"] = [" "] * len(prompts)
+    if type(pipe).__name__ == "ZImagePipeline":  # whose scale begins at 0
+        guided = {"guidance_scale": guidance - 1}
     packs = hasattr(pipe, "_pack_latents")
     made = pipe(
         list(prompts),
@@ -293,6 +337,7 @@ MODELS = {
     "sd3": _row(build_sd3, "sd3", 1.0, 3.0),
     "flux": _row(build_flux, "flux", 1.0, 4.0),
     "qwen_image": _row(build_qwen_image, "qwen_image", 1.0, 4.0),
+    "z_image": _row(build_z_image, "z_image", 1.0, 3.0),
     "bagel": _row(build_bagel, "bagel", 1.0, 4.0, pipeline=False),
 }
 PIPELINES = [family for family, model in MODELS.items() if model.pipeline_images]

@@ -7,6 +7,7 @@ how latents are scaled; parts are loaded from the folders that ``from_pretrained
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -101,12 +102,40 @@ class PipelinePolicy(Policy):
         fixed = {"shift": self.model.shift, "use_dynamic_shifting": False}
         return type(found).from_config(found.config, **fixed)
 
-    def check_size(self, size: tuple[int, int], multiple: int) -> None:
-        """``SpecError`` unless height and width are multiples of ``multiple`` pixels."""
+    def shifted(self, levels: Sequence[float], tokens: int) -> tuple[float, ...]:
+        """``levels`` and 0 after the scheduler's shift: its own by an image's ``tokens``, or one
+        for every size."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        scheduler = self.scheduler()
+        config = scheduler.config
+        if len(levels) == 1 and config.shift_terminal:
+            raise SpecError(
+                f"{self.model.path} cannot draw in one step, as its noise levels end at "
+                f"shift_terminal = {config.shift_terminal}: set evaluation.steps to 2 or more"
+            )
+        mu = calculate_shift(
+            tokens,
+            config.base_image_seq_len,
+            config.max_image_seq_len,
+            config.base_shift,
+            config.max_shift,
+        )
+        scheduler.set_timesteps(sigmas=levels, mu=mu)
+        return tuple(scheduler.sigmas.tolist())
+
+    def check_size(self, size: tuple[int, int], multiple: int, most: int | None = None) -> None:
+        """``SpecError`` unless height and width are multiples of ``multiple`` pixels, and at most
+        ``most`` of them."""
         if size[0] % multiple or size[1] % multiple:
             raise SpecError(
                 f"sampling.size = {list(size)} does not fit {self.model.path}: "
                 f"height and width must be multiples of {multiple}"
+            )
+        if most is not None and max(size) > most * multiple:
+            raise SpecError(
+                f"sampling.size = {list(size)} is too large for {self.model.path}: height and "
+                f"width may be up to {most * multiple} pixels"
             )
 
     def decode(self, x: Tensor) -> Images:
@@ -147,25 +176,8 @@ class PackedPolicy(PipelinePolicy):
         return (network.in_channels // 4, size[0] // self.factor, size[1] // self.factor)
 
     def sigmas(self, steps: int, size: tuple[int, int]) -> tuple[float, ...]:
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
         _, h, w = self.latent_shape(size)
-        scheduler = self.scheduler()
-        config = scheduler.config
-        if steps == 1 and config.shift_terminal:
-            raise SpecError(
-                f"{self.model.path} cannot draw in one step, as its noise levels end at "
-                f"shift_terminal = {config.shift_terminal}: set evaluation.steps to 2 or more"
-            )
-        mu = calculate_shift(
-            h * w // 4,
-            config.base_image_seq_len,
-            config.max_image_seq_len,
-            config.base_shift,
-            config.max_shift,
-        )
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
-        return tuple(scheduler.sigmas.tolist())
+        return self.shifted(np.linspace(1, 1 / steps, steps).tolist(), h * w // 4)
 
     def timestep(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         """``[b]``: sigma, rounded as the pipelines do by way of the timestep."""

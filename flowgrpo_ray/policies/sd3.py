@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.types import Condition
 from flowgrpo_ray.policies.base import Configs, as_array
 from flowgrpo_ray.policies.lora_names import Native
@@ -55,12 +54,7 @@ class SD3Policy(PipelinePolicy):
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         network: Any = self.network.config
         multiple = self.factor * network.patch_size
-        self.check_size(size, multiple)
-        if max(size) // multiple > network.pos_embed_max_size:
-            raise SpecError(
-                f"sampling.size = {list(size)} is too large for {self.model.path}: height and "
-                f"width may be up to {network.pos_embed_max_size * multiple} pixels"
-            )
+        self.check_size(size, multiple, network.pos_embed_max_size)
         return (network.in_channels, size[0] // self.factor, size[1] // self.factor)
 
     def velocity(self, x: Tensor, sigma: float | Tensor, condition: dict[str, Tensor]) -> Tensor:

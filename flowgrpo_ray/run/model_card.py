@@ -53,7 +53,8 @@ class Exported:
     """What was written: ``what`` is lora or pipeline, ``weights`` ema or last.
 
     ``arguments`` are those of a call of the model's diffusers pipeline, beside prompt, size and
-    steps (``{guidance}`` stands for its value); empty for a model without a pipeline.
+    steps (``{guidance}`` stands for its value, ``{beyond_one}`` for one less); empty for a model
+    without a pipeline.
     """
 
     what: str
@@ -173,12 +174,13 @@ def _code(spec: TrainingSpec, exported: Exported) -> str:
         lines.append(f"    pipe.scheduler.config, shift={model.shift}, use_dynamic_shifting=False")
         lines.append(")")
     arguments = ",\n    ".join(exported.arguments)
+    guidance = spec.sampling.guidance
     image = IMAGE.format(
         height=spec.sampling.size[0],
         width=spec.sampling.size[1],
         steps=spec.evaluation.steps,
         tokens=model.max_sequence_length,
-        arguments=arguments.format(guidance=spec.sampling.guidance),
+        arguments=arguments.format(guidance=guidance, beyond_one=guidance - 1),
     )
     return "\n".join(lines) + "\n" + image
 

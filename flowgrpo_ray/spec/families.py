@@ -18,5 +18,6 @@ FAMILIES = {
     "sd3": Family("flowgrpo_ray.policies.sd3:SD3Policy"),
     "flux": Family("flowgrpo_ray.policies.flux:FluxPolicy"),
     "qwen_image": Family("flowgrpo_ray.policies.qwen_image:QwenImagePolicy"),
+    "z_image": Family("flowgrpo_ray.policies.z_image:ZImagePolicy"),
     "bagel": Family("flowgrpo_ray.policies.bagel:BagelPolicy", index="llm_config.json"),
 }
