@@ -39,10 +39,13 @@ from flowgrpo_ray.spec.training import TrainingSpec
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 CLIP_L, CLIP_BIG_G, T5_XXL = 123_060_480, 694_659_840, 4_762_310_656
+QWEN3_4B = 4_022_468_096
 PUBLISHED = {  # hub ids whose configs are in ARCHITECTURES, with their text encoders' parameters
     "stabilityai/stable-diffusion-3.5-medium": CLIP_L + 768 * 768 + CLIP_BIG_G + T5_XXL,
     "black-forest-labs/FLUX.1-dev": CLIP_L + T5_XXL,
     "Qwen/Qwen-Image": 8_292_166_656,
+    "Tongyi-MAI/Z-Image": QWEN3_4B,
+    "Tongyi-MAI/Z-Image-Turbo": QWEN3_4B,
     "ByteDance-Seed/BAGEL-7B-MoT": 0,
 }
 

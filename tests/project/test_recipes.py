@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ QWEN_LORA = (
         ATTENTION | {"img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"}
     ),
 )
+Z_IMAGE_ATTENTION = frozenset(
+    {"attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"}
+)
+Z_IMAGE_LORA = Z_IMAGE_ATTENTION | {"feed_forward.w1", "feed_forward.w2", "feed_forward.w3"}
 BAGEL_LORA = (
     64,
     128,
@@ -74,6 +79,7 @@ class Published:
     learning_rate: float = 3e-4
     ema: tuple[float, int] | None = EMA
     gpus: int = 32
+    weight_decay: float = 1e-4
 
 
 CPS = ("cps", "squared_error", 0.8)
@@ -110,6 +116,21 @@ BAGEL = replace(
     learning_rate=1e-4,
     ema=None,
 )
+Z_IMAGE = replace(
+    PICK,
+    model=("z_image", "Tongyi-MAI/Z-Image"),
+    dtype="bfloat16",
+    lora=(64, 128, Z_IMAGE_ATTENTION),
+    steps=(16, 40),
+    guidance=5,
+    micro_batch=8,
+    groups=(16, 64),
+    window=("random", 3, (0, 8)),
+    kl=None,
+    ema=None,
+    gpus=8,
+    weight_decay=0,
+)
 GUARD = replace(PICK, kl=None, std="group", learning_rate=1e-4)
 PUBLISHED = {
     "sd35-ocr": OCR,
@@ -137,6 +158,20 @@ PUBLISHED = {
         window=("random", 2, (0, 5)),
         kl=None,
         ema=None,
+    ),
+    "z-image-pickscore": Z_IMAGE,
+    "z-image-turbo-pickscore": replace(
+        Z_IMAGE,
+        model=("z_image", "Tongyi-MAI/Z-Image-Turbo"),
+        lora=(64, 128, Z_IMAGE_LORA),
+        steps=(6, 10),
+        guidance=1,
+        micro_batch=2,
+        groups=(16, 48),
+        window=("random", 1, (1, 4)),
+        std="group",
+        ema=(0.9, 8),
+        weight_decay=1e-4,
     ),
     "bagel-pickscore-full": BAGEL,
     "bagel-pickscore-lora": replace(BAGEL, lora=BAGEL_LORA, window=("random", 2, (0, 7)), gpus=8),
@@ -169,8 +204,43 @@ NFT = {
         {"pickscore": 1, "hps": 1, "clipscore": 0.3}, steps=25, times=24, beta=0.1
     ),
 }
+NFT_GUIDED = {  # of Flow-Factory, by the spec's keys
+    "z-image-nft-pickscore": {
+        "model.path": "Tongyi-MAI/Z-Image",
+        "model.dtype": "bfloat16",
+        "tuning.rank": 64,
+        "tuning.alpha": 128,
+        "tuning.targets": None,
+        "sampling.solver": "euler",
+        "sampling.steps": 10,
+        "sampling.guidance": 5,
+        "sampling.group_size": 16,
+        "sampling.groups": 48,
+        "advantages.std": "group",
+        "advantages.clamp": 5,
+        "objective.beta": 0.1,
+        "objective.updates": 1,
+        "objective.epochs": 1,
+        "objective.decay.flat": 0,
+        "objective.decay.rate": 0.001,
+        "objective.decay.cap": 0.5,
+        "objective.times.count": 2,
+        "objective.times.draw": "steps",
+        "objective.times.within": (0.5, 1),
+        "objective.reference": 0,
+        "optimizer.learning_rate": 3e-4,
+        "optimizer.weight_decay": 1e-4,
+        "optimizer.grad_norm": 1,
+        "ema": None,
+        "evaluation.steps": 40,
+    }
+}
 OWN = {"sd35-ocr-geneval-pickscore": 32}  # of nobody's but ours, with their GPUs
-GPUS = {name: row.gpus for name, row in PUBLISHED.items()} | OWN | dict.fromkeys(NFT, 8)
+GPUS = (
+    {name: row.gpus for name, row in PUBLISHED.items()}
+    | OWN
+    | dict.fromkeys([*NFT, *NFT_GUIDED], 8)
+)
 
 
 def trained(spec: TrainingSpec) -> dict[str, float]:
@@ -205,6 +275,7 @@ def read(spec: TrainingSpec) -> Published:
         learning_rate=spec.optimizer.learning_rate,
         ema=None if spec.ema is None else (spec.ema.decay, spec.ema.every),
         gpus=spec.gpus,
+        weight_decay=spec.optimizer.weight_decay,
     )
 
 
@@ -215,7 +286,7 @@ def test_the_numbers_are_the_published_ones(name: str):
     assert spec.sampling.size == (512, 512)
     assert (spec.objective.updates, spec.objective.epochs) == (2, 1)
     optimizer = spec.optimizer
-    assert (optimizer.betas, optimizer.weight_decay) == ((0.9, 0.999), 1e-4)
+    assert optimizer.betas == (0.9, 0.999)
     assert (optimizer.eps, optimizer.grad_norm) == (1e-8, 1.0)
     advantages = spec.advantages
     assert (advantages.clamp, advantages.per_reward, advantages.refill) == (5, False, 0)
@@ -253,8 +324,15 @@ def test_the_numbers_of_nft_are_the_published_ones(name: str):
     assert (spec.evaluation.steps, spec.evaluation.solver) == (40, "euler")
 
 
+@pytest.mark.parametrize("name", NFT_GUIDED)
+def test_the_numbers_of_nft_with_guidance_are_the_published_ones(name: str):
+    spec, published = load_spec(name), NFT_GUIDED[name]
+    assert {key: attrgetter(key)(spec) for key in published} == published
+    assert trained(spec) == {"pickscore": 1}
+
+
 def test_every_recipe_is_in_a_table():
-    assert {*PUBLISHED, *OWN, *NFT, *TINY} == set(recipe_names())
+    assert {*PUBLISHED, *OWN, *NFT, *NFT_GUIDED, *TINY} == set(recipe_names())
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -27,6 +27,7 @@ from flowgrpo_ray.common.errors import (
 from flowgrpo_ray.estimate.footprint import count_work
 from flowgrpo_ray.estimate.preflight import check_run
 from flowgrpo_ray.run.folder import RunFolder
+from flowgrpo_ray.spec.families import FAMILIES
 from flowgrpo_ray.spec.file import RECIPES, dump_spec, load_spec, recipe_names, validate
 from flowgrpo_ray.spec.sampling import AllSteps
 from flowgrpo_ray.spec.sections import FullTuning
@@ -467,7 +468,7 @@ def test_model_folder_that_is_none(tmp_path: Path):
 
 
 def test_an_unknown_family_is_an_error_that_lists_the_known():
-    with pytest.raises(SpecError, match=r"model\.family: 'sd4' .*sd3, flux, qwen_image, bagel"):
+    with pytest.raises(SpecError, match=rf"model\.family: 'sd4' .*{', '.join(FAMILIES)}"):
         spec("model.family=sd4")
 
 
