@@ -171,6 +171,63 @@ def build_qwen_image(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def build_flux2(folder: Path, *, is_distilled: bool = False) -> None:
+    """FLUX.2-klein-base, or its distilled form. Its encoder gives hidden layers up to the 27th."""
+    from diffusers import Flux2KleinPipeline
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = CHAT
+    qwen = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=28,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    Flux2KleinPipeline(
+        **_flux2_parts(guidance_embeds=False),
+        text_encoder=Qwen3ForCausalLM(qwen),
+        tokenizer=tokenizer,
+        is_distilled=is_distilled,
+    ).save_pretrained(folder)
+
+
+def _flux2_parts(*, guidance_embeds: bool) -> dict[str, Any]:
+    """Scheduler, autoencoder (of other channels, normalised by a batch norm) and network."""
+    from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(4, 8, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+    )
+    assert vae.bn.running_mean is not None
+    assert vae.bn.running_var is not None
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    network = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+    _strengthen(network)
+    scheduler = _scheduler(
+        use_dynamic_shifting=True, shift=3.0, max_image_seq_len=4096, max_shift=1.15
+    )
+    return {"vae": vae, "transformer": network, "scheduler": scheduler}
+
+
 def qwen_tokenizer() -> Any:
     """A byte is a token, and so is each word of the prompt template."""
     from tokenizers import AddedToken
@@ -306,6 +363,8 @@ def pipeline_images(
             guided["negative_prompt"] = [" "] * len(prompts)
     if type(pipe).__name__ == "ZImagePipeline":  # whose scale begins at 0
         guided = {"guidance_scale": guidance - 1}
+    if type(pipe).__name__.startswith("Flux2"):
+        return _flux2_images(pipe, prompts, noise, steps, guidance, size, output)
     packs = hasattr(pipe, "_pack_latents")
     made = pipe(
         list(prompts),
@@ -320,6 +379,38 @@ def pipeline_images(
     if output != "latent":
         return np.stack([np.asarray(image) for image in made])
     return pipe._unpack_latents(made, *size, 8).reshape(noise.shape) if packs else made
+
+
+def _flux2_images(
+    pipe: Any,
+    prompts: Sequence[str],
+    noise: torch.Tensor,
+    steps: int,
+    guidance: float,
+    size: tuple[int, int],
+    output: str,
+) -> Any:
+    """As ``pipeline_images``. What the pipelines return as latents is not what they drew: that is
+    heard after the last step, as tokens."""
+    latents = noise
+
+    def hear(_: Any, __: int, ___: Any, given: dict[str, Any]) -> dict[str, Any]:
+        nonlocal latents
+        latents = given["latents"].transpose(1, 2).reshape(noise.shape)
+        return given
+
+    made = pipe(
+        prompt=list(prompts),
+        latents=noise,
+        height=size[0],
+        width=size[1],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        max_sequence_length=TOKENS,
+        output_type=output,
+        callback_on_step_end=hear,
+    ).images
+    return latents if output == "latent" else np.stack([np.asarray(image) for image in made])
 
 
 # --- the table
@@ -338,6 +429,7 @@ MODELS = {
     "flux": _row(build_flux, "flux", 1.0, 4.0),
     "qwen_image": _row(build_qwen_image, "qwen_image", 1.0, 4.0),
     "z_image": _row(build_z_image, "z_image", 1.0, 3.0),
+    "flux2": _row(build_flux2, "flux2", 1.0, 4.0),
     "bagel": _row(build_bagel, "bagel", 1.0, 4.0, pipeline=False),
 }
 PIPELINES = [family for family, model in MODELS.items() if model.pipeline_images]

@@ -105,8 +105,6 @@ class PipelinePolicy(Policy):
     def shifted(self, levels: Sequence[float], tokens: int) -> tuple[float, ...]:
         """``levels`` and 0 after the scheduler's shift: its own by an image's ``tokens``, or one
         for every size."""
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
         scheduler = self.scheduler()
         config = scheduler.config
         if len(levels) == 1 and config.shift_terminal:
@@ -114,15 +112,20 @@ class PipelinePolicy(Policy):
                 f"{self.model.path} cannot draw in one step, as its noise levels end at "
                 f"shift_terminal = {config.shift_terminal}: set evaluation.steps to 2 or more"
             )
-        mu = calculate_shift(
+        scheduler.set_timesteps(sigmas=levels, mu=self.mu(tokens, len(levels), config))
+        return tuple(scheduler.sigmas.tolist())
+
+    def mu(self, tokens: int, steps: int, config: Any) -> float:
+        """The logarithm of the shift for an image of ``tokens``; ``config`` is the scheduler's."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        return calculate_shift(
             tokens,
             config.base_image_seq_len,
             config.max_image_seq_len,
             config.base_shift,
             config.max_shift,
         )
-        scheduler.set_timesteps(sigmas=levels, mu=mu)
-        return tuple(scheduler.sigmas.tolist())
 
     def check_size(self, size: tuple[int, int], multiple: int, most: int | None = None) -> None:
         """``SpecError`` unless height and width are multiples of ``multiple`` pixels, and at most
@@ -176,8 +179,9 @@ class PackedPolicy(PipelinePolicy):
         return (network.in_channels // 4, size[0] // self.factor, size[1] // self.factor)
 
     def sigmas(self, steps: int, size: tuple[int, int]) -> tuple[float, ...]:
-        _, h, w = self.latent_shape(size)
-        return self.shifted(np.linspace(1, 1 / steps, steps).tolist(), h * w // 4)
+        self.latent_shape(size)  # an error if it cannot be drawn
+        tokens = size[0] * size[1] // (2 * self.factor) ** 2
+        return self.shifted(np.linspace(1, 1 / steps, steps).tolist(), tokens)
 
     def timestep(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         """``[b]``: sigma, rounded as the pipelines do by way of the timestep."""

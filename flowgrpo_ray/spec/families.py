@@ -19,5 +19,6 @@ FAMILIES = {
     "flux": Family("flowgrpo_ray.policies.flux:FluxPolicy"),
     "qwen_image": Family("flowgrpo_ray.policies.qwen_image:QwenImagePolicy"),
     "z_image": Family("flowgrpo_ray.policies.z_image:ZImagePolicy"),
+    "flux2": Family("flowgrpo_ray.policies.flux2:Flux2Policy"),
     "bagel": Family("flowgrpo_ray.policies.bagel:BagelPolicy", index="llm_config.json"),
 }

@@ -55,6 +55,7 @@ from flowgrpo_ray.policies.base import Policy
 from flowgrpo_ray.spec.families import FAMILIES
 
 STEPS = 6
+UNLIMITED = {"flux2"}  # pipelines that name a length, and refuse none
 GUIDED = [(family, g) for family, model in MODELS.items() for g in model.guidances]
 GUIDED_PIPELINES = [(family, g) for family, g in GUIDED if family in PIPELINES]
 
@@ -218,7 +219,9 @@ def test_what_the_pipeline_refuses_is_an_error_that_names_the_key(family):
         with pytest.raises(SpecError, match=r"sampling\.size = \[\d\d, \d\d\] does not fit"):
             policy.latent_shape(size)
     most = policy.max_tokens
-    if family != "z_image":  # whose pipeline knows no limit: see its own tests
+    if family in UNLIMITED:
+        assert pipe_of(family).tokenizer_max_length == most
+    elif family != "z_image":  # whose pipeline knows no limit: see its own tests
         with pytest.raises(ValueError, match=f"cannot be greater than {most} but"):
             pipe_of(family)(PROMPTS[0], max_sequence_length=most + 1)
     longer = spec_of(family, f"model.max_sequence_length={most + 1}")

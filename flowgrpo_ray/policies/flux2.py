@@ -1,0 +1,106 @@
+"""FLUX.2 klein: the base models with classifier-free guidance, the distilled ones without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowgrpo_ray.common.errors import SpecError
+from flowgrpo_ray.common.strict_json import parse
+from flowgrpo_ray.common.types import Condition, Images
+from flowgrpo_ray.policies.base import Configs, as_array
+from flowgrpo_ray.policies.hub import model_file
+from flowgrpo_ray.policies.loading import INDEX
+from flowgrpo_ray.policies.pipeline import JOINT_ATTENTION, PackedPolicy, as_images
+
+
+class Flux2Policy(PackedPolicy):
+    """``Flux2KleinPipeline``'s parts. Latents are ``[b, 128, H / 16, W / 16]``: a token at each
+    place, normalised as the autoencoder's batch norm has it.
+
+    A condition holds three hidden layers of the encoder, of ``max_sequence_length`` tokens with
+    those that fill up: the network sees them all, without a mask.
+    """
+
+    pipeline = "Flux2KleinPipeline"
+    transformer = "Flux2Transformer2DModel"
+    autoencoder = "AutoencoderKLFlux2"
+    blocks = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
+    lora_targets = (
+        *JOINT_ATTENTION,
+        *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
+        "attn.to_qkv_mlp_proj",
+    )
+
+    def load_network(self, dtype: torch.dtype) -> nn.Module:
+        index = parse(model_file(self.model, INDEX).read_bytes())
+        if self.passes(self.guidance) > 1 and index.get("is_distilled"):
+            raise SpecError(
+                f"sampling.guidance = {self.guidance}: {self.model.path} was distilled to draw "
+                f"without guidance (is_distilled of its {INDEX} is true); set it to 1"
+            )
+        return super().load_network(dtype)
+
+    def encode_batch(self, prompts: Sequence[str]) -> list[Condition]:
+        embeds, _ = self.encoder.encode_prompt(
+            list(prompts), max_sequence_length=self.model.max_sequence_length
+        )
+        return [{"embeds": as_array(own)} for own in embeds]
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        token = 2 * self.factor
+        self.check_size(size, token)
+        network: Any = self.network.config
+        return (network.in_channels, size[0] // token, size[1] // token)
+
+    def mu(self, tokens: int, steps: int, config: Any) -> float:
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        return compute_empirical_mu(tokens, steps)
+
+    def pack(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype).flatten(2).transpose(1, 2)
+
+    def unpack(self, tokens: Tensor, x: Tensor) -> Tensor:
+        return tokens.transpose(1, 2).reshape(x.shape)
+
+    def velocity(self, x: Tensor, sigma: float | Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """``u + g (c - u)`` of two passes."""
+        v = self._predict(x, sigma, condition["embeds"])
+        if self.passes(self.guidance) > 1:
+            unconditional = self._predict(x, sigma, condition["negative_embeds"])
+            v = unconditional + self.guidance * (v - unconditional)
+        return self.unpack(v, x)
+
+    def _predict(self, x: Tensor, sigma: float | Tensor, embeds: Tensor) -> Tensor:
+        """One pass of the network: the velocity as tokens ``[b, h w, C]``."""
+        from diffusers import Flux2KleinPipeline as Pipeline
+
+        with self.autocast():
+            return self.network(
+                hidden_states=self.pack(x),
+                timestep=self.timestep(x, sigma),
+                encoder_hidden_states=embeds.to(self.dtype),
+                txt_ids=Pipeline._prepare_text_ids(embeds[:1]).to(x.device),  # one row for all
+                img_ids=Pipeline._prepare_latent_ids(x[:1]).to(x.device),
+                return_dict=False,
+            )[0]
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Images:
+        from diffusers import Flux2KleinPipeline
+
+        z, norm = x.to(self.decoder_dtype), self.vae.bn
+        std = torch.sqrt(norm.running_var + self.vae.config.batch_norm_eps)
+        z = z * std[:, None, None] + norm.running_mean[:, None, None]
+        z = Flux2KleinPipeline._unpatchify_latents(z)
+        return as_images(self.vae.decode(z, return_dict=False)[0])
+
+    def example_condition(self, batch: int, configs: Configs) -> dict[str, Tensor]:
+        network: Any = self.network.config
+        shape = (batch, self.model.max_sequence_length, network.joint_attention_dim)
+        names = ("embeds", "negative_embeds")[: self.passes(self.guidance)]
+        return {name: torch.empty(shape, dtype=self.encoder_dtype) for name in names}

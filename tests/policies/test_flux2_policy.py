@@ -1,0 +1,137 @@
+"""What is FLUX.2's own; ``test_policy_contract.py`` holds the policy against its pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import (
+    TOKENS,
+    build_flux2,
+    conditions_of,
+    load_pipe,
+    model_folder,
+    pipeline_images,
+    spec_of,
+)
+from tiny_runs import CPU, LORA, UNTRAINED, one_thread, sampler, unit
+
+from flowgrpo_ray.algorithm.sampling import INITIAL, batch_condition, draw_noise, rollout
+from flowgrpo_ray.common.errors import SpecError
+from flowgrpo_ray.common.types import Schedule
+from flowgrpo_ray.policies import load_policy
+from flowgrpo_ray.policies.base import Policy
+
+GUIDED = "sampling.guidance=4.0"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("distilled") / "model"
+    build_flux2(folder, is_distilled=True)
+    return folder
+
+
+def flux2(*overrides: str) -> Policy:
+    return load_policy(spec_of("flux2", *overrides), CPU, frozenset({"network", "decoder"}))
+
+
+SHORT, EMPTY, LONG = 'red sign "407"', "", "a sign of many words " * 9
+SIZE = (48, 80)  # 3 x 5 tokens
+
+
+def drawn(policy: Any, pipe: Any, prompts: tuple[str, ...], guidance: float) -> tuple[Any, Any]:
+    """Final latents of ours and of the pipeline, which is given ``guidance``."""
+    policy.encoded_at_once = 1
+    schedule = Schedule("flow_sde", policy.sigmas(3, SIZE), (0.0,) * 3)
+    of = unit(schedule, tuple(range(len(prompts))), (0,) * len(prompts))
+    _, x = rollout(policy, of, dict(enumerate(policy.encode(prompts))), SIZE, UNTRAINED)
+    start = draw_noise(of, INITIAL, tuple(x.shape[1:]))
+    return x, pipeline_images(pipe, prompts, start, 3, guidance, SIZE, "latent")
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_odd_sizes_and_any_prompts_are_drawn_as_by_the_pipeline(guidance):
+    """Bit for bit alone; in a batch the pipeline encodes together, and other last bits come out."""
+    policy = load_policy(spec_of("flux2", f"sampling.guidance={guidance}"), CPU)
+    pipe = load_pipe(model_folder("flux2"))
+    assert len(pipe.tokenizer(LONG).input_ids) > TOKENS, "it is cut"
+    for prompts in ((SHORT,), (EMPTY,), (LONG,)):
+        ours, theirs = drawn(policy, pipe, prompts, guidance)
+        assert torch.equal(ours, theirs)
+    ours, theirs = drawn(policy, pipe, (SHORT, EMPTY, LONG), guidance)
+    assert (ours - theirs).abs().max() < 2e-5
+    assert (ours[0] - ours[1]).abs().max() > 0.1
+
+
+def test_a_distilled_model_takes_no_guidance(distilled):
+    """Its pipeline warns and ignores it; here it is an error that says so."""
+    place = f"model.path={distilled}"
+    with pytest.raises(SpecError, match=r"sampling\.guidance = 4\.0.*set it to 1"):
+        flux2(place, GUIDED)
+    policy = load_policy(spec_of("flux2", place), CPU)
+    ours, theirs = drawn(policy, load_pipe(distilled), (SHORT,), 4.0)
+    assert torch.equal(ours, theirs)
+
+
+def test_guidance_leads_away_from_the_empty_prompt():
+    conditions = conditions_of("flux2", GUIDED)
+    guided, plain = flux2(GUIDED), flux2()
+    x = torch.randn(2, 16, 2, 3, generator=torch.Generator().manual_seed(0))
+    condition = batch_condition(guided, conditions, (0, 2))
+    with torch.no_grad():
+        found = guided.velocity(x, 0.5, condition)
+        u = plain.velocity(x, 0.5, {"embeds": condition["negative_embeds"]})
+        c = plain.velocity(x, 0.5, condition)
+    assert (found - (4 * c - 3 * u)).abs().max() < 1e-5
+    assert (c - u).abs().max() > 0.1
+    encoder = load_policy(spec_of("flux2"), CPU, frozenset({"encoder"}))
+    (empty,) = encoder.encode([""])
+    assert condition["negative_embeds"][1].numpy().tobytes() == empty["embeds"].tobytes()
+
+
+def test_conditions_are_three_hidden_layers_of_all_tokens():
+    (condition,) = load_policy(spec_of("flux2"), CPU, frozenset({"encoder"})).encode([SHORT])
+    pipe = load_pipe(model_folder("flux2"))
+    text = f"<|im_start|>user\n{SHORT}<|im_end|>\n<|im_start|>assistant"
+    given = pipe.tokenizer(text, padding="max_length", max_length=TOKENS, return_tensors="pt")
+    with torch.no_grad():
+        layers = pipe.text_encoder(**given, output_hidden_states=True).hidden_states
+    expected = torch.cat([layers[k][0] for k in (9, 18, 27)], dim=-1)
+    assert condition["embeds"].shape == (TOKENS, 48)
+    assert np.abs(condition["embeds"] - expected.numpy()).max() < 1e-5
+
+
+def test_both_kinds_of_block_are_trained():
+    """Of a double block all products; of a single one its fused product before attention."""
+    policy = sampler(spec_of("flux2", LORA))
+    network: Any = policy.network
+    for block in (*network.transformer_blocks, *network.single_transformer_blocks):
+        assert isinstance(block, policy.block_classes())
+    assert len(policy.trainable()) == 2 * (2 * 12 + 2 * 1), "A and B of each layer"
+
+
+def test_noise_levels_are_shifted_by_tokens_and_steps():
+    """``exp(mu) s / (1 + (exp(mu) - 1) s)``: up to 4300 tokens mu is linear in the steps, through
+    one line of the tokens at 10 steps and another at 200; beyond, it is the latter."""
+    policy = flux2()
+    for size, tokens in (((512, 512), 1024), ((1024, 1152), 4608)):
+        for steps in (8, 50):
+            at_10, at_200 = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
+            mu = at_10 + (at_200 - at_10) * (steps - 10) / 190 if tokens <= 4300 else at_200
+            s = np.linspace(1, 1 / steps, steps)
+            expected = np.exp(mu) * s / (1 + (np.exp(mu) - 1) * s)
+            assert policy.sigmas(steps, size) == pytest.approx((*expected, 0), abs=1e-6)
+    s = np.linspace(1, 1 / 6, 6)
+    shifted = flux2("model.shift=2.5").sigmas(6, (512, 512))
+    assert shifted == pytest.approx((*(2.5 * s / (1 + 1.5 * s)), 0), abs=1e-7)
