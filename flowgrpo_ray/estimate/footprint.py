@@ -38,6 +38,7 @@ from flowgrpo_ray.spec.sections import ModelSpec
 from flowgrpo_ray.spec.training import TrainingSpec
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
+QWEN3_4B, QWEN3_8B = 4_022_468_096, 8_190_735_360
 CLIP_L, CLIP_BIG_G, T5_XXL = 123_060_480, 694_659_840, 4_762_310_656
 QWEN3_4B = 4_022_468_096
 PUBLISHED = {  # hub ids whose configs are in ARCHITECTURES, with their text encoders' parameters
@@ -46,6 +47,10 @@ PUBLISHED = {  # hub ids whose configs are in ARCHITECTURES, with their text enc
     "Qwen/Qwen-Image": 8_292_166_656,
     "Tongyi-MAI/Z-Image": QWEN3_4B,
     "Tongyi-MAI/Z-Image-Turbo": QWEN3_4B,
+    "black-forest-labs/FLUX.2-klein-4B": QWEN3_4B,
+    "black-forest-labs/FLUX.2-klein-base-4B": QWEN3_4B,
+    "black-forest-labs/FLUX.2-klein-9B": QWEN3_8B,
+    "black-forest-labs/FLUX.2-klein-base-9B": QWEN3_8B,
     "ByteDance-Seed/BAGEL-7B-MoT": 0,
 }
 

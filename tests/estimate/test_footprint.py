@@ -505,13 +505,15 @@ def test_a_folder_without_its_config_is_an_error_that_names_it(tmp_path: Path):
 # --- recipes
 
 # Billions of parameters: of the model cards of Stable Diffusion 3.5 Medium (2.2 without its table
-# of positions), FLUX.1-dev and Qwen-Image; BAGEL's two experts of 7B without lm_head and vision.
+# of positions), FLUX.1-dev, Qwen-Image and FLUX.2-klein (4B, 9B); BAGEL's two experts of 7B
+# without lm_head and vision.
 SIZES = {
     "tiny": (0.001, 0.003),
     "sd35": (2.2, 2.5),
     "flux": (11.85, 11.95),
     "qwen": (20.3, 20.5),
     "z": (6.1, 6.2),  # Z-Image, "6B"
+    "flux2": (3.8, 9.1),
     "bagel": (13.0, 14.7),
 }
 QUICK = ("tiny-ocr", "sd35-ocr-1gpu-24gb")

@@ -43,6 +43,15 @@ Z_IMAGE_ATTENTION = frozenset(
     {"attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"}
 )
 Z_IMAGE_LORA = Z_IMAGE_ATTENTION | {"feed_forward.w1", "feed_forward.w2", "feed_forward.w3"}
+FLUX2_LORA = (
+    64,
+    128,
+    frozenset(
+        ATTENTION
+        | {f"{ff}.linear_{end}" for ff in ("ff", "ff_context") for end in ("in", "out")}
+        | {"attn.to_qkv_mlp_proj"}
+    ),
+)
 BAGEL_LORA = (
     64,
     128,
@@ -80,6 +89,7 @@ class Published:
     ema: tuple[float, int] | None = EMA
     gpus: int = 32
     weight_decay: float = 1e-4
+    size: tuple[int, int] = (512, 512)
 
 
 CPS = ("cps", "squared_error", 0.8)
@@ -173,6 +183,22 @@ PUBLISHED = {
         ema=(0.9, 8),
         weight_decay=1e-4,
     ),
+    "flux2-klein-pickscore": replace(
+        PICK,
+        model=("flux2", "black-forest-labs/FLUX.2-klein-base-9B"),
+        dtype="bfloat16",
+        lora=FLUX2_LORA,
+        steps=(8, 28),
+        guidance=4,
+        micro_batch=2,
+        groups=(16, 48),
+        window=("random", 1, (1, 4)),
+        kl=None,
+        std="group",
+        ema=(0.9, 4),
+        gpus=8,
+        size=(384, 384),
+    ),
     "bagel-pickscore-full": BAGEL,
     "bagel-pickscore-lora": replace(BAGEL, lora=BAGEL_LORA, window=("random", 2, (0, 7)), gpus=8),
     "sd35-guard-ocr": replace(GUARD, rewards={"ocr": 1}, objective=("grpo_guard", 2e-6)),
@@ -236,11 +262,9 @@ NFT_GUIDED = {  # of Flow-Factory, by the spec's keys
     }
 }
 OWN = {"sd35-ocr-geneval-pickscore": 32}  # of nobody's but ours, with their GPUs
-GPUS = (
-    {name: row.gpus for name, row in PUBLISHED.items()}
-    | OWN
-    | dict.fromkeys([*NFT, *NFT_GUIDED], 8)
-)
+NFT_OF_FLUX2 = "flux2-klein-nft-pickscore"
+EIGHT = [*NFT, *NFT_GUIDED, NFT_OF_FLUX2]
+GPUS = {name: row.gpus for name, row in PUBLISHED.items()} | OWN | dict.fromkeys(EIGHT, 8)
 
 
 def trained(spec: TrainingSpec) -> dict[str, float]:
@@ -276,6 +300,7 @@ def read(spec: TrainingSpec) -> Published:
         ema=None if spec.ema is None else (spec.ema.decay, spec.ema.every),
         gpus=spec.gpus,
         weight_decay=spec.optimizer.weight_decay,
+        size=sampling.size,
     )
 
 
@@ -283,7 +308,6 @@ def read(spec: TrainingSpec) -> Published:
 def test_the_numbers_are_the_published_ones(name: str):
     spec = load_spec(name)
     assert read(spec) == PUBLISHED[name]
-    assert spec.sampling.size == (512, 512)
     assert (spec.objective.updates, spec.objective.epochs) == (2, 1)
     optimizer = spec.optimizer
     assert optimizer.betas == (0.9, 0.999)
@@ -331,8 +355,31 @@ def test_the_numbers_of_nft_with_guidance_are_the_published_ones(name: str):
     assert trained(spec) == {"pickscore": 1}
 
 
+def test_the_numbers_of_nft_on_flux2_are_the_published_ones():
+    spec = load_spec("flux2-klein-nft-pickscore")
+    sampling, objective, tuning = spec.sampling, spec.objective, spec.tuning
+    assert isinstance(objective, DiffusionNft)
+    assert trained(spec) == {"pickscore": 1}
+    assert spec.model.path == "black-forest-labs/FLUX.2-klein-base-4B"
+    assert (spec.model.dtype, spec.model.max_sequence_length) == ("bfloat16", 512)
+    assert tuning.kind == "lora"
+    assert (tuning.rank, tuning.alpha, tuning.targets) == (64, 128, None)
+    assert (sampling.size, sampling.steps, sampling.guidance) == ((384, 384), 8, 1)
+    assert (sampling.solver, sampling.group_size, sampling.groups) == ("euler", 16, 48)
+    assert (objective.updates, objective.beta, objective.reference) == (1, 0.1, 0)
+    times, decay = objective.times, objective.decay
+    assert (times.count, times.draw, times.within) == (2, "stratified", (0.5, 1))
+    assert (decay.flat, decay.rate, decay.cap) == EARLY
+    assert (spec.advantages.std, spec.advantages.clamp) == ("group", 5)
+    optimizer = spec.optimizer
+    assert (optimizer.learning_rate, optimizer.betas) == (1e-4, (0.9, 0.999))
+    assert (optimizer.weight_decay, optimizer.grad_norm) == (1e-4, 1)
+    assert spec.ema is None
+    assert (spec.evaluation.every, spec.evaluation.steps) == (20, 28)
+
+
 def test_every_recipe_is_in_a_table():
-    assert {*PUBLISHED, *OWN, *NFT, *NFT_GUIDED, *TINY} == set(recipe_names())
+    assert {*PUBLISHED, *OWN, *EIGHT, *TINY} == set(recipe_names())
 
 
 @pytest.mark.parametrize("name", recipe_names())
