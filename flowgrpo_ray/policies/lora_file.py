@@ -162,9 +162,10 @@ def _fold(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> di
     ranks = {found[0]: len(t) for n, t in halves.items() if (found := half(n)) and found[1] == "A"}
     if alphas and config is not None:
         raise ValueError("it has an alpha for each layer and another for all")
-    for layer, alpha in alphas.items():
-        if not ranks.get(layer) or alpha.numel() != 1 or not 0 < alpha.item() < math.inf:
-            raise ValueError(f"{layer}{ALPHA} is {alpha.tolist()}, for rank {ranks.get(layer)}")
+    for layer, tensor in alphas.items():
+        alpha = tensor.item() if tensor.numel() == 1 else math.nan
+        if not ranks.get(layer) or not 0 < alpha < math.inf:
+            raise ValueError(f"{layer}{ALPHA} is {alpha}, for rank {ranks.get(layer)}")
     for name, tensor in halves.items():
         layer, side = half(name) or ("", "")
         if side == "B" and layer in alphas:
@@ -178,7 +179,10 @@ def _converted(halves: Mapping[str, Tensor], pipeline: str) -> dict[str, Tensor]
     if pipeline:
         import diffusers
 
-        named = getattr(diffusers, pipeline).lora_state_dict(dict(halves))
+        try:
+            named = getattr(diffusers, pipeline).lora_state_dict(dict(halves))
+        except (AssertionError, AttributeError, IndexError, RuntimeError) as error:
+            raise ValueError(f"diffusers cannot convert its names: {error}") from error
     odd = [n for n in named if not (n.startswith(DIFFUSERS_PREFIX) and PLAIN.fullmatch(n))]
     if odd:
         raise ValueError(

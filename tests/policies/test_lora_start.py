@@ -411,10 +411,12 @@ def flat(name: str) -> str:
     return name.replace(".", "_")
 
 
-def read(path: Path, names: dict[str, torch.Tensor], network: torch.nn.Module) -> LoraFile:
+def read(
+    path: Path, names: dict[str, torch.Tensor], network: torch.nn.Module, pipeline: str = ""
+) -> LoraFile:
     save_file({name: x.clone() for name, x in names.items()}, path / "theirs.safetensors")
     model = small_spec(LORA, start(path / "theirs.safetensors")).model
-    return read_lora(model, network, "", {})
+    return read_lora(model, network, pipeline, {})
 
 
 def of_layers(*names: str) -> torch.nn.Module:
@@ -438,6 +440,17 @@ def test_flat_names_are_read_where_they_name_one_layer(style, tmp_path):
     assert (file.layers, file.rank, file.alpha) == (["a.b"], 2, 2)
     with pytest.raises(ModelError, match="names no layer of this model, or more than one"):
         read(tmp_path, names, of_layers("a.b", "a_b"))
+
+
+def test_other_names_are_left_to_diffusers(tmp_path):
+    """XLabs' are; what it does not know is refused by name."""
+    theirs, pipeline = "double_blocks.0.processor.proj_lora1", "FluxPipeline"
+    names = {f"{theirs}.{side}.weight": x for side, x in (("down", A), ("up", B))}
+    file = read(tmp_path, names, of_layers("a"), pipeline)
+    assert file.layers == ["transformer_blocks.0.attn.to_out.0"]
+    names = {f"lora_unet_double_blocks_9_other.lora_{side}.weight": A for side in ("down", "up")}
+    with pytest.raises(ModelError, match=r"(?s)Incompatible keys.*double_blocks_9_other"):
+        read(tmp_path, names, of_layers("a"), pipeline)
 
 
 def test_alphas_become_part_of_b(tmp_path):

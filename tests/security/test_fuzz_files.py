@@ -25,6 +25,7 @@ import safetensors.numpy
 import torch
 from PIL import Image
 from sample_runs import make_run
+from torch import nn
 
 from flowgrpo_ray.common.errors import (
     CheckpointError,
@@ -564,7 +565,9 @@ def test_bombs_are_refused_whatever_another_library_allows(tmp_path: Path, monke
 
 
 def lora_of(folder: Path) -> LoraFile:
-    return read_lora(ModelSpec(family="bagel", path="x/y", lora=str(folder)), "")
+    blocks = [nn.ModuleDict({"q": nn.Linear(6, 8)}) for _ in range(2)]
+    network = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
+    return read_lora(ModelSpec(family="bagel", path="x/y", lora=str(folder)), network, "", {})
 
 
 @pytest.fixture
