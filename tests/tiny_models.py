@@ -196,6 +196,40 @@ def build_flux2(folder: Path, *, is_distilled: bool = False) -> None:
     ).save_pretrained(folder)
 
 
+def build_flux2_dev(folder: Path) -> None:
+    """FLUX.2-dev, without its processor of images, which needs torchvision: a tokenizer alone, for
+    which the pipeline's system message is one token."""
+    from diffusers import Flux2Pipeline
+    from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+    from tokenizers import AddedToken
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    tokenizer.add_tokens([AddedToken(SYSTEM_MESSAGE, normalized=False)])
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("m.content", "m.content[0].text")
+    layers = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    text = {
+        **layers,
+        "model_type": "mistral",
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": 31,
+        "num_key_value_heads": 1,
+    }
+    vision = {**layers, "model_type": "pixtral", "num_hidden_layers": 1}
+    config = Mistral3Config(text_config=text, vision_config=vision)
+    Flux2Pipeline(
+        **_flux2_parts(guidance_embeds=True),
+        text_encoder=Mistral3ForConditionalGeneration(config),
+        tokenizer=tokenizer,
+    ).save_pretrained(folder)
+
+
 def _flux2_parts(*, guidance_embeds: bool) -> dict[str, Any]:
     """Scheduler, autoencoder (of other channels, normalised by a batch norm) and network."""
     from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
@@ -430,6 +464,7 @@ MODELS = {
     "qwen_image": _row(build_qwen_image, "qwen_image", 1.0, 4.0),
     "z_image": _row(build_z_image, "z_image", 1.0, 3.0),
     "flux2": _row(build_flux2, "flux2", 1.0, 4.0),
+    "flux2_dev": _row(build_flux2_dev, "flux2_dev", 1.0, 4.0),
     "bagel": _row(build_bagel, "bagel", 1.0, 4.0, pipeline=False),
 }
 PIPELINES = [family for family, model in MODELS.items() if model.pipeline_images]

@@ -51,6 +51,7 @@ PUBLISHED = {  # hub ids whose configs are in ARCHITECTURES, with their text enc
     "black-forest-labs/FLUX.2-klein-base-4B": QWEN3_4B,
     "black-forest-labs/FLUX.2-klein-9B": QWEN3_8B,
     "black-forest-labs/FLUX.2-klein-base-9B": QWEN3_8B,
+    "black-forest-labs/FLUX.2-dev": 24_011_361_280,
     "ByteDance-Seed/BAGEL-7B-MoT": 0,
 }
 

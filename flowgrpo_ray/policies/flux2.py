@@ -1,14 +1,15 @@
-"""FLUX.2 klein: the base models with classifier-free guidance, the distilled ones without."""
+"""FLUX.2: klein, base models with classifier-free guidance and distilled ones without, and dev."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flowgrpo_ray.common.errors import SpecError
+from flowgrpo_ray.common.errors import ModelError, SpecError
 from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.common.types import Condition, Images
 from flowgrpo_ray.policies.base import Configs, as_array
@@ -35,9 +36,13 @@ class Flux2Policy(PackedPolicy):
         "attn.to_qkv_mlp_proj",
     )
 
+    @property
+    def index(self) -> dict[str, Any]:
+        """What the model says of its parts."""
+        return parse(model_file(self.model, INDEX).read_bytes())
+
     def load_network(self, dtype: torch.dtype) -> nn.Module:
-        index = parse(model_file(self.model, INDEX).read_bytes())
-        if self.passes(self.guidance) > 1 and index.get("is_distilled"):
+        if self.passes(self.guidance) > 1 and self.index.get("is_distilled"):
             raise SpecError(
                 f"sampling.guidance = {self.guidance}: {self.model.path} was distilled to draw "
                 f"without guidance (is_distilled of its {INDEX} is true); set it to 1"
@@ -79,10 +84,15 @@ class Flux2Policy(PackedPolicy):
         """One pass of the network: the velocity as tokens ``[b, h w, C]``."""
         from diffusers import Flux2KleinPipeline as Pipeline
 
+        network: Any = self.network
+        guidance = None
+        if network.config.guidance_embeds:
+            guidance = torch.full((len(x),), self.guidance, device=x.device)
         with self.autocast():
-            return self.network(
+            return network(
                 hidden_states=self.pack(x),
                 timestep=self.timestep(x, sigma),
+                guidance=guidance,
                 encoder_hidden_states=embeds.to(self.dtype),
                 txt_ids=Pipeline._prepare_text_ids(embeds[:1]).to(x.device),  # one row for all
                 img_ids=Pipeline._prepare_latent_ids(x[:1]).to(x.device),
@@ -104,3 +114,23 @@ class Flux2Policy(PackedPolicy):
         shape = (batch, self.model.max_sequence_length, network.joint_attention_dim)
         names = ("embeds", "negative_embeds")[: self.passes(self.guidance)]
         return {name: torch.empty(shape, dtype=self.encoder_dtype) for name in names}
+
+
+class Flux2DevPolicy(Flux2Policy):
+    """``Flux2Pipeline``'s parts: the same with an encoder of Mistral's, and guidance as an input of
+    the network, so that one pass is enough."""
+
+    pipeline = "Flux2Pipeline"
+
+    @classmethod
+    def passes(cls, guidance: float) -> int:
+        return 1
+
+    def load_encoder(self) -> None:
+        if "PixtralProcessor" in self.index.get("tokenizer", ()) and not find_spec("torchvision"):
+            raise ModelError(
+                f"model.path = {self.model.path!r}: its tokenizer is transformers' "
+                "PixtralProcessor, which needs torchvision. Install that where prompts are "
+                f"encoded, in the version that belongs to torch {torch.__version__}"
+            )
+        super().load_encoder()

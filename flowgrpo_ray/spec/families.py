@@ -20,5 +20,6 @@ FAMILIES = {
     "qwen_image": Family("flowgrpo_ray.policies.qwen_image:QwenImagePolicy"),
     "z_image": Family("flowgrpo_ray.policies.z_image:ZImagePolicy"),
     "flux2": Family("flowgrpo_ray.policies.flux2:Flux2Policy"),
+    "flux2_dev": Family("flowgrpo_ray.policies.flux2:Flux2DevPolicy"),
     "bagel": Family("flowgrpo_ray.policies.bagel:BagelPolicy", index="llm_config.json"),
 }

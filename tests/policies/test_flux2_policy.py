@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ from tiny_models import (
 from tiny_runs import CPU, LORA, UNTRAINED, one_thread, sampler, unit
 
 from flowgrpo_ray.algorithm.sampling import INITIAL, batch_condition, draw_noise, rollout
-from flowgrpo_ray.common.errors import SpecError
+from flowgrpo_ray.common.errors import ModelError, SpecError
 from flowgrpo_ray.common.types import Schedule
+from flowgrpo_ray.policies import flux2 as flux2_policy
 from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.policies.base import Policy
 
@@ -135,3 +138,36 @@ def test_noise_levels_are_shifted_by_tokens_and_steps():
     s = np.linspace(1, 1 / 6, 6)
     shifted = flux2("model.shift=2.5").sigmas(6, (512, 512))
     assert shifted == pytest.approx((*(2.5 * s / (1 + 1.5 * s)), 0), abs=1e-7)
+
+
+# --- dev
+
+
+def test_guidance_of_dev_is_an_input_of_the_one_pass():
+    x = torch.randn(2, 16, 2, 3, generator=torch.Generator().manual_seed(0))
+    found: list[torch.Tensor] = []
+    for guidance in (1.0, 4.0):
+        override = f"sampling.guidance={guidance}"
+        policy = load_policy(spec_of("flux2_dev", override), CPU, frozenset({"network", "decoder"}))
+        conditions = conditions_of("flux2_dev", override)
+        assert conditions[0].keys() == {"embeds"}
+        calls: list[list[float]] = []
+        policy.network.register_forward_pre_hook(
+            lambda _, __, given, calls=calls: calls.append(given["guidance"].tolist()),
+            with_kwargs=True,
+        )
+        with torch.no_grad():
+            found.append(policy.velocity(x, 0.5, batch_condition(policy, conditions, (0, 1))))
+        assert calls == [[guidance, guidance]]
+    assert (found[0] - found[1]).abs().max() > 0.1
+
+
+def test_the_published_processor_asks_for_torchvision(tmp_path, monkeypatch):
+    """It is no dependency of this package; without it transformers' error names no cause."""
+    monkeypatch.setattr(flux2_policy, "find_spec", lambda _: None)
+    folder = Path(shutil.copytree(model_folder("flux2_dev"), tmp_path / "dev"))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "PixtralProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"its tokenizer is transformers.*needs torchvision"):
+        load_policy(spec_of("flux2_dev", f"model.path={folder}"), CPU, frozenset({"encoder"}))

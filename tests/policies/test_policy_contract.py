@@ -55,7 +55,7 @@ from flowgrpo_ray.policies.base import Policy
 from flowgrpo_ray.spec.families import FAMILIES
 
 STEPS = 6
-UNLIMITED = {"flux2"}  # pipelines that name a length, and refuse none
+UNLIMITED = {"flux2", "flux2_dev"}  # pipelines that name a length, and refuse none
 GUIDED = [(family, g) for family, model in MODELS.items() for g in model.guidances]
 GUIDED_PIPELINES = [(family, g) for family, g in GUIDED if family in PIPELINES]
 
