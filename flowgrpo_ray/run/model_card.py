@@ -13,7 +13,7 @@ from flowgrpo_ray.spec.file import dump_spec
 from flowgrpo_ray.spec.training import TrainingSpec
 
 IMAGE = """image = pipe(
-    "your prompt",
+    prompt="your prompt",
     height={height},
     width={width},
     num_inference_steps={steps},

@@ -10,8 +10,10 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import comfy_rules
 import numpy as np
@@ -33,7 +35,7 @@ from tiny_runs import CPU, TUNINGS, alone, one_thread, sampler, schedule, state_
 from flowgrpo_ray.algorithm.learner import Learner
 from flowgrpo_ray.algorithm.sampling import INITIAL, batch_condition, draw_noise
 from flowgrpo_ray.common.types import Images, WorkUnit
-from flowgrpo_ray.policies import load_policy
+from flowgrpo_ray.policies import load_policy, policy_class
 from flowgrpo_ray.policies.base import Policy
 from flowgrpo_ray.run.checkpoint import Progress, save_checkpoint
 from flowgrpo_ray.run.folder import RunFolder
@@ -228,7 +230,17 @@ def test_a_new_run_goes_on_from_an_exported_model(runs, family, tuning, tmp_path
 @pytest.mark.parametrize("family", MODELS)
 def test_every_export_has_a_model_card(runs, family, tmp_path):
     card = runs[family, "lora"].exported(tmp_path / "out", "lora") / "README.md"
-    assert f"family: {family}" in card.read_text()
+    text = card.read_text()
+    assert f"family: {family}" in text
+    if family in PIPELINES:  # the call that it shows is one of the family's pipeline
+        import diffusers
+
+        def pipe(*given: Any, **named: Any) -> Any:
+            call = signature(getattr(diffusers, policy_class(family).pipeline).__call__)
+            assert call.bind(None, *given, **named).arguments["prompt"] == "your prompt"
+            return MagicMock()
+
+        exec(text[text.index("image = pipe(") : text.index("image.save")], {"pipe": pipe})
 
 
 @pytest.mark.parametrize("what", ["lora", "pipeline"])
