@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -25,11 +25,18 @@ class Downloader:
     """Of one machine: fetches what is not there yet, and tells how far it is meanwhile."""
 
     def __init__(self, model: ModelSpec) -> None:
-        self._model, self._wanted = model, wanted_files(model)
-        self._work = ThreadPoolExecutor(1).submit(download, model, self._wanted)
+        self._model = model
+        self._work: Future[None] | None = None
 
     def progress(self) -> tuple[int, int, bool]:
-        """Bytes that are there, of how many, and whether that was all."""
+        """Bytes that are there, of how many, and whether that was all.
+
+        The first call begins: what is wrong is not raised in the constructor, whose errors Ray
+        wraps beyond recognition.
+        """
+        if self._work is None:
+            self._wanted = wanted_files(self._model)
+            self._work = ThreadPoolExecutor(1).submit(download, self._model, self._wanted)
         if self._work.done():
             self._work.result()
         there = fetched_bytes(self._model, self._wanted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.paths import local_path
-from flowgrpo_ray.policies.hub import hub_file
+from flowgrpo_ray.policies.hub import check_model_files
 from flowgrpo_ray.rewards.environments import python_of
 from flowgrpo_ray.spec.families import FAMILIES
 from flowgrpo_ray.spec.prompts import Prompt, load_prompt_sets
@@ -30,8 +30,8 @@ def check_environments(spec: TrainingSpec) -> None:
 
 
 def check_model(model: ModelSpec) -> None:
-    """``ModelError`` for a local folder that holds no model of the family, or a LoRA that is not
-    there; hub ids pass."""
+    """``ModelError`` for a local folder that holds no model of the family or one with quantised
+    weights, or for a LoRA that is not there; hub ids pass."""
     if model.lora is not None:
         local = local_path(model.lora)
         if local is not None and not local.exists():
@@ -52,9 +52,11 @@ def check_model(model: ModelSpec) -> None:
             f"{model.family!r} have: give the whole folder, as it was published or as "
             "pipeline.save_pretrained wrote it, not a part of it"
         )
+    check_model_files(model)
 
 
 def check_access(model: ModelSpec) -> None:
-    """``ModelError`` for a hub model that this machine may not or cannot fetch."""
+    """``ModelError`` for a hub model that this machine may not or cannot fetch, or that is not of
+    the family."""
     if model.folder is None:
-        hub_file(model, FAMILIES[model.family].index)
+        check_model_files(model)

@@ -2,7 +2,8 @@
 
 ``base`` says what a model must offer, ``pipeline`` what those of diffusers share; ``loading`` and
 ``hub`` find weights, ``lora`` tunes them, ``encodings`` keeps what prompts became. The only wing,
-beside ``tiny``, that knows diffusers. This file and ``hub`` load without torch.
+beside ``tiny``, that knows diffusers. This file, ``hub`` and ``fit`` load without
+torch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from flowgrpo_ray.policies.hub import check_model_files
 from flowgrpo_ray.spec.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ def load_policy(
     ``on_host`` leaves the network on the CPU, for whoever shards it; who never trains needs no
     float32 ``masters``.
     """
+    check_model_files(spec.model)
     cls = policy_class(spec.model.family)
     parts = cls.PARTS if parts is None else parts
     guidance = spec.sampling.guidance

@@ -39,6 +39,7 @@ from flowgrpo_ray.policies.bagel_weights import (
     load_tokenizer,
     opened,
 )
+from flowgrpo_ray.policies.fit import check_memory
 from flowgrpo_ray.policies.hub import model_file, unavailable
 
 if TYPE_CHECKING:
@@ -253,6 +254,8 @@ def load_network(model: ModelSpec, dtype_of: Callable[[str], torch.dtype]) -> Ba
     start, end = tokenizer.convert_tokens_to_ids(list(IMAGE_MARKS))
     with init_empty_weights():
         network = BagelNetwork(config, (start, end))
+    sizes = [p.numel() * dtype_of(n).itemsize for n, p in network.named_parameters()]
+    check_memory(model, NETWORK, sum(sizes))
     with opened(model, NETWORK) as file:
         check_network(model, {n: tuple(p.shape) for n, p in network.named_parameters()}, file)
         tensors = {n: file.get_tensor(n).to(dtype_of(n)) for n, _ in network.named_parameters()}

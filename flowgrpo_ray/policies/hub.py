@@ -11,10 +11,11 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.strict_json import parse
+from flowgrpo_ray.policies.fit import check_class, check_config
 from flowgrpo_ray.spec.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 NEVER_LOADED = (  # pickles, other frameworks, and second copies in half precision
     *("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx*", "*.gguf"),
-    *("*.fp16.safetensors", "*.md", "*.png", "*.jpg", ".git*"),
+    *("*.fp16*.safetensors", "*.md", "*.png", "*.jpg", ".git*"),
 )
 
 
@@ -54,6 +55,29 @@ def model_file(model: ModelSpec, name: str) -> Path:
     return path
 
 
+def read_config(model: ModelSpec, name: str) -> dict[str, Any]:
+    """A JSON file of the model, as ``model_index.json`` or ``transformer/config.json``."""
+    file = model_file(model, name)
+    try:
+        found = parse(file.read_bytes())
+        if isinstance(found, dict):
+            return found
+        raise ValueError("it holds no object")
+    except (OSError, ValueError) as error:
+        raise unavailable(model, f"{name} of it cannot be read", error) from error
+
+
+def check_model_files(model: ModelSpec) -> None:
+    """``ModelError`` for a model whose index is of no pipeline of the family, or, of a folder, one
+    with quantised weights."""
+    index = read_config(model, FAMILIES[model.family].index)
+    check_class(model, index)
+    if model.folder is not None:
+        for part in sorted(index):
+            if (model.folder / part / "config.json").is_file():
+                check_config(model, part, read_config(model, f"{part}/config.json"))
+
+
 def hub_file(model: ModelSpec, name: str) -> Path:
     """The local copy of one file of a hub model, fetched if need be."""
     from huggingface_hub import hf_hub_download
@@ -75,13 +99,17 @@ def wanted_files(model: ModelSpec) -> dict[str, int]:
     in_parts = index == "model_index.json"  # which names a folder for each; else files lie flat
     try:
         found = HfApi().model_info(model.path, revision=model.revision, files_metadata=True)
-        described = parse(hub_file(model, index).read_bytes())
+        described = read_config(model, index)
     except (httpx.TransportError, OfflineModeIsEnabled):
         return {}
     except (httpx.HTTPError, OSError, ValueError) as error:
         raise unavailable(model, "its files cannot be listed", error) from error
+    check_class(model, described)
     parts = [name for name, part in described.items() if isinstance(part, list) and part[0]]
     files = {file.rfilename: file.size or 0 for file in found.siblings or []}
+    for part in parts:
+        if (config := f"{part}/config.json") in files:
+            check_config(model, part, read_config(model, config))
     return {
         name: size
         for name, size in files.items()

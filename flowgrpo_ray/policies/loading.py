@@ -6,14 +6,15 @@ place that was looked at and what to do.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
 from flowgrpo_ray.common.errors import ModelError
-from flowgrpo_ray.common.strict_json import parse
-from flowgrpo_ray.policies.hub import model_file, unavailable
+from flowgrpo_ray.policies.fit import check_config, check_memory, check_tensors, values_in
+from flowgrpo_ray.policies.hub import model_file, read_config, unavailable
 
 if TYPE_CHECKING:
     from flowgrpo_ray.spec.sections import ModelSpec
@@ -30,7 +31,8 @@ def from_pretrained(
     dtype: torch.dtype | None = None,
     **more: Any,
 ) -> Any:
-    """``cls.from_pretrained`` for one part of ``model``; ``ModelError`` if it is not to be had."""
+    """``cls.from_pretrained`` for one part of ``model``, or for a pipeline of all parts that are
+    not among ``more``; ``ModelError`` if it is not to be had whole."""
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
@@ -45,20 +47,41 @@ def from_pretrained(
         options["use_safetensors"] = True  # never the pickled files that may lie beside them
     try:
         if subfolder is None:
-            _check_parts(model, {name for name, part in more.items() if part is None})
+            options |= _text_encoders(model, dtype, given=more.keys())
+        elif issubclass(cls, torch.nn.Module):
+            return _whole(cls, model, subfolder, options)
         return cls.from_pretrained(model.source, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         part = f"the part {subfolder!r} of " if subfolder else ""
         what = f"{part}the model cannot be loaded as {cls.__name__}"
         raise unavailable(model, what, error) from error
 
 
-def _check_parts(model: ModelSpec, unused: set[str]) -> None:
-    """Of each part that is loaded: its class is one of diffusers or transformers, and its folder is
-    there. A missing tokenizer folder is no error to transformers: it would make an empty one."""
-    index = parse(model_file(model, INDEX).read_bytes())
-    for name, part in index.items():
-        if not isinstance(part, list) or part[0] is None or name in unused:
+def _whole(kind: Any, model: ModelSpec, part: str, options: Mapping[str, Any]) -> Any:
+    """A part with weights: not one of its tensors is left as it was made."""
+    check_config(model, part, read_config(model, f"{part}/config.json"))
+    dtype: torch.dtype = options["dtype"]
+    folder = model_file(model, INDEX).parent / part
+    check_memory(model, part, values_in(folder) * dtype.itemsize)
+    loaded, info = kind.from_pretrained(model.source, output_loading_info=True, **options)
+    # A text encoder's files may hold what only text as output needs; the others' nothing more.
+    unexpected = info["unexpected_keys"] if part in ("transformer", "vae") else ()
+    check_tensors(model, part, info["missing_keys"], unexpected)
+    return loaded
+
+
+def _text_encoders(
+    model: ModelSpec, dtype: torch.dtype | None, given: Collection[str]
+) -> dict[str, Any]:
+    """The parts of a pipeline that are models of transformers, which it would load without a look
+    at what is missing; of each part that is not ``given``: its class is one of diffusers or
+    transformers, and its folder is there. A missing tokenizer folder is no error to transformers:
+    it would make an empty one."""
+    import transformers
+
+    found: dict[str, Any] = {}
+    for name, part in read_config(model, INDEX).items():
+        if not isinstance(part, list) or part[0] is None or name in given:
             continue
         library, *class_name = part
         automatic = library == "transformers" and str(class_name).startswith("['Auto")
@@ -73,3 +96,7 @@ def _check_parts(model: ModelSpec, unused: set[str]) -> None:
                 f"model.path = {model.path!r}: model_index.json names the part {name!r}, and the "
                 "folder does not hold it. Copy the whole model folder"
             )
+        cls: Any = getattr(transformers, str(class_name[0]), None)
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            found[name] = from_pretrained(cls, model, name, dtype=dtype)
+    return found

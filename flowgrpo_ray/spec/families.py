@@ -11,15 +11,23 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Family:
     adapter: str  # module:class, imported when a model is loaded
+    pipelines: tuple[str, ...] = ()  # classes of diffusers that model_index.json may name
     index: str = "model_index.json"  # a file that the folder of every such model has
 
 
 FAMILIES = {
-    "sd3": Family("flowgrpo_ray.policies.sd3:SD3Policy"),
-    "flux": Family("flowgrpo_ray.policies.flux:FluxPolicy"),
-    "qwen_image": Family("flowgrpo_ray.policies.qwen_image:QwenImagePolicy"),
-    "z_image": Family("flowgrpo_ray.policies.z_image:ZImagePolicy"),
-    "flux2": Family("flowgrpo_ray.policies.flux2:Flux2Policy"),
-    "flux2_dev": Family("flowgrpo_ray.policies.flux2:Flux2DevPolicy"),
+    "sd3": Family("flowgrpo_ray.policies.sd3:SD3Policy", ("StableDiffusion3Pipeline",)),
+    "flux": Family("flowgrpo_ray.policies.flux:FluxPolicy", ("FluxPipeline",)),
+    "qwen_image": Family(
+        "flowgrpo_ray.policies.qwen_image:QwenImagePolicy", ("QwenImagePipeline",)
+    ),
+    "z_image": Family("flowgrpo_ray.policies.z_image:ZImagePolicy", ("ZImagePipeline",)),
+    "flux2": Family("flowgrpo_ray.policies.flux2:Flux2Policy", ("Flux2KleinPipeline",)),
+    "flux2_dev": Family("flowgrpo_ray.policies.flux2:Flux2DevPolicy", ("Flux2Pipeline",)),
     "bagel": Family("flowgrpo_ray.policies.bagel:BagelPolicy", index="llm_config.json"),
 }
+
+
+def family_of(pipeline: object) -> str | None:
+    """The family that drives a pipeline class of diffusers, if one does."""
+    return next((name for name, one in FAMILIES.items() if pipeline in one.pipelines), None)
