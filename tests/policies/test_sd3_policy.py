@@ -166,6 +166,7 @@ def test_sigmas_are_the_schedulers(policy, steps):
 
 def test_sigmas_follow_the_models_own_shift(tmp_path):
     """A shift of 3, as Stable Diffusion 3.5 has, keeps the noise high for longer."""
+    shutil.copyfile(MODEL / "model_index.json", tmp_path / "model_index.json")
     shutil.copytree(MODEL / "scheduler", tmp_path / "scheduler")
     config = tmp_path / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace('"shift": 1.0', '"shift": 3.0'))
