@@ -22,6 +22,7 @@ import numpy as np
 from flowgrpo_ray.common.types import (
     LearnerState,
     MicrobatchStats,
+    Overlong,
     Provenance,
     StepStats,
     Trajectory,
@@ -70,6 +71,9 @@ class SimulatedRollout:
 
     def sigmas(self, steps: int) -> tuple[float, ...]:
         return tuple(np.linspace(1, 0, steps + 1).tolist())
+
+    def overlong(self, prompts: Sequence[str]) -> Overlong:
+        return Overlong(0, 0, {})
 
     def encode(self, prompts: Sequence[str]) -> int:
         return 0

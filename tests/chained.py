@@ -23,6 +23,7 @@ import numpy as np
 from flowgrpo_ray.common.types import (
     LearnerState,
     MicrobatchStats,
+    Overlong,
     Parallel,
     Provenance,
     StepStats,
@@ -87,6 +88,9 @@ class RolloutWorker:
 
     def sigmas(self, steps: int) -> tuple[float, ...]:
         return tuple(np.linspace(1, 0, steps + 1).tolist())
+
+    def overlong(self, prompts: Sequence[str]) -> Overlong:
+        return Overlong(0, 0, {})
 
     def encode(self, prompts: Sequence[str]) -> int:
         return 0

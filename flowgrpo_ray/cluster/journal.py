@@ -87,7 +87,8 @@ class Journal:
     def begin(self) -> None:
         """The first iteration is next; a run that went back was started before."""
         if self._starting:
-            self._recorder.log_timing(self._clock.row())
+            warnings = {"warnings": self._crew.warnings} if self._crew.warnings else {}
+            self._recorder.log_timing(self._clock.row() | warnings)
         self._starting = False
 
     def go_back(self, progress: Progress | None) -> None:

@@ -14,6 +14,7 @@ from flowgrpo_ray.common.errors import ContractError
 from flowgrpo_ray.common.types import (
     Condition,
     Images,
+    Overlong,
     Trajectory,
     WeightsTicket,
     WorkUnit,
@@ -75,6 +76,10 @@ class RolloutWorker:
     def sigmas(self, steps: int) -> tuple[float, ...]:
         """The model's noise levels for that many steps."""
         return self.policy.sigmas(steps, self.spec.sampling.size)
+
+    def overlong(self, prompts: Sequence[str]) -> Overlong:
+        """Those that the model reads in part."""
+        return self.encodings.overlong(prompts)
 
     def encode(self, prompts: Sequence[str]) -> int:
         """Make sure that this machine's cache holds the prompts' conditions; how many were new."""

@@ -17,7 +17,7 @@ from typing import Any
 from ray import ObjectRef
 
 from flowgrpo_ray.cluster.actors import LOST, ActorGroup, Calls, HangError, RunOnRay, seen
-from flowgrpo_ray.common.types import WeightsTicket, WorkUnit
+from flowgrpo_ray.common.types import Overlong, WeightsTicket, WorkUnit
 
 IN_FLIGHT = 2  # units given to a worker at once, so that it never waits for the driver
 
@@ -101,6 +101,15 @@ class Pool(ActorGroup):
         """The model's noise levels for each number of steps."""
         worker = self.up[min(self.up)]
         return list(await asyncio.gather(*(worker.actor.sigmas.remote(n) for n in steps)))
+
+    async def overlong(self, prompts: Sequence[str]) -> Overlong | None:
+        """Those that the model reads in part; ``None`` if all workers were lost meanwhile."""
+        for worker in list(self.up.values()):
+            try:
+                return await worker.actor.overlong.remote(prompts)
+            except LOST as error:
+                self._blame(worker, error, ())
+        return None
 
     async def encode(self, prompts: Sequence[str]) -> None:
         """Every new prompt once, into the cache of the machine of the worker that does it; those

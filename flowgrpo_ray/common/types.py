@@ -23,6 +23,16 @@ NEGATIVE = "negative_"  # begins the names of its arrays that all prompts of a m
 
 
 @dataclass(frozen=True)
+class Overlong:
+    """Prompts of which a model reads the first ``limit`` tokens only: ``cut[prompt]`` is how many
+    it has, and the characters of it that are read. The limit may be raised to ``most``."""
+
+    limit: int
+    most: int
+    cut: Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
 class Parallel:
     """How learner ranks hold one network: each a copy of it, or each a shard.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.policies.hub import check_model_files
 from flowgrpo_ray.spec.families import FAMILIES
 
@@ -46,6 +47,12 @@ def load_policy(
     cls = policy_class(spec.model.family)
     parts = cls.PARTS if parts is None else parts
     guidance = spec.sampling.guidance
+    negative = spec.model.negative_prompt
+    if negative is not None and (cls.negative_prompt is None or cls.passes(guidance) == 1):
+        raise SpecError(
+            f"model.negative_prompt = {negative!r}: family {spec.model.family!r} compares no two "
+            f"prompts at sampling.guidance = {guidance:g}. Leave it out"
+        )
     policy = cls(spec.model, spec.tuning, guidance, device, parts, on_host=on_host, masters=masters)
     policy.onednn = spec.cluster.cpu_linear == "onednn" and device.type == "cpu"
     return policy

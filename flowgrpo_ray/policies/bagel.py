@@ -7,6 +7,7 @@ ByteDance-Seed/Bagel; its constants are repeated here where no file of the model
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from flowgrpo_ray.policies.bagel_weights import (
     save_model,
 )
 from flowgrpo_ray.policies.base import Configs, Policy, as_array, pad
+from flowgrpo_ray.policies.lengths import Reading, Tokens
 from flowgrpo_ray.policies.lora import merge_lora, portable_lora
 from flowgrpo_ray.policies.lora_file import PEFT_WEIGHTS
 from flowgrpo_ray.policies.lora_names import PEFT_PREFIX
@@ -112,6 +114,10 @@ class BagelPolicy(Policy):
             )
 
     # --- prompts
+
+    def reading(self) -> Reading:
+        limit = self.model.max_sequence_length
+        return Reading(limit, sys.maxsize, lambda: Tokens(load_tokenizer(self.model)))
 
     def encode_batch(self, prompts: Sequence[str]) -> list[Condition]:
         """``past``: keys and values ``[P, layers, 2, heads, features]`` of the prompt's tokens.

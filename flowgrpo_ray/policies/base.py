@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from flowgrpo_ray.common.types import NEGATIVE, Condition, Images
 from flowgrpo_ray.policies.kernels import cast_by_autocast, prepare_compiler, use_kernels
+from flowgrpo_ray.policies.lengths import Reading, batches
 from flowgrpo_ray.policies.linear import use_onednn
 from flowgrpo_ray.policies.lora import add_lora, merge_file, start_lora, switch
 from flowgrpo_ray.policies.lora_file import read_lora
@@ -174,6 +175,10 @@ class Policy(ABC):
             return sigma
         return torch.full((len(x),), sigma, device=x.device)
 
+    def reading(self) -> Reading | None:
+        """How prompts become tokens, to tell which are too long, if that can be told."""
+        return None
+
     def tokens_of(self, prompt: str) -> int:
         """How long a prompt is for the encoder, where batches are not padded to one length."""
         return 0
@@ -189,23 +194,17 @@ class Policy(ABC):
 
     @cached_property
     def _negative(self) -> Condition:
-        if self.passes(self.guidance) == 1 or self.negative_prompt is None:
+        given = self.model.negative_prompt
+        text = self.negative_prompt if given is None else given
+        if self.passes(self.guidance) == 1 or text is None:
             return {}
-        (found,) = self._encoded([self.negative_prompt])
+        (found,) = self._encoded([text])
         return {f"{NEGATIVE}{name}": array for name, array in found.items()}
 
     def _encoded(self, prompts: Sequence[str]) -> list[Condition]:
-        by_length: dict[int, list[int]] = {}
-        for index, prompt in enumerate(prompts):
-            by_length.setdefault(self.tokens_of(prompt), []).append(index)
-        size = self.encoded_at_once
         found: dict[int, Condition] = {}
-        for same in by_length.values():
-            for start in range(0, len(same), size):
-                batch = same[start : start + size]
-                texts = [prompts[index] for index in batch]
-                texts += texts[-1:] * (size - len(batch))
-                found |= zip(batch, self.encode_batch(texts), strict=False)
+        for places, texts in batches(prompts, self.tokens_of, self.encoded_at_once):
+            found |= zip(places, self.encode_batch(texts), strict=False)
         return [found[index] for index in range(len(prompts))]
 
     def collate(self, conditions: Sequence[Condition]) -> dict[str, Tensor]:

@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from flowgrpo_ray.common.errors import ModelError
-from flowgrpo_ray.common.types import NEGATIVE, Condition
+from flowgrpo_ray.common.strict_json import parse
+from flowgrpo_ray.common.types import NEGATIVE, Condition, Overlong
 from flowgrpo_ray.policies.hub import identity
 
 if TYPE_CHECKING:
@@ -81,12 +82,27 @@ class EncodingCache:
                 own = {n: array for n, array in condition.items() if not n.startswith(NEGATIVE)}
                 shared = {n: condition[n] for n in condition.keys() - own}
                 if not self._shared.exists():
-                    self._write(self._shared, shared)
-                self._write(self.file(prompt), own)
+                    self._write(self._shared, save(shared))
+                self._write(self.file(prompt), save(own))
         self._policy.drop_encoder()
         _give_back_memory()
         _make_room(most, keep={self.file(prompt) for prompt in prompts})
         return len(missing)
+
+    def overlong(self, prompts: Sequence[str]) -> Overlong:
+        """Those that the model reads in part; kept as encodings are, so that tokenizers are loaded
+        once for a set of prompts."""
+        reading = self._policy.reading()
+        if reading is None:
+            return Overlong(0, 0, {})
+        texts = sorted(set(prompts))
+        name = hashlib.sha256(json.dumps([reading.limit, texts]).encode()).hexdigest()[:32]
+        file = self.folder / f"overlong-{name}.json"
+        with suppress(OSError, ValueError):  # not counted yet
+            return Overlong(reading.limit, reading.most, parse(file.read_bytes()))
+        found = reading.overlong(texts)
+        self._write(file, json.dumps(dict(found.cut)).encode())
+        return found
 
     def get(self, prompt: str) -> Condition:
         """The encoding of a prompt that was added; ``ModelError`` if its files are torn or gone."""
@@ -96,12 +112,12 @@ class EncodingCache:
     def _shared(self) -> Path:
         return self.folder / "negative.safetensors"
 
-    def _write(self, file: Path, arrays: Condition) -> None:
+    def _write(self, file: Path, content: bytes) -> None:
         """Whole or not at all, whoever writes the same file at the same time."""
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}")
-            partial.write_bytes(save(dict(arrays)))
+            partial.write_bytes(content)
             partial.replace(file)
         except OSError as error:
             raise ModelError(
@@ -164,6 +180,7 @@ def fingerprint(policy: Policy) -> str:
                 "model": identity(model),
                 "max_sequence_length": model.max_sequence_length,
                 "passes": policy.passes(policy.guidance),  # a negative prompt is encoded, or none
+                "negative_prompt": model.negative_prompt,
                 "dtype": str(policy.encoder_dtype),
                 "batch": policy.encoded_at_once,
                 "device": policy.device.type,  # kernels differ in the last bits

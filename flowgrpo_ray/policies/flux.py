@@ -31,6 +31,7 @@ class FluxPolicy(PackedPolicy):
 
     pipeline = "FluxPipeline"
     transformer = "FluxTransformer2DModel"
+    tokenizer = "tokenizer_2"  # of T5; CLIP's 77 tokens are a summary
     blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     lora_targets = (
         *JOINT_ATTENTION,

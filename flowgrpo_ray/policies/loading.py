@@ -57,6 +57,23 @@ def from_pretrained(
         raise unavailable(model, what, error) from error
 
 
+def load_tokenizer(model: ModelSpec, part: str) -> Any:
+    """The tokenizer that model_index.json names."""
+    import transformers
+
+    library, name = read_config(model, INDEX).get(part) or (None, None)
+    cls: Any = getattr(transformers, str(name), None)
+    if library != "transformers" or cls is None:
+        raise ModelError(
+            f"model.path = {model.path!r}: model_index.json names no tokenizer of transformers as "
+            f"{part!r}. Copy the whole folder of one model anew"
+        )
+    try:
+        return cls.from_pretrained(model.source, subfolder=part, revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise unavailable(model, f"its {part} cannot be loaded", error) from error
+
+
 def _whole(kind: Any, model: ModelSpec, part: str, options: Mapping[str, Any]) -> Any:
     """A part with weights: not one of its tensors is left as it was made."""
     check_config(model, part, read_config(model, f"{part}/config.json"))
@@ -73,15 +90,20 @@ def _whole(kind: Any, model: ModelSpec, part: str, options: Mapping[str, Any]) -
 def _text_encoders(
     model: ModelSpec, dtype: torch.dtype | None, given: Collection[str]
 ) -> dict[str, Any]:
-    """The parts of a pipeline that are models of transformers, which it would load without a look
-    at what is missing; of each part that is not ``given``: its class is one of diffusers or
-    transformers, and its folder is there. A missing tokenizer folder is no error to transformers:
-    it would make an empty one."""
+    """The parts of a pipeline, but for those ``given``, that are models of transformers: it would
+    load them without a look at what is missing. Those that the folder leaves out are ``None``.
+
+    The class of each part is one of diffusers or transformers, and its folder is there. A missing
+    tokenizer folder is no error to transformers: it would make an empty one.
+    """
     import transformers
 
     found: dict[str, Any] = {}
     for name, part in read_config(model, INDEX).items():
-        if not isinstance(part, list) or part[0] is None or name in given:
+        if not isinstance(part, list) or name in given:
+            continue
+        if part[0] is None:  # left out by whoever saved the folder, as SD3's T5
+            found[name] = None
             continue
         library, *class_name = part
         automatic = library == "transformers" and str(class_name).startswith("['Auto")

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.types import Images
 from flowgrpo_ray.policies.base import Configs, Policy
-from flowgrpo_ray.policies.loading import from_pretrained
+from flowgrpo_ray.policies.lengths import Reading, Tokens
+from flowgrpo_ray.policies.loading import from_pretrained, load_tokenizer
 from flowgrpo_ray.policies.lora import merge_lora, portable_lora
 
 TIMESTEPS = 1000  # the networks were trained on timestep = 1000 sigma
@@ -39,6 +40,7 @@ class PipelinePolicy(Policy):
     autoencoder: ClassVar[str] = "AutoencoderKL"
     blocks: ClassVar[tuple[str, ...]]  # class names of the transformer's repeated blocks
     max_tokens: ClassVar[int] = 512  # the longest prompt that the pipeline takes
+    tokenizer: ClassVar[str] = "tokenizer"  # the part whose tokens max_sequence_length counts
     call_arguments = ("guidance_scale={guidance}",)
     config_files = ("transformer/config.json", "vae/config.json")
 
@@ -63,6 +65,13 @@ class PipelinePolicy(Policy):
 
     def drop_encoder(self) -> None:
         del self.encoder
+
+    def reading(self) -> Reading:
+        return Reading(self.model.max_sequence_length, self.max_tokens, self.load_tokens)
+
+    def load_tokens(self) -> Tokens:
+        """The tokenizer alone, with the pipeline's template if it has one."""
+        return Tokens(load_tokenizer(self.model, self.tokenizer))
 
     def load_decoder(self) -> None:
         cls = _diffusers(self.autoencoder)
@@ -211,6 +220,7 @@ def decode(vae: Any, x: Tensor) -> Images:
 
 
 def as_images(pixels: Tensor) -> Images:
-    """Decoded ``[b, 3, H, W]`` in -1..1, of any dtype, to uint8 ``[b, H, W, 3]``."""
-    scaled = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+    """Decoded ``[b, 3, H, W]`` in -1..1 to uint8 ``[b, H, W, 3]``, scaled in the decoder's dtype as
+    the pipelines do."""
+    scaled = ((pixels * 0.5 + 0.5).clamp(0, 1).float() * 255).round().byte()
     return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()

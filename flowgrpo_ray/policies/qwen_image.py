@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowgrpo_ray.common.types import Condition, Images
 from flowgrpo_ray.policies.base import Configs, as_array, pad
+from flowgrpo_ray.policies.lengths import Tokens
+from flowgrpo_ray.policies.loading import load_tokenizer
 from flowgrpo_ray.policies.pipeline import JOINT_ATTENTION, PackedPolicy, as_images
 
 NEGATIVE_TOKENS = 6  # of the negative prompt's encoding, with the end of the template
@@ -42,6 +45,14 @@ class QwenImagePolicy(PackedPolicy):
     def tokens_of(self, prompt: str) -> int:
         text = self.encoder.prompt_template_encode.format(prompt)
         return len(self.encoder.tokenizer(text).input_ids)
+
+    def load_tokens(self) -> Tokens:
+        import diffusers
+
+        cls: Any = diffusers.QwenImagePipeline
+        tokenizer = load_tokenizer(self.model, self.tokenizer)
+        bare = cls(None, None, None, tokenizer, None)  # which knows its template
+        return Tokens(tokenizer, bare.prompt_template_encode, bare.prompt_template_encode_start_idx)
 
     def encode_batch(self, prompts: Sequence[str]) -> list[Condition]:
         """``[tokens, dim]`` each, without those of the pipeline's template before the prompt."""
@@ -88,7 +99,7 @@ class QwenImagePolicy(PackedPolicy):
             torch.tensor(values, device=z.device)[:, None, None, None]
             for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
         )
-        z = z / (1 / std).to(z.dtype) + mean.to(z.dtype)  # rounded as in the pipeline
+        z = z / (1 / std.to(z.dtype)) + mean.to(z.dtype)  # rounded as in the pipeline
         return as_images(self.vae.decode(z, return_dict=False)[0][:, :, 0])
 
     def example_condition(self, batch: int, configs: Configs) -> dict[str, Tensor]:
@@ -100,8 +111,9 @@ class QwenImagePolicy(PackedPolicy):
             "embeds_mask": torch.ones(batch, tokens, dtype=torch.bool),
         }
         if self.guidance > 1:  # one space, and the end of the template
-            negative = torch.empty(batch, NEGATIVE_TOKENS, width, dtype=self.encoder_dtype)
-            condition["negative_embeds"] = negative
+            given = self.model.negative_prompt is not None
+            own = (batch, tokens if given else NEGATIVE_TOKENS, width)
+            condition["negative_embeds"] = torch.empty(own, dtype=self.encoder_dtype)
         return condition
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +12,9 @@ from torch import Tensor
 
 from flowgrpo_ray.common.types import Condition
 from flowgrpo_ray.policies.base import Configs, as_array
+from flowgrpo_ray.policies.hub import read_config
+from flowgrpo_ray.policies.lengths import Reading, Tokens
+from flowgrpo_ray.policies.loading import INDEX, load_tokenizer
 from flowgrpo_ray.policies.lora_names import Native
 from flowgrpo_ray.policies.pipeline import JOINT_ATTENTION, TIMESTEPS, PipelinePolicy
 
@@ -21,6 +26,7 @@ class SD3Policy(PipelinePolicy):
     transformer = "SD3Transformer2DModel"
     blocks = ("JointTransformerBlock",)
     config_files = (*PipelinePolicy.config_files, "text_encoder/config.json")
+    tokenizer = "tokenizer_3"  # of T5; CLIP's 77 tokens are a summary
     lora_targets = JOINT_ATTENTION
     native_layers: ClassVar[Native] = {
         f"joint_blocks.{{}}.{theirs}": tuple(f"transformer_blocks.{{}}.{name}" for name in ours)
@@ -37,6 +43,24 @@ class SD3Policy(PipelinePolicy):
             ("context_block.mlp.fc2", ("ff_context.net.2",)),
         )
     }
+
+    @cached_property
+    def has_t5(self) -> bool:
+        """Whether the folder holds it; else zeros stand for what it would read."""
+        return bool((read_config(self.model, INDEX).get("text_encoder_3") or [None])[0])
+
+    def load_encoder(self) -> None:
+        super().load_encoder()
+        if not self.has_t5:  # the pipeline asks the network how wide the zeros are
+            config = read_config(self.model, "transformer/config.json")
+            width = SimpleNamespace(joint_attention_dim=config["joint_attention_dim"])
+            self.encoder.transformer = SimpleNamespace(config=width)
+
+    def reading(self) -> Reading:
+        if self.has_t5:
+            return super().reading()
+        clip = read_config(self.model, "text_encoder/config.json")["max_position_embeddings"]
+        return Reading(clip, clip, lambda: Tokens(load_tokenizer(self.model, "tokenizer")))
 
     def encode_batch(self, prompts: Sequence[str]) -> list[Condition]:
         embeds, _, pooled, _ = self.encoder.encode_prompt(

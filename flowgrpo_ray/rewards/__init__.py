@@ -46,7 +46,9 @@ class Reward(Protocol):
     `check_options(options)` may raise ValueError for options, all with their defaults, that do not
     go together. A class may also have a static method `check_prompt(prompt, metadata)` that raises
     ValueError for a prompt which it could never score; prompts are checked with it before a run
-    starts. If it has a parameter `options`, it is given the reward's own. A
+    starts. If it has a parameter `options`, it is given the reward's own. Another one,
+    `check_read(prompt, metadata, read)`, raises ValueError where the model reads only `read`, the
+    beginning of a long prompt, and what is scored stands behind it. A
     method `golden()` returns pictures whose ranking is known (`rewards.golden`): a deployment is
     refused where it does not rank them so. An attribute `SIZE` (`loading.ModelSize`) lets
     `flowgrpo-ray plan` count its model. A class with `over_group = True` compares the images of a
@@ -107,6 +109,12 @@ def prompt_check(
     return check
 
 
+def read_check(reward: str) -> Callable[[str, Mapping[str, Any], str], None]:
+    """The function that raises ValueError for a prompt of which the model reads a beginning only,
+    and `reward` asks for the rest."""
+    return getattr(resolve(reward), "check_read", _accept)
+
+
 def checked(scores: object, count: int) -> np.ndarray:
     """What a reward returned for `count` images, float32 [count]; TypeError for anything else."""
     if isinstance(scores, np.ndarray) and scores.dtype == np.float32 and scores.shape == (count,):
@@ -146,5 +154,5 @@ def weighted_total(
     return total.astype(np.float32)
 
 
-def _accept(prompt: str, metadata: Mapping[str, Any]) -> None:
-    """The prompt check of a reward that has none of its own."""
+def _accept(prompt: str, metadata: Mapping[str, Any], read: str = "") -> None:
+    """The checks of a reward that has none of its own."""

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from flowgrpo_ray.rewards.golden import Golden, Rankings
-from flowgrpo_ray.rewards.ocr_text import check_letters, plain, target_of
+from flowgrpo_ray.rewards.ocr_text import check_letters, is_read, plain, target_of
 from flowgrpo_ray.rewards.paddle_reader import paddleocr_reader
 from flowgrpo_ray.rewards.signs import render_plain
 from flowgrpo_ray.rewards.text_readers import ReaderOptions, rapidocr_reader
@@ -119,6 +119,13 @@ class OcrReward:
         target, options = target_of(prompt, metadata), options or {}
         if options.get("unreadable") != "keep":
             check_letters(target, options.get("rec_model"))
+
+    @staticmethod
+    def check_read(prompt: str, metadata: Mapping[str, Any], read: str) -> None:
+        """ValueError where the model does not read the text to render."""
+        if not is_read(prompt, metadata, read):
+            target = target_of(prompt, metadata)
+            raise ValueError(f"the text {target!r} is cut off the prompt {prompt!r}")
 
 
 def text_score(read: str, target: str, *, whole: bool = False) -> float:

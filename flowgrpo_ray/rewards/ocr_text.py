@@ -50,6 +50,15 @@ def target_of(prompt: str, metadata: Mapping[str, Any]) -> str:
     return target
 
 
+def is_read(prompt: str, metadata: Mapping[str, Any], read: str) -> bool:
+    """Whether the text to render stands in `read`, the beginning of `prompt`, if it does in all."""
+    target = target_of(prompt, metadata)
+    if "target" in metadata:
+        return plain(target) in plain(read) or plain(target) not in plain(prompt)
+    match = QUOTED.search(read)
+    return match is not None and match[match.lastindex or 0] == target
+
+
 def plain(text: str) -> str:
     """What is compared: lowercased, without white space and what nobody sees; accents composed,
     full-width letters narrow."""

@@ -10,10 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 from flowgrpo_ray.common.errors import PromptError
-from flowgrpo_ray.rewards import prompt_check
+from flowgrpo_ray.common.types import Overlong
+from flowgrpo_ray.rewards import prompt_check, read_check
 from flowgrpo_ray.spec.plan import most_groups
 from flowgrpo_ray.spec.prompt_files import Prompt, load_prompts
 from flowgrpo_ray.spec.training import TrainingSpec
+
+SHOWN = 60  # characters of a long prompt
 
 
 def load_prompt_sets(spec: TrainingSpec) -> tuple[list[Prompt], list[Prompt]]:
@@ -75,6 +78,37 @@ def check_prompts(
             check(prompt.text, prompt.metadata)
         except ValueError as error:
             raise PromptError(f"{key}: prompt {number}, for {called}: {error}") from error
+
+
+def check_lengths(spec: TrainingSpec, prompts: Sequence[Prompt], found: Overlong) -> str | None:
+    """What to tell of prompts that the model reads in part; ``PromptError`` where a reward could
+    not be earned, as it is about the rest."""
+    if not found.cut:
+        return None
+    limit = found.limit
+    longest = max(found.cut, key=lambda text: found.cut[text][0])
+    if found.most == limit:
+        advice = "The model takes no more: shorten them"
+    else:
+        advice = f"Raise model.max_sequence_length = {limit}"
+        if found.most < found.cut[longest][0]:
+            advice += f" (at most {found.most})"
+    for prompt in prompts:
+        tokens, read = found.cut.get(prompt.text, (0, 0))
+        for name, reward in spec.rewards.items():
+            if tokens and reward.scores(prompt.set):
+                check = read_check(reward.reward or name)
+                try:
+                    check(prompt.text, prompt.metadata, prompt.text[:read])
+                except ValueError as error:
+                    raise PromptError(
+                        f"rewards.{name}: {error}. The model reads {limit} of the prompt's "
+                        f"{tokens} tokens. {advice}"
+                    ) from error
+    return (
+        f"{len(found.cut)} of {len({p.text for p in prompts})} prompts are cut off after {limit} "
+        f"tokens; the longest has {found.cut[longest][0]}: {longest[:SHOWN]!r}. {advice}"
+    )
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:

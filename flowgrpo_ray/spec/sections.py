@@ -39,6 +39,11 @@ class ModelSpec(Strict):
     encoder_dtype: Dtype | None = Field(default=None, description="of encoders; default: dtype")
     decoder_dtype: Dtype | None = Field(default=None, description="of the decoder; default: dtype")
     max_sequence_length: int = Field(default=256, ge=1, description="tokens of a prompt")
+    negative_prompt: str | None = Field(
+        default=None,
+        description="what guidance leads away from, where a family compares two prompts; default: "
+        "its pipeline's own",
+    )
     shift: float | None = Field(default=None, gt=0, description="of noise levels; default: its own")
     compile: bool = Field(
         default=False,

@@ -148,6 +148,20 @@ def test_ode_sampling_is_the_pipelines(family, guidance, prompts):
         assert (off > 0).mean() < 1e-3
 
 
+@pytest.mark.parametrize("family", ["sd3", "flux", "qwen_image"])
+def test_decoding_rounds_as_the_pipelines_do(family):
+    """In bfloat16, by a pipeline whose network leaves the noise as it is."""
+    spec = spec_of(family, "model.dtype=bfloat16")
+    policy: Any = load_policy(spec, CPU, frozenset({"network", "decoder"}))
+    pipe = load_pipe(model_folder(family), policy.dtype)
+    pipe.transformer.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states),)
+    start, pipeline_images = noise(policy, 1).to(policy.dtype), MODELS[family].pipeline_images
+    assert pipeline_images is not None
+    images = pipeline_images(pipe, PROMPTS[:1], start, 2, 1.0, MODELS[family].size)
+    assert np.array_equal(policy.decode(start.float()), images)
+    assert images.std() > 10
+
+
 @pytest.mark.parametrize(("family", "guidance"), GUIDED_PIPELINES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_network_is_asked_what_the_pipeline_asks(family, guidance, dtype):
