@@ -34,7 +34,7 @@ from flowgrpo_ray.serving.args import args_of
 from flowgrpo_ray.serving.client import Patience, RewardClient, Traffic
 from flowgrpo_ray.spec.cluster import NAMES
 from flowgrpo_ray.spec.plan import plan_encoding, plan_probes
-from flowgrpo_ray.spec.prompts import Prompt, check_lengths, set_sizes
+from flowgrpo_ray.spec.prompts import Prompt, check_lengths, set_sizes, unused_images
 from flowgrpo_ray.spec.training import TrainingSpec
 
 
@@ -127,24 +127,24 @@ class Crew:
 
     async def _start_rollouts(self, iteration: int) -> None:
         await self.rollouts.start()
-        await self.tell_lengths()
+        await self.check_prompts()
         await self.encode(iteration)
         await self.rollouts.load_models()
         self.sigmas, self.eval_sigmas = await self.rollouts.sigmas(
             self.spec.sampling.steps, self.spec.evaluation.steps
         )
 
-    async def tell_lengths(self) -> None:
-        """Tell of prompts that the model reads in part; ``PromptError`` where a reward asks for the
-        rest."""
+    async def check_prompts(self) -> None:
+        """Tell of prompts that the model reads in part, or whose images nobody looks at;
+        ``PromptError`` where a reward asks for what is not read."""
         prompts = [*self.prompts["train"], *self.prompts["eval"]]
         found = await self.rollouts.overlong(sorted({prompt.text for prompt in prompts}))
         told = "workers were lost: prompts may be longer than the model reads"
         if found is not None:
             told = check_lengths(self.spec, prompts, found)
-        if told:
-            self.warnings.append(told)
-            self.display.note(told)
+        self.warnings = [text for text in (told, unused_images(self.spec, prompts)) if text]
+        for text in self.warnings:
+            self.display.note(text)
 
     async def encode(self, iteration: int) -> None:
         """Have all prompts encoded that this iteration needs, or that are sampled during it; if

@@ -17,6 +17,7 @@ from flowgrpo_ray.spec.prompt_files import Prompt, load_prompts
 from flowgrpo_ray.spec.training import TrainingSpec
 
 SHOWN = 60  # characters of a long prompt
+IMAGES = ("image", "images")  # keys of a line that an editing model draws from
 
 
 def load_prompt_sets(spec: TrainingSpec) -> tuple[list[Prompt], list[Prompt]]:
@@ -108,6 +109,17 @@ def check_lengths(spec: TrainingSpec, prompts: Sequence[Prompt], found: Overlong
     return (
         f"{len(found.cut)} of {len({p.text for p in prompts})} prompts are cut off after {limit} "
         f"tokens; the longest has {found.cut[longest][0]}: {longest[:SHOWN]!r}. {advice}"
+    )
+
+
+def unused_images(spec: TrainingSpec, prompts: Sequence[Prompt]) -> str | None:
+    """What to tell of prompt lines that name source images, as the family draws from text alone."""
+    naming = sum(not prompt.metadata.keys().isdisjoint(IMAGES) for prompt in prompts)
+    if not naming:
+        return None
+    return (
+        f"{naming} of {len(prompts)} prompt lines have a key {' or '.join(IMAGES)}, which family "
+        f"{spec.model.family!r} does not draw from: only rewards are given it"
     )
 
 

@@ -49,15 +49,29 @@ def crew_of(spec: Any, found: Overlong | None) -> tuple[Crew, Notes]:
 )
 def test_the_console_and_the_run_folder_are_told(found: Overlong | None, told: list[str]):
     crew, notes = crew_of(small_spec(), found)
-    asyncio.run(crew.tell_lengths())
+    asyncio.run(crew.check_prompts())
     asked: Any = crew.rollouts
     assert asked.asked == ['a sign "4"', 'a sign "5"'], "each text once"
     assert notes == crew.warnings
     assert [text[: len(begin)] for text, begin in zip(notes, told, strict=True)] == told
 
 
+def test_images_of_prompt_lines_are_told():
+    crew, notes = crew_of(small_spec(), Overlong(6, 512, {}))
+    crew.prompts = {"train": [Prompt("a", {"image": "a.png"}), Prompt("b", {"n": 1})], "eval": []}
+    asyncio.run(crew.check_prompts())
+    assert (
+        notes
+        == crew.warnings
+        == [
+            "1 of 2 prompt lines have a key image or images, which family 'sd3' does not draw from: "
+            "only rewards are given it"
+        ]
+    )
+
+
 def test_a_run_whose_reward_cannot_be_earned_is_refused():
     crew, notes = crew_of(load_spec("tiny-ocr"), Overlong(6, 512, {'a sign "5"': (7, 9)}))
     with pytest.raises(PromptError, match=r"the text '5' is cut off the prompt"):
-        asyncio.run(crew.tell_lengths())
+        asyncio.run(crew.check_prompts())
     assert not notes
