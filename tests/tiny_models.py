@@ -207,7 +207,7 @@ def build_flux2_dev(folder: Path) -> None:
     torch.manual_seed(0)
     tokenizer = qwen_tokenizer()
     tokenizer.add_tokens([AddedToken(SYSTEM_MESSAGE, normalized=False)])
-    tokenizer.chat_template = CHAT_TEMPLATE.replace("m.content", "m.content[0].text")
+    tokenizer.chat_template = CHAT.replace("m.content", "m.content[0].text")
     layers = {
         "hidden_size": 16,
         "intermediate_size": 32,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class Flux2Policy(PackedPolicy):
     """
 
     pipeline = "Flux2KleinPipeline"
+    thinks: ClassVar[bool | None] = False
     transformer = "Flux2Transformer2DModel"
     autoencoder = "AutoencoderKLFlux2"
     blocks = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
@@ -121,6 +122,7 @@ class Flux2DevPolicy(Flux2Policy):
     the network, so that one pass is enough."""
 
     pipeline = "Flux2Pipeline"
+    thinks = None
 
     @classmethod
     def passes(cls, guidance: float) -> int:

@@ -41,6 +41,7 @@ class PipelinePolicy(Policy):
     blocks: ClassVar[tuple[str, ...]]  # class names of the transformer's repeated blocks
     max_tokens: ClassVar[int] = 512  # the longest prompt that the pipeline takes
     tokenizer: ClassVar[str] = "tokenizer"  # the part whose tokens max_sequence_length counts
+    thinks: ClassVar[bool | None] = None  # as its chat template is told; None: there is none
     call_arguments = ("guidance_scale={guidance}",)
     config_files = ("transformer/config.json", "vae/config.json")
 
@@ -71,7 +72,12 @@ class PipelinePolicy(Policy):
 
     def load_tokens(self) -> Tokens:
         """The tokenizer alone, with the pipeline's template if it has one."""
-        return Tokens(load_tokenizer(self.model, self.tokenizer))
+        tokenizer = load_tokenizer(self.model, self.tokenizer)
+        if self.thinks is None:
+            return Tokens(tokenizer)
+        said = [{"role": "user", "content": "{}"}]
+        options = {"add_generation_prompt": True, "enable_thinking": self.thinks}
+        return Tokens(tokenizer, tokenizer.apply_chat_template(said, tokenize=False, **options))
 
     def load_decoder(self) -> None:
         cls = _diffusers(self.autoencoder)

@@ -21,6 +21,7 @@ class ZImagePolicy(PipelinePolicy):
     """
 
     pipeline = "ZImagePipeline"
+    thinks = True
     call_arguments = ("guidance_scale={beyond_one}",)
     transformer = "ZImageTransformer2DModel"
     blocks = ("ZImageTransformerBlock",)

@@ -64,7 +64,8 @@ def test_images_of_prompt_lines_are_told():
         notes
         == crew.warnings
         == [
-            "1 of 2 prompt lines have a key image or images, which family 'sd3' does not draw from: "
+            "1 of 2 prompt lines have a key image or images, which family 'sd3' does not draw from"
+            ": "
             "only rewards are given it"
         ]
     )

@@ -143,3 +143,14 @@ def test_the_model_card_gives_the_pipelines_scale(guidance, scale):
     progress = Progress(1, 4, 1.0, 0, spec.identity(), "")
     card = model_card(spec, Exported("lora", "ema", ZImagePolicy.call_arguments, progress, {}))
     assert f"    guidance_scale={scale},\n" in card
+
+
+def test_prompts_are_counted_with_the_chat_around_them():
+    """As many tokens as their conditions have, which hold no padding."""
+    policy = load_policy(spec_of("z_image"), CPU, frozenset())
+    tokens = policy.reading().load()
+    for prompt, condition in zip(PROMPTS, conditions_of("z_image").values(), strict=True):
+        length = len(condition["embeds"])
+        if length < policy.model.max_sequence_length:
+            assert tokens.cut(prompt, length) is None
+            assert tokens.cut(prompt, length - 1)[0] == length
