@@ -61,9 +61,12 @@ def load_tokenizer(model: ModelSpec, part: str) -> Any:
     """The tokenizer that model_index.json names."""
     import transformers
 
-    library, name = read_config(model, INDEX).get(part) or (None, None)
-    cls: Any = getattr(transformers, str(name), None)
-    if library != "transformers" or cls is None:
+    match read_config(model, INDEX).get(part):
+        case ["transformers", str(name)] if hasattr(transformers, name):
+            cls: Any = getattr(transformers, name)
+        case _:
+            cls = None
+    if cls is None:
         raise ModelError(
             f"model.path = {model.path!r}: model_index.json names no tokenizer of transformers as "
             f"{part!r}. Copy the whole folder of one model anew"

@@ -13,7 +13,7 @@ from diffusers import StableDiffusion3Pipeline
 from tiny_models import MODELS, load_pipe, model_folder, spec_of
 from tiny_runs import CPU
 
-from flowgrpo_ray.common.errors import PromptError, SpecError
+from flowgrpo_ray.common.errors import ModelError, PromptError, SpecError
 from flowgrpo_ray.common.types import Overlong
 from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.policies.encodings import EncodingCache
@@ -62,6 +62,14 @@ def test_tokens_are_counted_once_for_a_set(tmp_path: Path, monkeypatch: pytest.M
     again = EncodingCache(policy).overlong(["red", LONG, LONG])
     assert (again.limit, {t: tuple(c) for t, c in again.cut.items()}) == (16, dict(first.cut))
     assert not EncodingCache(policy).overlong([""]).cut, "16 marks, and no text"
+
+
+def test_a_folder_that_names_no_tokenizer_is_refused(tmp_path: Path):
+    folder = Path(shutil.copytree(model_folder("flux"), tmp_path / "flux"))
+    index = folder / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "tokenizer_2": [None, None]}))
+    with pytest.raises(ModelError, match=r"names no tokenizer of transformers as 'tokenizer_2'"):
+        overlong(MODELS["flux"].spec(folder, LIMIT), LONG)
 
 
 def check(prompt: Prompt, found: Overlong) -> str | None:
@@ -113,7 +121,7 @@ def without_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_sd3_without_t5_draws_what_its_pipeline_draws(without_t5: Path, guidance: float):
+def test_sd3_without_t5_encodes_as_its_pipeline_does(without_t5: Path, guidance: float):
     spec = MODELS["sd3"].spec(without_t5, f"sampling.guidance={guidance}")
     policy = load_policy(spec, CPU)
     policy.encoded_at_once = 1  # as the pipeline does with one
@@ -133,6 +141,8 @@ def test_sd3_without_t5_draws_what_its_pipeline_draws(without_t5: Path, guidance
     assert {n: tuple(t.shape[1:]) for n, t in example.items()} == {
         name: array.shape for name, array in condition.items()
     }
+    x = torch.zeros(1, *policy.latent_shape((32, 48)))
+    assert policy.velocity(x, 0.5, policy.collate([condition])).isfinite().all()
 
 
 def test_without_t5_clips_limit_is_told(without_t5: Path):
