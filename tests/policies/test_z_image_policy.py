@@ -141,7 +141,7 @@ def test_the_network_has_positions_for_so_many_tokens_and_pixels():
 def test_the_model_card_gives_the_pipelines_scale(guidance, scale):
     spec = spec_of("z_image", f"sampling.guidance={guidance}")
     progress = Progress(1, 4, 1.0, 0, spec.identity(), "")
-    card = model_card(spec, Exported("lora", "ema", ZImagePolicy.call_arguments, progress, {}))
+    card = model_card(spec, Exported("pipeline", "ema", ZImagePolicy.call_arguments, progress, {}))
     assert f"    guidance_scale={scale},\n" in card
 
 
