@@ -169,7 +169,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for block in [*SPECS, *MODULES.values()]:
         (tmp_path / block.name).write_text(block.text, encoding="utf-8")
     prompts = "".join(f'a sign that says "{number}"\n' for number in range(64))
-    for name in ("train.txt", "heldout.txt"):
+    (tmp_path / "prompts").mkdir()
+    for name in ("train.txt", "heldout.txt", "prompts/ocr-train.txt", "prompts/ocr-test.txt"):
         (tmp_path / name).write_text(prompts, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
