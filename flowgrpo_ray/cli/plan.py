@@ -43,7 +43,7 @@ def show_plan(
 ) -> None:
     """Check ``spec`` and print what it will do; ``gpu`` is a name of ``GPUS`` or GiB, ``measured``
     a run to take times from, ``price`` that of an hour of a GPU."""
-    prompts, held_out, prompts_say = _prompts(spec)
+    prompts, held_out, prompts_say = prompts_of(spec)
     device = None if gpu is None else (gpu, gpu_memory(gpu))
     if price is not None and measured is None:
         raise SpecError("--gpu-hour: name a run to take times from with --measured RUN")
@@ -98,7 +98,7 @@ def price_of_watched(spec: TrainingSpec) -> dict[str, dict[str, float]]:
     }
 
 
-def _prompts(spec: TrainingSpec) -> tuple[int | None, int, str]:
+def prompts_of(spec: TrainingSpec) -> tuple[int | None, int, str]:
     """How many to train on and held out, and what is said of them; of public sets that are not
     here yet as many as the spec asks for."""
     try:

@@ -5,13 +5,13 @@ Needs no torch: what a folder shows is looked at before anything starts.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowgrpo_ray.common.errors import ModelError
+from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.spec.families import FAMILIES, family_of
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _values(file: Path) -> int:
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(min(length, file.stat().st_size)))
+            header = parse(stream.read(min(length, file.stat().st_size)))
         shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
         return sum(math.prod(shape) for shape in shapes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from flowgrpo_ray.common.errors import RunFolderError
+from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.common.types import Images
 from flowgrpo_ray.run.checkpoint import checkpoint_iteration, list_checkpoints
 from flowgrpo_ray.run.folder import RunFolder
@@ -62,7 +61,7 @@ class Run:
     def summary(self) -> Row | None:
         """`summary.json`: held-out means before and after, and so on; None while the run goes."""
         file = self.path / SUMMARY
-        return json.loads(file.read_text("utf-8")) if file.exists() else None
+        return parse(file.read_bytes()) if file.exists() else None
 
     def rows(self, kind: Literal["train", "eval"] | None = None) -> list[Row]:
         """The rows of `metrics.jsonl`, of one kind or all, as nested dictionaries."""
@@ -95,8 +94,8 @@ class Run:
         from PIL import Image
 
         picture = self.path / SAMPLES / f"iteration-{iteration:06d}.png"
-        about = json.loads(picture.with_suffix(".json").read_text("utf-8"))
-        with Image.open(picture) as opened:
+        about = parse(picture.with_suffix(".json").read_bytes())
+        with Image.open(picture, formats=["PNG"]) as opened:
             grid = np.array(opened.convert("RGB"))
         (height, width), columns = about["tile"], about["columns"]
         tiles = grid.reshape(-1, height, columns, width, 3).swapaxes(1, 2)
@@ -141,7 +140,7 @@ class Run:
 
 def _framed(rows: list[Row]) -> Any:
     try:
-        pandas = importlib.import_module("pandas")  # no dependency
+        import pandas  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         return rows
     return pandas.json_normalize(rows)

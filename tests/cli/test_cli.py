@@ -15,7 +15,7 @@ import pytest
 
 import flowgrpo_ray
 from flowgrpo_ray import cli
-from flowgrpo_ray.cli.plan import gpu_memory
+from flowgrpo_ray.cli.plan import gpu_memory, prompts_of
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.types import Parallel
 from flowgrpo_ray.run.folder import RunFolder
@@ -289,11 +289,10 @@ def test_a_recipe_is_shown_and_copied_with_its_comments(run, tmp_path):
 
 def test_plan_needs_no_public_prompts(run):
     """A recipe as it ships; a file of one's own must be there."""
-    status, out, _ = run("plan", "sd35-ocr-1gpu-24gb")
-    assert status == 0
-    assert "`flowgrpo-ray prompts fetch ocr` puts below prompts/. Here 1,018 held-out" in squeezed(
-        out
-    )
+    spec = load_spec("sd35-ocr-1gpu-24gb")
+    prompts, held_out, says = prompts_of(spec)
+    assert (prompts, held_out) == (None, 1018)
+    assert "`flowgrpo-ray prompts fetch ocr` puts below prompts/. Here 1,018 held-out" in says
     assert run("plan", "sd35-ocr-1gpu-24gb", "--set", "prompts.train=prompts/mine.txt")[0] == 2
 
 

@@ -106,7 +106,7 @@ def test_guidance_leads_away_from_the_empty_prompt():
 def test_conditions_are_three_hidden_layers_of_all_tokens():
     (condition,) = load_policy(spec_of("flux2"), CPU, frozenset({"encoder"})).encode([SHORT])
     pipe = load_pipe(model_folder("flux2"))
-    text = f"<|im_start|>user\n{SHORT}<|im_end|>\n<|im_start|>assistant"
+    text = f"<|im_start|>user\n{SHORT}<|im_end|>\n<|im_start|>assistant\n"
     given = pipe.tokenizer(text, padding="max_length", max_length=TOKENS, return_tensors="pt")
     with torch.no_grad():
         layers = pipe.text_encoder(**given, output_hidden_states=True).hidden_states

@@ -170,7 +170,7 @@ def test_a_failure_is_never_a_score():
 
     for script, error in (
         (late, r"ReadTimeout: .*\(asked 2 times\)"),
-        (lambda number, body: (503, "no GPU"), r"503: no GPU \(asked 2 times\)"),
+        (lambda number, body: (503, "no GPU"), r"503 \(no replica .*\): no GPU \(asked 2 times\)"),
         (hangs_up, r"RemoteProtocolError: .*\(asked 2 times\)"),
     ):
         with scripted(script) as server:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import stat
@@ -167,7 +168,8 @@ def test_the_checkpoint_before_over_optimization_is_always_there(
         folder = Path(name)
         for iteration, colour in enumerate(colours, start=1):
             scores = {"total": [iteration / 100] * 3, "rewards": {"sign_colour": [colour] * 3}}
-            watch.see({"kind": "eval", "iteration": iteration, "per_prompt": scores})
+            row = {"kind": "eval", "iteration": iteration, "per_prompt": scores}
+            watch.see({**row, "unscored": {"sign_colour": 3 * math.isnan(colour)}})
             if iteration % every == 0 or iteration in stops:
                 small = LearnerState({}, {}, {}, {}, 0)
                 save_checkpoint(folder, [small], progress(iteration), keep, watch.protected)

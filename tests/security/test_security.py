@@ -56,6 +56,7 @@ FORBIDDEN_CALLS = re.compile(
 )
 # Where a name becomes a module. The first is the one that takes its name from a spec.
 IMPORTERS = {
+    "__init__.py": 1,  # of its own names
     "common/own_classes.py": 1,  # a user's class
     "policies/__init__.py": 1,  # of families.FAMILIES
     "policies/pipeline.py": 1,  # the module of a class of diffusers

@@ -28,7 +28,7 @@ from waiting import PATIENCE_S
 from flowgrpo_ray.common.errors import ClusterError, RewardError, SpecError
 from flowgrpo_ray.rewards import build
 from flowgrpo_ray.rewards.signs import make_prompts, parse_prompt, render
-from flowgrpo_ray.serving import deploy, service
+from flowgrpo_ray.serving import deploy, service, tokens
 from flowgrpo_ray.serving.args import RewardServiceArgs
 from flowgrpo_ray.serving.client import Patience, RewardClient
 
@@ -447,28 +447,28 @@ def test_a_deployment_with_a_token_asks_for_it(port):
     ],
 )
 def test_http_beyond_loopback_needs_a_token(monkeypatch, host, token, refused):
-    monkeypatch.setattr(service, "http_address", lambda: host and (host, 8000))
+    monkeypatch.setattr(tokens, "http_address", lambda: host and (host, 8000))
     monkeypatch.delenv("FLOWGRPO_REWARD_TOKEN", raising=False)
     if token:
         monkeypatch.setenv("FLOWGRPO_REWARD_TOKEN", token)
     args = RewardServiceArgs(name="ocr")
     if refused:
         with pytest.raises(RewardError, match=r"beyond this machine.*set FLOWGRPO_REWARD_TOKEN"):
-            service._token(args)
+            tokens.token_of(args)
     else:
-        assert service._token(args) == token
+        assert tokens.token_of(args) == token
 
 
 @pytest.mark.parametrize("name", ["MY_TOKEN", "FLOWGRPO_REWARD_TOKEN"])
 @pytest.mark.parametrize("value", [None, ""])
 def test_a_token_that_is_named_must_be_there(monkeypatch, name, value):
     """Who names one means to be protected, on loopback too."""
-    monkeypatch.setattr(service, "http_address", lambda: ("127.0.0.1", 8000))
+    monkeypatch.setattr(tokens, "http_address", lambda: ("127.0.0.1", 8000))
     monkeypatch.delenv(name, raising=False)
     if value is not None:
         monkeypatch.setenv(name, value)
     with pytest.raises(RewardError, match=rf"token_env = '{name}': the replica .* has no such"):
-        service._token(RewardServiceArgs(name="ocr", token_env=name))
+        tokens.token_of(RewardServiceArgs(name="ocr", token_env=name))
 
 
 def _mangled(rng):
