@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,7 +85,11 @@ class RunDisplay:
 def shown(spec: TrainingSpec, *, quiet: bool = False) -> Iterator[RunDisplay]:
     """The display of a run that Python code trains: in a notebook plain lines below the cell, in a
     terminal a live one; ``quiet`` shows nothing."""
-    console = Console(quiet=quiet, force_jupyter=False)
+    options: dict[str, Any] = {}
+    if "ipykernel" in sys.modules:  # its output says that it is a terminal
+        options = {"force_terminal": False, "force_jupyter": False, "width": 100}
+        logging.getLogger("ray.widgets").setLevel(logging.WARNING)  # no advice on packages
+    console = Console(quiet=quiet, **options)
     with RunDisplay(spec, console) as display:
         yield display
 
