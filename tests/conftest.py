@@ -26,6 +26,14 @@ os.environ["FLOWGRPO_ENCODINGS"] = tempfile.mkdtemp(prefix="fge", dir="/tmp")
 atexit.register(shutil.rmtree, os.environ["FLOWGRPO_ENCODINGS"], ignore_errors=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before slow tests are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """FLUX.2-dev is klein with another encoder: of the tests over all families its own are slow."""
+    for item in items:
+        if "flux2_dev" in item.name and item.path.name != "test_flux2_policy.py":
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     """A file's tests share a process; those of whole runs, which take turns anyway, share one."""
