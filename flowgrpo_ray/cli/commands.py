@@ -29,6 +29,7 @@ from flowgrpo_ray.cli.recipes import recipes_app
 from flowgrpo_ray.cli.rewards import rewards_app
 from flowgrpo_ray.cli.train import train
 from flowgrpo_ray.common.errors import FlowGrpoError, SpecError
+from flowgrpo_ray.common.files import check_free
 from flowgrpo_ray.spec.file import load_spec
 from flowgrpo_ray.spec.training import TrainingSpec
 
@@ -159,8 +160,7 @@ def _check_picture(out: Path, overwrite: bool) -> None:
     """``SpecError`` for a file that `sample` cannot, or must not, write."""
     if out.suffix.lower() != ".png":
         raise SpecError(f"--out {out}: the name must end in .png")
-    if out.exists() and not (overwrite and out.is_file()):
-        raise SpecError(f"--out {out} exists: give another name, or --overwrite for a file")
+    check_free(out, overwrite, f"--out {out}")
 
 
 @app.command()

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flowgrpo_ray.common.errors import SpecError
+from flowgrpo_ray.common.files import check_free
 from flowgrpo_ray.spec.file import RECIPES, load_spec, recipe_names, unknown_recipe
 
 recipes_app = typer.Typer(help="List, show and copy the training specs of this package.")
@@ -71,8 +72,7 @@ def copy(
 ) -> None:
     """Copy a recipe, with its comments, into a file of your own to change."""
     text = _text(name)
-    if file.exists() and not (overwrite and file.is_file()):
-        raise SpecError(f"{file} exists: give another name, or --overwrite for a file")
+    check_free(file, overwrite, str(file))
     if not file.parent.is_dir():
         raise SpecError(f"{file}: there is no folder '{file.parent}'; make it")
     file.write_text(text, encoding="utf-8")

@@ -68,6 +68,7 @@ class Crew:
         kinds: Kinds,
     ) -> None:
         self.spec, self.prompts, self.display = spec, prompts, display
+        self.set_sizes: Sequence[int] = set_sizes(prompts["train"])
         self._traffic, self._kinds = traffic, kinds
         self.own_rewards: list[str] = []  # those that this run deployed
         self.warnings: list[str] = []  # of the start, for the run folder
@@ -153,7 +154,7 @@ class Crew:
         if iteration in self._encoded and last in self._encoded:
             return
         train = self.prompts["train"]
-        self._encoded, needed = plan_encoding(self.spec, iteration, set_sizes(train))
+        self._encoded, needed = plan_encoding(self.spec, iteration, self.set_sizes)
         prompts = [*self.prompts["eval"], *(train[index] for index in needed)]
         await self.rollouts.encode([prompt.text for prompt in prompts])
 
@@ -168,7 +169,7 @@ class Crew:
         ticket = await self.publish(version)
         measured: list[Mapping[int, Float64]] = []
         floor = Floor({})
-        for row in plan_probes(self.spec, set_sizes(self.prompts["train"]), self.sigmas):
+        for row in plan_probes(self.spec, self.set_sizes, self.sigmas):
             sampled = await all_or_none(*(self.sample(unit, ticket) for unit in row))
             probe = [self.contribution(*of) for of in zip(row, sampled, strict=True)]
             measured += await self.learners.measure_floor(probe)

@@ -37,7 +37,7 @@ from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.metrics import Scores
 from flowgrpo_ray.run.tracking import RunRecorder, StartClock
 from flowgrpo_ray.spec.plan import plan_evaluation, plan_iteration
-from flowgrpo_ray.spec.prompts import Prompt, prompts_digest, set_sizes
+from flowgrpo_ray.spec.prompts import Prompt, prompts_digest
 from flowgrpo_ray.spec.training import TrainingSpec
 
 Saved = tuple[LearnerState, Progress]
@@ -115,8 +115,8 @@ class Trainer:
         return stream
 
     def _begin(self, iteration: int, ticket: WeightsTicket) -> Stream:
-        sizes = set_sizes(self.prompts["train"])
-        plan = plan_iteration(self.spec, iteration, sizes, self.crew.sigmas)
+        crew = self.crew
+        plan = plan_iteration(self.spec, iteration, crew.set_sizes, crew.sigmas)
         self.crew.hold(plan.units)
         return Stream(self.crew, plan, ticket)
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from flowgrpo_ray.run.watch import Divergence
 
 
+Begun = Callable[[Callable[[], None]], None] | None
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # what a disk says that takes no more
 
 
@@ -53,7 +54,7 @@ def train(
     display: Display,
     started: float | None = None,
     seen: Mirror | None = None,
-    begun: Callable[[Callable[[], None]], None] | None = None,
+    begun: Begun = None,
 ) -> Outcome:
     """Train ``spec`` in ``root/<name>``. SIGINT or SIGTERM once finishes the iteration and
     checkpoints; twice stops at once (``KeyboardInterrupt``).
@@ -117,9 +118,6 @@ def _recorder(
     if saved:
         display.note(f"resuming {folder.path} after iteration {saved[1].iteration}")
     return recorder
-
-
-Begun = Callable[[Callable[[], None]], None] | None
 
 
 def _run(trainer: Trainer, begun: Begun) -> Progress:

@@ -16,7 +16,6 @@ from flowgrpo_ray.common.types import WeightsTicket, WorkUnit
 from flowgrpo_ray.run.ledger import Ledger
 from flowgrpo_ray.run.metrics import Scores, Signal, UnitResult, flat_groups, signals
 from flowgrpo_ray.spec.plan import Block, IterationPlan, plan_refill
-from flowgrpo_ray.spec.prompts import Prompt, set_sizes
 from flowgrpo_ray.spec.training import TrainingSpec
 
 
@@ -30,7 +29,7 @@ class Source(Protocol):
     @property
     def spec(self) -> TrainingSpec: ...
     @property
-    def prompts(self) -> Mapping[str, Sequence[Prompt]]: ...
+    def set_sizes(self) -> Sequence[int]: ...
     async def sample(self, unit: WorkUnit, ticket: WeightsTicket) -> Sampled: ...
     async def score(
         self, units: Sequence[WorkUnit], images: Sequence[ObjectRef]
@@ -138,7 +137,7 @@ class Stream:
         return flat_groups(self._results(block, self._compared(block, scores)))
 
     def _refill(self, flat: Sequence[int]) -> list[Block]:
-        spec, sizes = self._source.spec, set_sizes(self._source.prompts["train"])
+        spec, sizes = self._source.spec, self._source.set_sizes
         used = {prompt for unit in self._planned for prompt in unit.prompts}
         blocks = plan_refill(spec, self.plan, sizes, used, flat)
         self._start(blocks)

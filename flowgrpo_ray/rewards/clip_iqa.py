@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from flowgrpo_ray.rewards.clip import CLIP_L, ClipEncoder
-from flowgrpo_ray.rewards.loading import Batch, Device, Dtype, Revision, pick_device
+from flowgrpo_ray.rewards.loading import Batch, CosineDtype, Device, Revision, pick_device
 
 
 class ClipIqaReward:
@@ -38,9 +38,7 @@ class ClipIqaReward:
         ] = "openai/clip-vit-large-patch14",
         revision: Revision = None,
         device: Device = None,
-        dtype: Annotated[
-            Dtype, Field(description="of the weights; the cosine stays float32")
-        ] = "float32",
+        dtype: CosineDtype = "float32",
         batch: Batch = 32,
     ) -> None:
         source = ("path", path, revision)

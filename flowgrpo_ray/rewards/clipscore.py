@@ -13,7 +13,7 @@ from typing import Annotated
 from pydantic import Field
 
 from flowgrpo_ray.rewards.clip import CLIP_L, PromptMatch
-from flowgrpo_ray.rewards.loading import Batch, Device, Dtype, Revision
+from flowgrpo_ray.rewards.loading import Batch, CosineDtype, Device, Revision
 from flowgrpo_ray.rewards.pixels import bilinear
 
 
@@ -35,9 +35,7 @@ class ClipScoreReward(PromptMatch):
         ] = "openai/clip-vit-large-patch14",
         revision: Revision = None,
         device: Device = None,
-        dtype: Annotated[
-            Dtype, Field(description="of the weights; the cosine stays float32")
-        ] = "float32",
+        dtype: CosineDtype = "float32",
         batch: Batch = 32,
     ) -> None:
         source = ("path", path, revision)

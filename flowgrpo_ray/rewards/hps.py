@@ -18,8 +18,8 @@ from pydantic import Field
 from flowgrpo_ray.rewards.clip import CLIP_H, ClipEncoder, PromptMatch
 from flowgrpo_ray.rewards.loading import (
     Batch,
+    CosineDtype,
     Device,
-    Dtype,
     Revision,
     Source,
     fill_places,
@@ -83,9 +83,7 @@ class HpsReward(PromptMatch):
         ] = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         revision: Revision = None,
         device: Device = None,
-        dtype: Annotated[
-            Dtype, Field(description="of the weights; the cosine stays float32")
-        ] = "float32",
+        dtype: CosineDtype = "float32",
         batch: Batch = 32,
     ) -> None:
         from transformers import CLIPConfig

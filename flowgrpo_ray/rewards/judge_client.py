@@ -103,6 +103,13 @@ class JudgeClient:
         if launch is not None and (model is not None or options["api_key_env"] is not None):
             raise ValueError("model and api_key_env belong to url; launch has its own model")
 
+    @staticmethod
+    def check_named(options: Mapping[str, Any]) -> None:
+        """As ``check_options``, of a reward that has no model by default."""
+        JudgeClient.check_options(options)
+        if options["launch"] is None and options["model"] is None:
+            raise ValueError("url needs model, by which the server knows it")
+
     def scores(
         self,
         shown: Iterable[np.ndarray],

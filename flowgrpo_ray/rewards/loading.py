@@ -25,6 +25,7 @@ Device = Annotated[
     ),
 ]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], Field(description="of the weights")]
+CosineDtype = Annotated[Dtype, Field(description="of the weights; the cosine stays float32")]
 Revision = Annotated[
     str | None, Field(description="commit, branch or tag, where the place is a hub id")
 ]

@@ -104,9 +104,7 @@ class PairwiseJudge:
     @staticmethod
     def check_options(options: Mapping[str, Any]) -> None:
         """ValueError unless it is clear whom to ask, by which name."""
-        JudgeClient.check_options(options)
-        if options["launch"] is None and options["model"] is None:
-            raise ValueError("url needs model, by which the server knows it")
+        JudgeClient.check_named(options)
 
     @staticmethod
     def check_prompt(prompt: str, metadata: Mapping[str, Any], options: Mapping[str, Any]) -> None:

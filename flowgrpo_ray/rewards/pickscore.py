@@ -13,7 +13,7 @@ from typing import Annotated
 from pydantic import Field
 
 from flowgrpo_ray.rewards.clip import CLIP_H, PromptMatch
-from flowgrpo_ray.rewards.loading import Batch, Device, Dtype, Revision
+from flowgrpo_ray.rewards.loading import Batch, CosineDtype, Device, Revision
 
 
 class PickScoreReward(PromptMatch):
@@ -32,9 +32,7 @@ class PickScoreReward(PromptMatch):
         ] = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         revision: Revision = None,
         device: Device = None,
-        dtype: Annotated[
-            Dtype, Field(description="of the weights; the cosine stays float32")
-        ] = "float32",
+        dtype: CosineDtype = "float32",
         batch: Batch = 32,
     ) -> None:
         super().__init__(

@@ -121,9 +121,7 @@ class VlmJudge:
             re.compile(pattern, re.DOTALL)
         except re.error as error:
             raise ValueError(f"pattern = {pattern!r} is no regular expression: {error}") from error
-        JudgeClient.check_options(options)
-        if options["launch"] is None and options["model"] is None:
-            raise ValueError("url needs model, by which the server knows it")
+        JudgeClient.check_named(options)
 
     @staticmethod
     def check_prompt(

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from flowgrpo_ray.common.errors import RunFolderError
+from flowgrpo_ray.common.files import write_atomic
 from flowgrpo_ray.common.types import LearnerState
 from flowgrpo_ray.run.checkpoint import Progress, list_checkpoints, load_checkpoint
 from flowgrpo_ray.run.state import OBJECTIVE, leads_out
-from flowgrpo_ray.run.tracking import METRICS, write_atomic
+from flowgrpo_ray.run.tracking import METRICS
 from flowgrpo_ray.spec.file import dump_spec, load_spec
 from flowgrpo_ray.spec.training import TrainingSpec
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowgrpo_ray.common.errors import RewardError, SpecError
+from flowgrpo_ray.common.files import check_free, write_atomic
 from flowgrpo_ray.common.images import WHITE, ImageError, decode_rgb
 from flowgrpo_ray.rewards import Reward, checked
-from flowgrpo_ray.run.tracking import write_atomic
 
 if TYPE_CHECKING:
     from flowgrpo_ray.spec.prompts import Prompt
@@ -142,8 +142,7 @@ def check_table_file(out: Path, overwrite: bool) -> None:
         raise SpecError(f"--out {out}: the name must end in .csv or .jsonl")
     if not os.access(out.parent, os.W_OK):
         raise SpecError(f"--out {out}: no folder '{out.parent}' that can be written to; make it")
-    if out.exists() and not (overwrite and out.is_file()):
-        raise SpecError(f"--out {out} exists; give another name, or --overwrite for a file")
+    check_free(out, overwrite, f"--out {out}")
 
 
 def write_table(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:

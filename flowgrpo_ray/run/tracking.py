@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from flowgrpo_ray.common.errors import RunFolderError, SpecError
+from flowgrpo_ray.common.files import write_atomic
 from flowgrpo_ray.common.strict_json import parse
 
 if TYPE_CHECKING:
@@ -220,17 +221,6 @@ def save_samples(
     text = json.dumps(_plain(sidecar), allow_nan=False)
     write_atomic(picture.with_suffix(".json"), text.encode() + b"\n")
     return picture
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write beside, fsync, rename: no reader and no crash ever meets half a file."""
-    beside = path.with_name(path.name + ".part")
-    beside.unlink(missing_ok=True)  # it may be a link to a file that must not be written
-    with beside.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, Row]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -99,18 +99,9 @@ class RewardClient:
         images: ObjectRef | np.ndarray,
         prompts: Sequence[str],
         metadata: Metadata,
-        done: Callable[[str], None] = lambda name: None,
     ) -> Scored:
-        """Scores of images uint8 [b, H, W, 3], or of what `images` refers to; ``done`` is told each
-        reward that has answered or given up."""
-
-        async def ask(name: str) -> np.ndarray | str:
-            try:
-                return await self.ask(name, [images], prompts, metadata)
-            finally:
-                done(name)
-
-        calls = [ask(name) for name in self._handles]
+        """Every reward's scores of images uint8 [b, H, W, 3], or of what `images` refers to."""
+        calls = [self.ask(name, [images], prompts, metadata) for name in self._handles]
         rewards: dict[str, np.ndarray] = {}
         failures: dict[str, str] = {}
         for name, outcome in zip(self._handles, await asyncio.gather(*calls), strict=True):

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 
 from flowgrpo_ray.common.errors import PromptError
+from flowgrpo_ray.common.files import write_atomic
 
 COMMIT = "ac4c86e8cae021841f1fde853d340e0db67690dd"
 REPOSITORY = "yifan123/flow_grpo"
@@ -119,9 +120,7 @@ def fetch(
                 f"{len(content):,} bytes with git id {git_id(content)}, not {file.git_id}"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f"{target.name}.part")
-        beside.write_bytes(content)
-        beside.replace(target)
+        write_atomic(target, content)
         told(f"{target}: {file.holds}")
 
 

@@ -105,7 +105,7 @@ class LoraTuning(Strict):
 Tuning = Annotated[FullTuning | LoraTuning, Field(discriminator="kind")]
 
 
-SetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+RewardName = SetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
 class PromptSet(Strict):
@@ -218,9 +218,6 @@ class RewardSpec(Strict):
     def scores(self, prompt_set: str) -> bool:
         """Whether it scores images of this set; those of no set by name it does."""
         return not (self.sets and prompt_set) or prompt_set in self.sets
-
-
-RewardName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
 class AdvantagesSpec(Strict):

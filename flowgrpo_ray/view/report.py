@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 
 from flowgrpo_ray.common.errors import RunFolderError
+from flowgrpo_ray.common.files import write_atomic
 from flowgrpo_ray.run.state import LIVE, OBJECTIVE, leads_out, read_json, state_of
 from flowgrpo_ray.run.tracking import (
     METRICS,
@@ -24,7 +25,6 @@ from flowgrpo_ray.run.tracking import (
     TIMINGS,
     Row,
     read_rows,
-    write_atomic,
 )
 from flowgrpo_ray.run.watch import Reading, describe, export_of_best, readings_of
 from flowgrpo_ray.view.page import whole_page

@@ -31,7 +31,7 @@ from flowgrpo_ray.run.metrics import Scores, Signal, count_groups, signals
 from flowgrpo_ray.run.tracking import RunRecorder, StartClock, read_rows
 from flowgrpo_ray.spec.file import load_spec
 from flowgrpo_ray.spec.plan import plan_iteration, plan_refill
-from flowgrpo_ray.spec.prompts import Prompt, load_prompt_sets
+from flowgrpo_ray.spec.prompts import load_prompt_sets
 from flowgrpo_ray.spec.training import TrainingSpec
 
 T = TypeVar("T")
@@ -707,7 +707,7 @@ class StandIn:
     ) -> None:
         self.spec, self.flat, self.delay, self.unscored = spec, flat, delay, unscored
         self.ledger = Ledger({"learner": 1})
-        self.prompts = {"train": [Prompt(str(i)) for i in range(prompts)]}
+        self.set_sizes = [prompts]
         self.plan = plan_iteration(spec, 1, prompts, (1.0, 0.75, 0.5, 0.25, 0.0))
         self.sampled: list[int] = []  # indices of units, in order of their end
         self.scored: list[int] = []

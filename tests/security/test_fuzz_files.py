@@ -34,6 +34,7 @@ from flowgrpo_ray.common.errors import (
     RunFolderError,
     SpecError,
 )
+from flowgrpo_ray.common.files import write_atomic
 from flowgrpo_ray.common.images import MOST_PIXELS, ImageError, decode_rgb
 from flowgrpo_ray.common.types import LearnerState
 from flowgrpo_ray.policies.bagel_weights import opened
@@ -49,7 +50,6 @@ from flowgrpo_ray.run.checkpoint import (
 )
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.scoring import find_images, plan_batches
-from flowgrpo_ray.run.tracking import write_atomic
 from flowgrpo_ray.spec.file import load_spec
 from flowgrpo_ray.spec.sections import ModelSpec
 from flowgrpo_ray.view.monitor import Feed, brief, find_runs
