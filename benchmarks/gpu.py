@@ -41,7 +41,8 @@ from flowgrpo_ray.common.errors import ContractError, ModelError
 from flowgrpo_ray.common.types import Condition, Trajectory, WorkUnit
 from flowgrpo_ray.estimate.footprint import estimate, find_configs
 from flowgrpo_ray.policies import load_policy
-from flowgrpo_ray.policies.base import Configs, Policy, as_array
+from flowgrpo_ray.policies.arrays import as_array
+from flowgrpo_ray.policies.base import Configs, Policy
 from flowgrpo_ray.run.tracking import read_rows
 from flowgrpo_ray.spec.file import load_spec
 from flowgrpo_ray.spec.plan import plan_iteration

@@ -43,7 +43,8 @@ from flowgrpo_ray.common.types import (
     WorkUnit,
 )
 from flowgrpo_ray.policies import load_policy
-from flowgrpo_ray.policies.base import Policy, as_tensor
+from flowgrpo_ray.policies.arrays import as_tensor
+from flowgrpo_ray.policies.base import Policy
 from flowgrpo_ray.spec.training import TrainingSpec
 
 Arrays = dict[str, NDArray[Any]]

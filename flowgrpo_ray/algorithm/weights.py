@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flowgrpo_ray.common.errors import ContractError
 from flowgrpo_ray.common.types import Float32
-from flowgrpo_ray.policies.base import as_array, as_tensor
+from flowgrpo_ray.policies.arrays import as_array, as_tensor
 
 _MULTIPLIER = -7046029254386353131  # 2^64 / golden ratio, odd, as a signed 64-bit integer
 _CHUNK = 1 << 22

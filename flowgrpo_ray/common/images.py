@@ -83,6 +83,15 @@ def _seen(image: Image.Image, background: str) -> Image.Image:
     return image.convert("RGB")
 
 
+def fitted(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """`image`, uint8 [h, w, 3], at `size` (height, width): scaled until it covers that, without
+    distortion, and cut to its middle. An image of that size stays as it is."""
+    if image.shape[:2] == size:
+        return image
+    found = ImageOps.fit(Image.fromarray(image), (size[1], size[0]), Image.Resampling.LANCZOS)
+    return np.array(found)
+
+
 def check_colour(name: str) -> str:
     """A colour by its name or as #rrggbb; ValueError for anything else."""
     ImageColor.getrgb(name)

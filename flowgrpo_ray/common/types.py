@@ -23,6 +23,15 @@ NEGATIVE = "negative_"  # begins the names of its arrays that all prompts of a m
 
 
 @dataclass(frozen=True)
+class Source:
+    """An image that a prompt line names, which a model shall change: a file of the driver's
+    machine, and the SHA-256 of its content."""
+
+    path: str
+    digest: str
+
+
+@dataclass(frozen=True)
 class Overlong:
     """Prompts of which a model reads the first ``limit`` tokens only: ``cut[prompt]`` is how many
     it has, and the characters of it that are read. The limit may be raised to ``most``."""

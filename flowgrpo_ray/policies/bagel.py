@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.types import Condition, Images
+from flowgrpo_ray.policies.arrays import as_array, pad
 from flowgrpo_ray.policies.bagel_weights import (
     CHANNELS,
     CONFIG,
@@ -28,7 +29,7 @@ from flowgrpo_ray.policies.bagel_weights import (
     make_autoencoder,
     save_model,
 )
-from flowgrpo_ray.policies.base import Configs, Policy, as_array, pad
+from flowgrpo_ray.policies.base import Configs, Policy
 from flowgrpo_ray.policies.lengths import Reading, Tokens
 from flowgrpo_ray.policies.lora import merge_lora, portable_lora
 from flowgrpo_ray.policies.lora_file import PEFT_WEIGHTS

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flowgrpo_ray.common.types import NEGATIVE, Condition, Images
+from flowgrpo_ray.policies.arrays import as_tensor
 from flowgrpo_ray.policies.kernels import cast_by_autocast, prepare_compiler, use_kernels
 from flowgrpo_ray.policies.lengths import Reading, batches
 from flowgrpo_ray.policies.linear import use_onednn
@@ -55,6 +55,7 @@ class Policy(ABC):
     ways_in: ClassVar[tuple[str, ...]] = ()  # methods of the network that compute, beside forward
     encoded_at_once: ClassVar[int] = ENCODED_AT_ONCE
     negative_prompt: ClassVar[str | None] = ""  # what guidance leads away from; None: no prompt
+    sources: ClassVar[range] = range(1)  # how many images to change a prompt may name
     config_files: ClassVar[tuple[str, ...]]  # that say what the parts are made of
 
     network: nn.Module
@@ -207,6 +208,14 @@ class Policy(ABC):
             found |= zip(places, self.encode_batch(texts), strict=False)
         return [found[index] for index in range(len(prompts))]
 
+    def encode_edit(self, prompt: str, sources: Images) -> Condition:
+        """The condition of a prompt and the images ``[n, H, W, 3]`` that it changes, which have the
+        size of those to be drawn; with the ``negative_*`` of these images where guidance compares.
+
+        All arrays have the same shapes for the same ``n`` and size, or ``collate`` pads them.
+        """
+        raise NotImplementedError(f"{self.model.family} draws from text alone")
+
     def collate(self, conditions: Sequence[Condition]) -> dict[str, Tensor]:
         """``velocity``'s condition from those of single prompts, on the CPU: ``{name: [b, ...]}``.
 
@@ -320,29 +329,3 @@ class Policy(ABC):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, in the network's own order."""
         return {n: p for n, p in self.network.named_parameters() if p.requires_grad}
-
-
-def as_array(tensor: Tensor) -> NDArray[Any]:
-    """A tensor of a condition as numpy, which has no bfloat16: its bits travel as uint16."""
-    tensor = tensor.detach().cpu().contiguous()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def as_tensor(array: NDArray[Any]) -> Tensor:
-    """The tensor that ``as_array`` was given."""
-    tensor = torch.tensor(array)
-    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
-
-
-def pad(arrays: Sequence[NDArray[Any]]) -> tuple[Tensor, Tensor | None]:
-    """Stack arrays ``[L_i, ...]`` of a condition to ``[b, L, ...]``, zeros behind the shorter ones.
-
-    Also the mask ``[b, L]`` that is True on what was there; ``None`` if all lengths are equal, so
-    that attention may use its unmasked kernels.
-    """
-    tensors = [as_tensor(array) for array in arrays]
-    lengths = torch.tensor([len(tensor) for tensor in tensors])
-    padded = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-    if (lengths == lengths[0]).all():
-        return padded, None
-    return padded, torch.arange(padded.shape[1]) < lengths[:, None]

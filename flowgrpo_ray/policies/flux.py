@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.types import Condition
-from flowgrpo_ray.policies.base import Configs, as_array
+from flowgrpo_ray.policies.arrays import as_array
+from flowgrpo_ray.policies.base import Configs
 from flowgrpo_ray.policies.lora_names import Native
 from flowgrpo_ray.policies.pipeline import JOINT_ATTENTION, PackedPolicy
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from flowgrpo_ray.common.errors import ModelError, SpecError
 from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.common.types import Condition, Images
-from flowgrpo_ray.policies.base import Configs, as_array
+from flowgrpo_ray.policies.arrays import as_array
+from flowgrpo_ray.policies.base import Configs
 from flowgrpo_ray.policies.hub import model_file
 from flowgrpo_ray.policies.loading import INDEX
 from flowgrpo_ray.policies.pipeline import JOINT_ATTENTION, PackedPolicy, as_images

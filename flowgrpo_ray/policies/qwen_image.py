@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from flowgrpo_ray.common.types import Condition, Images
-from flowgrpo_ray.policies.base import Configs, as_array, pad
+from flowgrpo_ray.policies.arrays import as_array, pad
+from flowgrpo_ray.policies.base import Configs
 from flowgrpo_ray.policies.lengths import Tokens
 from flowgrpo_ray.policies.loading import load_tokenizer
 from flowgrpo_ray.policies.pipeline import JOINT_ATTENTION, PackedPolicy, as_images

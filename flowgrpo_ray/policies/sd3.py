@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from flowgrpo_ray.common.types import Condition
-from flowgrpo_ray.policies.base import Configs, as_array
+from flowgrpo_ray.policies.arrays import as_array
+from flowgrpo_ray.policies.base import Configs
 from flowgrpo_ray.policies.hub import read_config
 from flowgrpo_ray.policies.lengths import Reading, Tokens
 from flowgrpo_ray.policies.loading import INDEX, load_tokenizer

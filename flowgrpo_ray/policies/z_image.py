@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from flowgrpo_ray.common.types import NEGATIVE, Condition
-from flowgrpo_ray.policies.base import Configs, as_array, as_tensor
+from flowgrpo_ray.policies.arrays import as_array, as_tensor
+from flowgrpo_ray.policies.base import Configs
 from flowgrpo_ray.policies.pipeline import TIMESTEPS, PipelinePolicy
 
 

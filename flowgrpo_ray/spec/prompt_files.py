@@ -15,6 +15,7 @@ from typing import Any
 from flowgrpo_ray.common.errors import NotFetchedError, PromptError
 from flowgrpo_ray.common.paths import builtin_path, expand
 from flowgrpo_ray.common.strict_json import parse
+from flowgrpo_ray.common.types import Source
 from flowgrpo_ray.spec.public_prompts import where_from
 
 MOST_BYTES = 2**30  # of a prompt file, which is held in memory
@@ -29,6 +30,7 @@ class Prompt:
 
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    images: tuple[Source, ...] = ()  # that an editing model changes
     set: str = ""  # the name of the one that it belongs to, where there are several
 
 
