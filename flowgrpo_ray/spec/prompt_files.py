@@ -30,8 +30,8 @@ class Prompt:
 
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    images: tuple[Source, ...] = ()  # that an editing model changes
     set: str = ""  # the name of the one that it belongs to, where there are several
+    images: tuple[Source, ...] = ()  # that an editing model changes
 
 
 def load_prompts(path: str, key: str) -> list[Prompt]:
