@@ -1,4 +1,4 @@
-"""A hub model's files come to every machine of a run before the clock of its start runs."""
+"""A hub model, and a LoRA, come to every machine of a run before the clock of its start runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from flowgrpo_ray.cluster.actors import awaited
 from flowgrpo_ray.cluster.live import Display
 from flowgrpo_ray.common.errors import ClusterError
-from flowgrpo_ray.policies.hub import download, fetched_bytes, wanted_files
+from flowgrpo_ray.policies.hub import download, fetched_bytes, lora_repository, to_fetch
 from flowgrpo_ray.spec.sections import ModelSpec
 from flowgrpo_ray.spec.training import TrainingSpec
 
@@ -35,12 +35,16 @@ class Downloader:
         wraps beyond recognition.
         """
         if self._work is None:
-            self._wanted = wanted_files(self._model)
-            self._work = ThreadPoolExecutor(1).submit(download, self._model, self._wanted)
-        if self._work.done():
+            self._wanted = to_fetch(self._model)
+            self._work = ThreadPoolExecutor(1).submit(self._fetch)
+        if done := self._work.done():
             self._work.result()
-        there = fetched_bytes(self._model, self._wanted)
-        return there, sum(self._wanted.values()), self._work.done()
+        there = sum(fetched_bytes(model, files) for model, files in self._wanted)
+        return there, sum(sum(files.values()) for _, files in self._wanted), done
+
+    def _fetch(self) -> None:
+        for model, files in self._wanted:
+            download(model, files)
 
 
 async def fetch_model(
@@ -49,11 +53,11 @@ async def fetch_model(
     display: Display,
     environment: Mapping[str, str] | None = None,
 ) -> None:
-    """Have the model of ``spec`` on these nodes, if it is one of the hub.
+    """Have the model of ``spec``, and its LoRA, on these nodes, if they are the hub's.
 
     However long it takes: ``ClusterError`` if no byte came for ``cluster.ready_timeout_s``.
     """
-    if spec.model.folder is not None:
+    if spec.model.folder is not None and lora_repository(spec.model) is None:
         return
     actors: list[Any] = [
         ray.remote(Downloader)
@@ -79,6 +83,8 @@ def _of(there: int, whole: int) -> str:
 
 async def _all_there(spec: TrainingSpec, actors: Sequence[Any], display: Display) -> None:
     patience = spec.cluster.ready_timeout_s
+    key = "path" if spec.model.folder is None else "lora"
+    name = getattr(spec.model, key)
     before, moved = -1, time.monotonic()
     while True:
         answers = await asyncio.gather(*(awaited(actor.progress.remote()) for actor in actors))
@@ -89,12 +95,12 @@ async def _all_there(spec: TrainingSpec, actors: Sequence[Any], display: Display
             before, moved = there, time.monotonic()
         elif time.monotonic() - moved > patience:
             raise ClusterError(
-                f"model.path = {spec.model.path!r}: {_of(there, whole)} are there, and "
+                f"model.{key} = {name!r}: {_of(there, whole)} are there, and "
                 f"no byte came for cluster.ready_timeout_s = {patience:g} s. What is "
                 "there is kept: try again, or give a local folder"
             )
         display.stage(
-            f"downloading {spec.model.path}: {_of(there, whole)}"
+            f"downloading {name}: {_of(there, whole)}"
             + (f" on {len(actors)} machines" if len(actors) > 1 else "")
         )
         await asyncio.sleep(LOOK_S)

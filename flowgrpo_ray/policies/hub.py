@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowgrpo_ray.common.errors import ModelError
+from flowgrpo_ray.common.paths import local_path
 from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.policies.fit import check_class, check_config
 from flowgrpo_ray.spec.families import FAMILIES
@@ -25,6 +26,8 @@ NEVER_LOADED = (  # pickles, other frameworks, and second copies in half precisi
     *("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx*", "*.gguf"),
     *("*.fp16*.safetensors", "*.md", "*.png", "*.jpg", ".git*"),
 )
+
+LORA_FILES = ["*.safetensors", "adapter_config.json"]  # of a LoRA's repository, not in folders
 
 
 def identity(model: ModelSpec) -> str:
@@ -115,6 +118,37 @@ def wanted_files(model: ModelSpec) -> dict[str, int]:
         for name, size in files.items()
         if not any(fnmatch(name, pattern) for pattern in NEVER_LOADED)
         and (name == index or name.partition("/")[0] in parts or not in_parts)
+    }
+
+
+def to_fetch(model: ModelSpec) -> list[tuple[ModelSpec, dict[str, int]]]:
+    """What a run loads from the hub, the names and bytes of files: of its model, and of the LoRA
+    that it starts from."""
+    found = [] if model.folder is not None else [(model, wanted_files(model))]
+    if repository := lora_repository(model):
+        lora = model.model_copy(update={"path": repository, "revision": None})
+        found.append((lora, _lora_files(repository)))
+    return found
+
+
+def lora_repository(model: ModelSpec) -> str | None:
+    """The hub's, of the LoRA that a run starts from, if that is there."""
+    return model.lora if model.lora is not None and local_path(model.lora) is None else None
+
+
+def _lora_files(repository: str) -> dict[str, int]:
+    """None where they cannot be listed: whoever reads them will say so."""
+    import httpx
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().model_info(repository, files_metadata=True)
+    except (httpx.HTTPError, OSError, ValueError):
+        return {}
+    return {
+        file.rfilename: file.size or 0
+        for file in found.siblings or []
+        if "/" not in file.rfilename and any(fnmatch(file.rfilename, p) for p in LORA_FILES)
     }
 
 

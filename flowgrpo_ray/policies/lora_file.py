@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.paths import local_path
 from flowgrpo_ray.common.strict_json import parse
+from flowgrpo_ray.policies.hub import LORA_FILES
 from flowgrpo_ray.policies.lora_names import DIFFUSERS_PREFIX, PEFT_PREFIX, Native, half, place
 
 if TYPE_CHECKING:
@@ -104,8 +105,7 @@ def _downloaded(model: ModelSpec) -> Path:
         return local
     from huggingface_hub import snapshot_download
 
-    files = ["*.safetensors", PEFT_CONFIG]
-    return Path(snapshot_download(model.lora, allow_patterns=files, ignore_patterns=["*/*"]))
+    return Path(snapshot_download(model.lora, allow_patterns=LORA_FILES, ignore_patterns=["*/*"]))
 
 
 def _weights_file(path: Path) -> Path:

@@ -20,6 +20,7 @@ from flowgrpo_ray.common.errors import (
 )
 from flowgrpo_ray.rewards.environments import FOLDER_VARIABLE, environments_folder
 from flowgrpo_ray.serving.args import RewardServiceArgs
+from flowgrpo_ray.serving.arrivals import arrivals
 from flowgrpo_ray.serving.ray_private import end_replicas, http_address, serve_applications
 from flowgrpo_ray.serving.service import app, quiet
 from flowgrpo_ray.serving.types import app_name
@@ -162,7 +163,8 @@ def _status(
 
 
 def wait(names: Sequence[str], *, deadline_s: float, present: Collection[str] = ()) -> None:
-    """Returns when the applications of all these rewards run; RewardError if one cannot.
+    """Returns when the applications of all these rewards run; RewardError if one cannot, or if for
+    `deadline_s` nothing was downloaded either.
 
     Of those `present`, which are not this run's, one replica is enough: others may be missing for
     want of a machine.
@@ -182,7 +184,14 @@ def wait(names: Sequence[str], *, deadline_s: float, present: Collection[str] = 
                 found[name] = f"{overview.status.value} {_messages(overview)}".strip()
         return found
 
-    until_running(waiting, deadline_s=deadline_s, setting="cluster.ready_timeout_s", every_s=0.1)
+    with arrivals() as arrived:
+        until_running(
+            waiting,
+            deadline_s=deadline_s,
+            setting="cluster.ready_timeout_s",
+            every_s=0.1,
+            arrived=arrived,
+        )
 
 
 def _usable(overview: ApplicationStatusOverview) -> bool:

@@ -142,7 +142,9 @@ class ClusterSpec(Strict):
         default=None, ge=1, le=65535, description="serve rewards over HTTP"
     )
     ready_timeout_s: float = Field(
-        default=300, gt=0, description="for actors and deployments to be up"
+        default=300,
+        gt=0,
+        description="for actors and deployments to be up; for rewards, without a download",
     )
     hang_timeout_s: float = Field(
         default=600,
