@@ -6,15 +6,16 @@ encoders are there before anything else.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from flowgrpo_ray.estimate.memory import START, Parts, Stages
-from flowgrpo_ray.spec.cluster import NAMES, ActorsSpec
+from flowgrpo_ray.spec.bundles import EPSILON, plan_bundles
+from flowgrpo_ray.spec.cluster import NAMES
 from flowgrpo_ray.spec.training import TrainingSpec
 
 GIB = 2**30
-EPSILON = 1e-6  # shares are floats
 
 
 @dataclass
@@ -82,22 +83,23 @@ def gpus(
 
 
 def _of_actors(spec: TrainingSpec, actors: Mapping[str, Stages]) -> Iterator[Gpu]:
-    kinds = {section: kind for section, kind in spec.actors.items() if kind.gpus}
-    ranks = spec.ranks.gpus
-    beside = _sharing(spec.samplers, 1 - ranks) if len(kinds) == 2 else 0
-    if beside:
-        counts = {"rollout": beside, "learner": 1}
-        found = {NAMES[section]: (count, actors[section]) for section, count in counts.items()}
-        yield Gpu(found, room=1 - ranks - beside * spec.samplers.gpus)
-        return
-    for section, kind in kinds.items():
-        count = _sharing(kind, 1)
-        yield Gpu({NAMES[section]: (count, actors[section])}, room=1 - count * kind.gpus)
+    """Of each kind the fullest; different ones whose shares leave room for both may meet."""
+    found: list[Counter[str]] = []
 
+    def share(kind: Counter[str]) -> float:
+        return sum(count * spec.actors[section].gpus for section, count in kind.items())
 
-def _sharing(kind: ActorsSpec, part: float) -> int:
-    """How many actors of a kind may come to lie in this part of one GPU."""
-    return min(kind.count, _times(kind.gpus, part)) if kind.gpus else 0
+    bundles = [Counter(section for section, _ in bundle.seats) for bundle in plan_bundles(spec)]
+    for kind in sorted(filter(share, bundles), key=share, reverse=True):
+        if not any(kind <= other for other in found):
+            beside = next((o for o in found if share(o + kind) <= 1 + EPSILON), None)
+            if beside is None:
+                found.append(kind)
+            else:
+                beside += kind
+    for kind in sorted(found, key=lambda kind: [section not in kind for section in spec.actors]):
+        of = {NAMES[s]: (kind[s], actors[s]) for s in spec.actors if s in kind}
+        yield Gpu(of, room=1 - share(kind))
 
 
 def _times(share: float, part: float) -> int:

@@ -12,8 +12,8 @@ from waiting import wait_until
 from whole_runs import SLOW_IN_TURNS
 
 from flowgrpo_ray.cluster import placement
-from flowgrpo_ray.cluster.placement import plan_bundles
 from flowgrpo_ray.common.errors import ClusterError
+from flowgrpo_ray.spec.bundles import plan_bundles
 from flowgrpo_ray.spec.file import load_spec
 
 SEPARATE = "cluster.layout=separate"
@@ -88,6 +88,7 @@ import asyncio, sys
 import ray
 from flowgrpo_ray.cluster.actors import launch
 from flowgrpo_ray.cluster.placement import place
+from flowgrpo_ray.spec.bundles import plan_bundles
 from flowgrpo_ray.spec.file import load_spec
 
 class Seat:

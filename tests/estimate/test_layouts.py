@@ -9,6 +9,7 @@ import pytest
 from tiny_runs import LORA, small_spec
 
 from flowgrpo_ray.algorithm.parallel import asked_for
+from flowgrpo_ray.estimate.gpus import gpus
 from flowgrpo_ray.estimate.layouts import (
     Layout,
     Work,
@@ -93,6 +94,17 @@ def layouts(*overrides: str, rewards: dict[str, Any] | None = None) -> list[Layo
 
 
 SEPARATE = "cluster={rollout: {count: 2, gpus: 1}, learner: {count: 2, gpus: 1}}"
+
+
+def test_a_gpu_is_counted_with_what_the_cluster_puts_there():
+    """Two ranks leave room for a rollout worker each; the other two meet on a third GPU."""
+    small = "cluster={rollout: {count: 4, gpus: 0.25}, learner: {count: 2, gpus: 0.51}}"
+    spec = small_spec(LORA, "sampling.groups=8", "objective.updates=1", small)
+    fullest = gpus(spec, stages(spec), {name: {} for name in spec.rewards})
+    assert [(gpu.name, round(gpu.room, 2)) for gpu in fullest] == [
+        ("rollout worker + learner rank", 0.24),
+        ("2 rollout workers", 0.5),
+    ]
 
 
 def test_layouts_of_as_many_gpus():
