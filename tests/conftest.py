@@ -26,12 +26,23 @@ os.environ["FLOWGRPO_ENCODINGS"] = tempfile.mkdtemp(prefix="fge", dir="/tmp")
 atexit.register(shutil.rmtree, os.environ["FLOWGRPO_ENCODINGS"], ignore_errors=True)
 
 
+# Files that take longest, those of whole runs before all: whoever shares tests out among processes
+# begins with them, so that none works alone at the end.
+LONGEST = (
+    *("test_end_to_end.py", "test_reward_service.py", "test_rewards_ocr.py", "test_learner.py"),
+    *("test_cluster.py", "test_policy_contract.py", "test_fuzz_specs.py", "test_export_models.py"),
+    *("test_monitor_page.py", "test_reward_failures.py", "test_footprint.py"),
+)
+
+
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """FLUX.2-dev is klein with another encoder: of the tests over all families its own are slow."""
     for item in items:
         if "flux2_dev" in item.name and item.path.name != "test_flux2_policy.py":
             item.add_marker(pytest.mark.slow)
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.hookimpl(optionalhook=True)
