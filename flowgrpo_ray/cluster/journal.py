@@ -23,7 +23,7 @@ from flowgrpo_ray.common.errors import RewardError
 from flowgrpo_ray.common.types import MicrobatchStats, StepStats, WeightsTicket
 from flowgrpo_ray.run.checkpoint import Progress
 from flowgrpo_ray.run.folder import RunFolder
-from flowgrpo_ray.run.metrics import Scores, eval_row, train_row
+from flowgrpo_ray.run.metrics import Scores, eval_row, means_by_set, train_row
 from flowgrpo_ray.run.tracking import RunRecorder, StartClock, save_samples
 from flowgrpo_ray.run.watch import Divergence, Watch, describe, export_of_best
 from flowgrpo_ray.spec.prompts import Prompt
@@ -208,7 +208,7 @@ class Journal:
         }
         save_samples(self._folder.path, iteration, images, texts, of_images)
         self._record_time("eval", iteration, time.perf_counter() - self._began)
-        self._display.evaluation(iteration, means)
+        self._display.evaluation(iteration, means | means_by_set(row))
 
     def _record_time(self, kind: str, iteration: int, seconds: float, **more: Any) -> None:
         row = {"kind": kind, "iteration": iteration, "seconds": seconds, **more}

@@ -7,6 +7,7 @@ go to their own rows.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,6 +126,18 @@ def by_set(
             if not math.isnan((summary := mean_and_std(values[of_image == name]))["mean"])
         }
         for name in dict.fromkeys(sets)
+    }
+
+
+def means_by_set(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """Means of an evaluation for each prompt set, of rewards that score several."""
+    sets: Mapping[str, Mapping[str, Mapping[str, float]]] = row.get("sets", {})
+    scoring = Counter(reward for means in sets.values() for reward in means)
+    return {
+        f"{reward} of {name}": round(values["mean"], 6)
+        for name, means in sets.items()
+        for reward, values in means.items()
+        if scoring[reward] > 1
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import shlex
 import shutil
@@ -28,6 +29,7 @@ from flowgrpo_ray.spec.file import load_spec
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "cluster_configs"
+CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 FILES = [p for p in sorted(CONFIGS.rglob("*")) if p.is_file() and p.suffix != ".pyc"]
 PAGE = (ROOT / "docs" / "cluster.md").read_text("utf-8")
 LAUNCHER: dict[str, Any] = yaml.safe_load((CONFIGS / "on-premise.yaml").read_text("utf-8"))
@@ -98,6 +100,9 @@ def test_the_environment_of_nodes_can_be_sourced():
     assert found["RAY_AUTH_MODE"] == "token"
     assert found["RAY_JOB_STOP_WAIT_TIME_S"] == "600"
     assert found["FLOWGRPO_RUNS"] == "/shared/runs"
+    assert found[CALLBACK] == os.environ[CALLBACK], "as a run that starts its own Ray sets it"
+    dockerfile = (CONFIGS / "docker" / "Dockerfile").read_text()
+    assert f"ENV {CALLBACK}={os.environ[CALLBACK]}\n" in dockerfile
 
 
 def test_the_token_is_copied_to_every_machine():

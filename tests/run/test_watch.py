@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowgrpo_ray.run.metrics import Scores, eval_row
+from flowgrpo_ray.run.metrics import Scores, eval_row, means_by_set
 from flowgrpo_ray.run.watch import (
     Divergence,
     Reading,
@@ -393,6 +393,8 @@ def test_a_watched_reward_of_one_prompt_set_is_compared_over_its_own_prompts():
         made = eval_row(spec, iteration, [found], prompts)
         assert made["unscored"] == {"ocr": 0, "sign_colour": 0}
         assert made["sets"]["second"].keys() == {"ocr"}
+        shown = {"ocr of first": 1.0, "ocr of second": 1.0}
+        assert means_by_set(made) == shown, "the colour is that of one set, shown as it is"
         watch.see(made)
     assert watch.readings["sign_colour"].diverging
 
