@@ -178,15 +178,15 @@ def evaluate(
     """Score images of held-out prompts with every reward of the spec; prints JSON."""
     from flowgrpo_ray.run.inference import generate, load_trained, open_target, score
     from flowgrpo_ray.run.metrics import mean_and_std
-    from flowgrpo_ray.spec.prompts import load_held_out, load_prompts
+    from flowgrpo_ray.spec.prompts import load_held_out, prompts_for
 
     spec, folder = open_target(target)
-    chosen = load_prompts(prompts, "--prompts") if prompts else load_held_out(spec, limit)
+    chosen = prompts_for(spec, prompts, "--prompts") if prompts else load_held_out(spec, limit)
     chosen = chosen[:limit]
     policy = load_trained(spec, folder, weights, iteration)
     steps = steps or spec.evaluation.steps
-    texts = [prompt.text for prompt in chosen]
-    images = generate(policy, spec, texts, steps, seed, spec.evaluation.micro_batch)
+    requests = [prompt.request(spec.sampling.size) for prompt in chosen]
+    images = generate(policy, spec, requests, steps, seed, spec.evaluation.micro_batch)
     rewards = {name: mean_and_std(v) for name, v in score(spec, images, chosen).items()}
     print(json.dumps({"prompts": len(chosen), "steps": steps, "seed": seed, "rewards": rewards}))
 

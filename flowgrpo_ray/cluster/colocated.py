@@ -21,6 +21,7 @@ from ray import ObjectRef
 
 from flowgrpo_ray.cluster.actors import Calls, LearnerLostError, RunOnRay
 from flowgrpo_ray.cluster.learner_group import Contribution, LearnerGroup, LearnerRank
+from flowgrpo_ray.cluster.pictures import encode_on
 from flowgrpo_ray.cluster.rollout import RolloutWorker
 from flowgrpo_ray.cluster.samplers import IN_FLIGHT, Pool, Waiting, Worker
 from flowgrpo_ray.common.types import (
@@ -30,6 +31,7 @@ from flowgrpo_ray.common.types import (
     Images,
     MicrobatchStats,
     Parallel,
+    Request,
     StepStats,
     Trajectory,
     WeightsTicket,
@@ -161,7 +163,7 @@ class WorkerPool(Pool):
             return workers[0], self._waiting[0]
         return None
 
-    def _blame(self, worker: Worker, error: Exception, texts: Sequence[str]) -> None:
+    def _blame(self, worker: Worker, error: Exception, prompts: Sequence[Request]) -> None:
         raise LearnerLostError(worker.name, error) from error
 
 
@@ -178,8 +180,8 @@ class WorkerGroup(LearnerGroup):
         await super()._start()
         pool = self._pool
         if pool.encoded.is_set():  # these come after others
-            calls = [actor.encode.remote(pool.mine(rank)) for rank, actor in enumerate(self.ranks)]
-            await self._of_all(calls)
+            ranks = enumerate(self.ranks)
+            await self._of_all([encode_on(actor, pool.mine(rank)) for rank, actor in ranks])
         else:
             pool.adopt(self.ranks, self.calls)
             await pool.encoded.wait()

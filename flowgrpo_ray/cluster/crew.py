@@ -26,7 +26,7 @@ from flowgrpo_ray.cluster.rollout_pool import RolloutPool
 from flowgrpo_ray.cluster.samplers import Pool, Sampled
 from flowgrpo_ray.cluster.scoring import Scorer
 from flowgrpo_ray.common.errors import ContractError
-from flowgrpo_ray.common.types import Float64, WeightsTicket, WorkUnit
+from flowgrpo_ray.common.types import Float64, Request, WeightsTicket, WorkUnit
 from flowgrpo_ray.run.ledger import Ledger
 from flowgrpo_ray.run.metrics import Scores, Signal
 from flowgrpo_ray.serving import deploy
@@ -156,7 +156,8 @@ class Crew:
         train = self.prompts["train"]
         self._encoded, needed = plan_encoding(self.spec, iteration, self.set_sizes)
         prompts = [*self.prompts["eval"], *(train[index] for index in needed)]
-        await self.rollouts.encode([prompt.text for prompt in prompts])
+        size = self.spec.sampling.size
+        await self.rollouts.encode([prompt.request(size) for prompt in prompts])
 
     async def publish(self, version: int, *, averaged: bool = False) -> WeightsTicket:
         """Contract: no unit is sampled under other weights than the published, or the run stops."""
@@ -200,14 +201,15 @@ class Crew:
             told += f"; {lost:.1%} {beyond}"
         self.display.note(told)
 
-    def prompts_of(self, unit: WorkUnit) -> list[str]:
-        """The texts of a unit's distinct prompts, in order."""
-        return [self.prompts[unit.stream][prompt].text for prompt in unit.distinct_prompts]
+    def prompts_of(self, unit: WorkUnit) -> list[Request]:
+        """What a unit's distinct prompts ask for, in order."""
+        prompts, size = self.prompts[unit.stream], self.spec.sampling.size
+        return [prompts[prompt].request(size) for prompt in unit.distinct_prompts]
 
     def hold(self, units: Sequence[WorkUnit]) -> None:
         """Have the conditions of these units' prompts read before workers are busy sampling; those
         of others may go."""
-        self.rollouts.hold([text for unit in units for text in self.prompts_of(unit)])
+        self.rollouts.hold([prompt for unit in units for prompt in self.prompts_of(unit)])
 
     async def sample(self, unit: WorkUnit, ticket: WeightsTicket) -> Sampled:
         """Have a free worker sample ``unit``."""

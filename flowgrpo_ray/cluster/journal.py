@@ -20,11 +20,12 @@ from flowgrpo_ray.cluster.live import Display
 from flowgrpo_ray.cluster.stages import StageReader
 from flowgrpo_ray.cluster.stream import Stream
 from flowgrpo_ray.common.errors import RewardError
-from flowgrpo_ray.common.types import MicrobatchStats, StepStats, WeightsTicket
+from flowgrpo_ray.common.sources import pictures
+from flowgrpo_ray.common.types import Edit, MicrobatchStats, StepStats, WeightsTicket
 from flowgrpo_ray.run.checkpoint import Progress
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.metrics import Scores, eval_row, means_by_set, train_row
-from flowgrpo_ray.run.tracking import RunRecorder, StartClock, save_samples
+from flowgrpo_ray.run.tracking import RunRecorder, StartClock, save_samples, save_sources
 from flowgrpo_ray.run.watch import Divergence, Watch, describe, export_of_best
 from flowgrpo_ray.spec.prompts import Prompt
 from flowgrpo_ray.spec.training import TrainingSpec
@@ -206,6 +207,9 @@ class Journal:
             name: np.concatenate([score.rewards[name] for score in scores])[:shown]
             for name in self._spec.rewards
         }
+        asked = [prompt.request(self._spec.sampling.size) for prompt in prompts[:shown]]
+        if edits := [request for request in asked if isinstance(request, Edit)]:
+            save_sources(self._folder.path, np.stack([pictures(edit) for edit in edits]))
         save_samples(self._folder.path, iteration, images, texts, of_images)
         self._record_time("eval", iteration, time.perf_counter() - self._began)
         self._display.evaluation(iteration, means | means_by_set(row))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from flowgrpo_ray.common.types import (
     Condition,
     Images,
     Overlong,
+    Request,
     Trajectory,
     WeightsTicket,
     WorkUnit,
@@ -81,13 +82,25 @@ class RolloutWorker:
         """Those that the model reads in part."""
         return self.encodings.overlong(prompts)
 
-    def encode(self, prompts: Sequence[str]) -> int:
-        """Make sure that this machine's cache holds the prompts' conditions; how many were new."""
-        return self.encodings.add(prompts)
+    def missing(self, prompts: Sequence[Request]) -> list[Request]:
+        """Those whose conditions this machine's cache lacks."""
+        return self.encodings.missing(prompts)
 
-    def conditions(self, prompts: Sequence[str]) -> list[Condition] | Condition:
+    def encode(
+        self,
+        prompts: Sequence[Request],
+        files: Mapping[str, bytes] | None = None,
+        more: bool = False,
+    ) -> int:
+        """Make sure that this machine's cache holds the prompts' conditions; how many were new.
+        ``files`` of the images that they change, by digest; ``more`` prompts come at once."""
+        return self.encodings.add(prompts, files, more=more)
+
+    def conditions(
+        self, prompts: Sequence[Request], files: Mapping[str, bytes] | None = None
+    ) -> list[Condition] | Condition:
         """The conditions of prompts; those that this machine's cache lacks are encoded."""
-        self.encodings.add(prompts)
+        self.encodings.add(prompts, files)
         found = [self.encodings.get(prompt) for prompt in prompts]
         return found if len(found) > 1 else found[0]
 

@@ -14,9 +14,10 @@ from ray import ObjectRef
 from ray.exceptions import ObjectLostError, RayActorError
 
 from flowgrpo_ray.cluster.actors import LOST, HangError, LearnerLostError, RunOnRay, seen
+from flowgrpo_ray.cluster.pictures import encode_on
 from flowgrpo_ray.cluster.samplers import Pool, Worker
 from flowgrpo_ray.common.errors import ClusterError, ContractError
-from flowgrpo_ray.common.types import WeightsTicket
+from flowgrpo_ray.common.types import Request, WeightsTicket
 from flowgrpo_ray.serving.ray_private import actor_id
 
 KEPT = 3  # published weights that can still be asked for: of training, its past, the averaged
@@ -69,7 +70,7 @@ class RolloutPool(Pool):
             worker = Worker(rank, *await self._launch(rank))
             try:
                 await worker.actor.start.remote()
-                await worker.actor.encode.remote(self.mine(rank))
+                await encode_on(worker.actor, self.mine(rank))
                 if self.encoded.is_set():
                     await worker.actor.load_model.remote()
             except LOST as error:
@@ -112,10 +113,10 @@ class RolloutPool(Pool):
                 waiting.worker.set_exception(error)
         self._waiting.clear()
 
-    def _blame(self, worker: Worker, error: Exception, texts: Sequence[str]) -> None:
+    def _blame(self, worker: Worker, error: Exception, prompts: Sequence[Request]) -> None:
         """Replace whoever was lost."""
-        for text in texts:
-            self._held.pop(text, None)
+        for prompt in prompts:
+            self._held.pop(prompt, None)
         cause = getattr(error, "cause", error)
         if isinstance(cause, RayActorError):
             lost = worker

@@ -17,7 +17,8 @@ from typing import Any
 from ray import ObjectRef
 
 from flowgrpo_ray.cluster.actors import LOST, ActorGroup, Calls, HangError, RunOnRay, seen
-from flowgrpo_ray.common.types import Overlong, WeightsTicket, WorkUnit
+from flowgrpo_ray.cluster.pictures import encode_on, with_files
+from flowgrpo_ray.common.types import Overlong, Request, WeightsTicket, WorkUnit
 
 IN_FLIGHT = 2  # units given to a worker at once, so that it never waits for the driver
 
@@ -67,8 +68,8 @@ class Pool(ActorGroup):
         super().__init__(run, worker_class)
         self.up: dict[int, Worker] = {}  # by rank
         self.encoded = asyncio.Event()  # are all prompts, so that the model may be loaded
-        self._encoder: dict[str, int] = {}  # of needed prompts: the rank that encodes them
-        self._held: dict[str, ObjectRef] = {}  # conditions of this iteration's prompts
+        self._encoder: dict[Request, int] = {}  # of needed prompts: the rank that encodes them
+        self._held: dict[Request, ObjectRef] = {}  # conditions of this iteration's prompts
         self._waiting: list[Waiting] = []  # in order
         self._turns = itertools.count()
         self._failure: Exception | None = None  # why there is no further worker
@@ -91,9 +92,9 @@ class Pool(ActorGroup):
         """Have a worker take weights over, if it must, before it samples under them."""
 
     @abstractmethod
-    def _blame(self, worker: Worker, error: Exception, texts: Sequence[str]) -> None:
+    def _blame(self, worker: Worker, error: Exception, prompts: Sequence[Request]) -> None:
         """A call to ``worker`` failed because an actor or object was lost, maybe another one: that
-        which gives the conditions of ``texts``. Raises where its unit cannot be sampled again."""
+        which gives the conditions of ``prompts``. Raises where its unit cannot be sampled again."""
 
     # --- prompts
 
@@ -111,11 +112,11 @@ class Pool(ActorGroup):
                 self._blame(worker, error, ())
         return None
 
-    async def encode(self, prompts: Sequence[str]) -> None:
+    async def encode(self, prompts: Sequence[Request]) -> None:
         """Every new prompt once, into the cache of the machine of the worker that does it; those
         that are not named are no longer needed."""
-        self._encoder = {text: self._encoder.get(text, -1) for text in prompts}
-        new = [text for text, rank in self._encoder.items() if rank not in self.up]
+        self._encoder = {prompt: self._encoder.get(prompt, -1) for prompt in prompts}
+        new = [prompt for prompt, rank in self._encoder.items() if rank not in self.up]
         workers = [self.up[rank] for rank in sorted(self.up)]
         shares = [new[i :: len(workers)] for i in range(len(workers))]
         for worker, share in zip(workers, shares, strict=True):
@@ -123,53 +124,56 @@ class Pool(ActorGroup):
         await asyncio.gather(*map(self._encode_on, workers, shares))
         self.encoded.set()
 
-    async def _encode_on(self, worker: Worker, prompts: list[str]) -> None:
+    async def _encode_on(self, worker: Worker, prompts: list[Request]) -> None:
         try:
-            await worker.actor.encode.remote(prompts)
+            await encode_on(worker.actor, prompts)
         except LOST as error:
             self._blame(worker, error, prompts)
 
-    def mine(self, rank: int) -> list[str]:
+    def mine(self, rank: int) -> list[Request]:
         """The prompts that a worker encoded."""
-        return [text for text, of in self._encoder.items() if of == rank]
+        return [prompt for prompt, of in self._encoder.items() if of == rank]
 
-    def hold(self, prompts: Sequence[str]) -> None:
+    def hold(self, prompts: Sequence[Request]) -> None:
         """Have the conditions of these prompts read, and let go of others."""
         needed = set(prompts)
-        self._held = {text: ref for text, ref in self._held.items() if text in needed}
+        self._held = {prompt: ref for prompt, ref in self._held.items() if prompt in needed}
         if self.up:
             self.conditions(prompts)
 
-    def conditions(self, prompts: Sequence[str]) -> list[ObjectRef]:
+    def conditions(self, prompts: Sequence[Request]) -> list[ObjectRef]:
         """References to the conditions of prompts, each read by the worker that has it; by another
         one, which may have to encode it first, while that one is away."""
-        by_worker: dict[Worker, list[str]] = {}
+        by_worker: dict[Worker, list[Request]] = {}
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._held:
                 reader = self.up.get(self._encoder.get(prompt, -1)) or self.up[min(self.up)]
                 by_worker.setdefault(reader, []).append(prompt)
         for worker, mine in by_worker.items():
-            made = worker.actor.conditions.options(num_returns=len(mine)).remote(mine)
+            given = with_files(mine)
+            made = worker.actor.conditions.options(num_returns=len(mine)).remote(*given)
             self._held |= zip(mine, made if len(mine) > 1 else [made], strict=True)
         return [self._held[prompt] for prompt in prompts]
 
     # --- units
 
-    async def sample(self, unit: WorkUnit, ticket: WeightsTicket, texts: Sequence[str]) -> Sampled:
-        """Sample one unit under published weights; ``texts`` are its distinct prompts, in order."""
+    async def sample(
+        self, unit: WorkUnit, ticket: WeightsTicket, prompts: Sequence[Request]
+    ) -> Sampled:
+        """Sample one unit under published weights; ``prompts`` are its distinct ones, in order."""
         while True:
             worker = await self._take(unit)
             try:
-                return await self._sample_on(worker, unit, ticket, texts)
+                return await self._sample_on(worker, unit, ticket, prompts)
             except (*LOST, HangError) as error:
-                self._blame(worker, error, texts)
+                self._blame(worker, error, prompts)
             finally:
                 self._give_back(worker)
 
     async def _sample_on(
-        self, worker: Worker, unit: WorkUnit, ticket: WeightsTicket, texts: Sequence[str]
+        self, worker: Worker, unit: WorkUnit, ticket: WeightsTicket, prompts: Sequence[Request]
     ) -> Sampled:
-        conditions = self.conditions(texts)
+        conditions = self.conditions(prompts)
         loading = self._load(worker, ticket)
         trajectory, images, seconds = worker.actor.sample.options(num_returns=3).remote(
             unit, ticket, *conditions

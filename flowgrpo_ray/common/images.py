@@ -19,6 +19,7 @@ DEEP = ("I", "I;16")  # 16 bits of grey
 WHITE = "white"
 # Pillow's own bound, which any library in the process may lift for all.
 MOST_PIXELS = 178_956_970
+MOST_BYTES = 2**29  # of an image file
 # What Pillow raises for files that are cut off or damaged on purpose.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError)
 BROKEN_INSIDE = (struct.error, zlib.error)
@@ -30,6 +31,16 @@ class ImageError(ValueError):
     def __init__(self, message: str, too_large: bool = False) -> None:
         super().__init__(message)
         self.too_large = too_large
+
+
+def read_bytes(file: Path) -> bytes:
+    """The content of an image file; ImageError if it cannot be read, or is larger than any is."""
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            raise ImageError(f"'{file}' is larger than {MOST_BYTES >> 20} MiB", too_large=True)
+        return file.read_bytes()
+    except OSError as error:
+        raise ImageError(str(error)) from error
 
 
 @contextmanager

@@ -32,6 +32,19 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Edit:
+    """A prompt with the images that it changes, at ``size`` (height, width), that of the images to
+    be drawn."""
+
+    text: str
+    sources: tuple[Source, ...]
+    size: tuple[int, int]
+
+
+Request = str | Edit  # what a condition is of: a prompt's text, alone or with images
+
+
+@dataclass(frozen=True)
 class Overlong:
     """Prompts of which a model reads the first ``limit`` tokens only: ``cut[prompt]`` is how many
     it has, and the characters of it that are read. The limit may be raised to ``most``."""

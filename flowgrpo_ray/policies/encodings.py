@@ -1,9 +1,9 @@
 """Prompt encodings on disk: a prompt is encoded once for a model, and read by whoever needs it.
 
 One folder per fingerprint, which is a digest of all that encodings depend on but the prompt, and
-one safetensors file per prompt in it. Text encoders are loaded only for prompts that are missing,
-and dropped after them. Where all files take more than they may, those go that nobody has used for
-the longest time.
+one safetensors file per prompt in it, or per prompt and the images that it changes. Encoders are
+loaded only for what is missing, and dropped after it. Where all files take more than they may,
+those go that nobody has used for the longest time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import math
 import os
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from flowgrpo_ray.common.errors import ModelError
+from flowgrpo_ray.common.sources import pictures
 from flowgrpo_ray.common.strict_json import parse
-from flowgrpo_ray.common.types import NEGATIVE, Condition, Overlong
+from flowgrpo_ray.common.types import NEGATIVE, Condition, Edit, Overlong, Request
 from flowgrpo_ray.policies.hub import identity
 
 if TYPE_CHECKING:
@@ -61,33 +62,62 @@ class EncodingCache:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self.folder = encodings_folder() / fingerprint(policy)
+        self._loaded = False  # is what encodes
 
-    def file(self, prompt: str) -> Path:
-        """Where the prompt's encoding stands, if it does."""
-        name = hashlib.sha256(prompt.encode()).hexdigest()[:32]
+    def file(self, request: Request) -> Path:
+        """Where the encoding of a prompt stands, if it does."""
+        if isinstance(request, Edit):
+            digests = [source.digest for source in request.sources]
+            pixels = [request.size, digests, str(self._policy.decoder_dtype)]
+            key = json.dumps([request.text, *pixels])
+        else:
+            key = request
+        name = hashlib.sha256(key.encode()).hexdigest()[:32]
         return self.folder / name[:2] / f"{name}.safetensors"
 
-    def add(self, prompts: Sequence[str]) -> int:
-        """Encode the prompts that are not there yet; returns how many those were."""
-        prompts = list(dict.fromkeys(prompts))
-        missing = [prompt for prompt in prompts if not _used(self.file(prompt))]
-        if not missing:
-            return 0
-        most = most_bytes()
-        _give_back_memory()
-        self._policy.load_encoder()
-        for start in range(0, len(missing), CHUNK):
-            chunk = missing[start : start + CHUNK]
+    def missing(self, requests: Sequence[Request]) -> list[Request]:
+        """Those that are not there yet, each once."""
+        return [request for request in dict.fromkeys(requests) if not _used(self.file(request))]
+
+    def add(
+        self,
+        requests: Sequence[Request],
+        files: Mapping[str, bytes] | None = None,
+        *,
+        more: bool = False,
+    ) -> int:
+        """Encode what is not there yet; returns how many those were. ``files`` are those of the
+        images, by digest, where they are not this machine's; ``more`` will come at once."""
+        missing = self.missing(requests)
+        if missing:
+            most = most_bytes()
+            self._load()
+            self._encode([request for request in missing if isinstance(request, str)])
+            for edit in (request for request in missing if isinstance(request, Edit)):
+                condition = self._policy.encode_edit(edit.text, pictures(edit, files))
+                self._write(self.file(edit), save(dict(condition)))
+            _make_room(most, keep={self.file(request) for request in requests})
+        if self._loaded and not more:
+            self._policy.drop_encoder()
+            self._loaded = False
+            _give_back_memory()
+        return len(missing)
+
+    def _load(self) -> None:
+        if not self._loaded:
+            _give_back_memory()
+            self._policy.load_encoder()
+            self._loaded = True
+
+    def _encode(self, prompts: Sequence[str]) -> None:
+        for start in range(0, len(prompts), CHUNK):
+            chunk = prompts[start : start + CHUNK]
             for prompt, condition in zip(chunk, self._policy.encode(chunk), strict=True):
                 own = {n: array for n, array in condition.items() if not n.startswith(NEGATIVE)}
                 shared = {n: condition[n] for n in condition.keys() - own}
                 if not self._shared.exists():
                     self._write(self._shared, save(shared))
                 self._write(self.file(prompt), save(own))
-        self._policy.drop_encoder()
-        _give_back_memory()
-        _make_room(most, keep={self.file(prompt) for prompt in prompts})
-        return len(missing)
 
     def overlong(self, prompts: Sequence[str]) -> Overlong:
         """Those that the model reads in part; kept as encodings are, so that tokenizers are loaded
@@ -104,9 +134,11 @@ class EncodingCache:
         self._write(file, json.dumps(dict(found.cut)).encode())
         return found
 
-    def get(self, prompt: str) -> Condition:
+    def get(self, request: Request) -> Condition:
         """The encoding of a prompt that was added; ``ModelError`` if its files are torn or gone."""
-        return {**_read(self.file(prompt), prompt), **_read(self._shared, prompt)}
+        if isinstance(request, Edit):  # whose arrays are all its own
+            return _read(self.file(request), request.text)
+        return {**_read(self.file(request), request), **_read(self._shared, request)}
 
     @property
     def _shared(self) -> Path:

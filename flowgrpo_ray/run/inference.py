@@ -14,7 +14,7 @@ from flowgrpo_ray.algorithm.sampling import rollout
 from flowgrpo_ray.algorithm.weights import load_arrays
 from flowgrpo_ray.common.errors import RunFolderError, SpecError
 from flowgrpo_ray.common.paths import share_mode
-from flowgrpo_ray.common.types import Images, LearnerState, WeightsTicket, WorkUnit
+from flowgrpo_ray.common.types import Images, LearnerState, Request, WeightsTicket, WorkUnit
 from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.policies.base import Policy
 from flowgrpo_ray.policies.encodings import EncodingCache
@@ -80,7 +80,12 @@ def _trained(spec: TrainingSpec, state: LearnerState, weights: str) -> Policy:
 
 
 def generate(
-    policy: Policy, spec: TrainingSpec, prompts: Sequence[str], steps: int, seed: int, batch: int
+    policy: Policy,
+    spec: TrainingSpec,
+    prompts: Sequence[Request],
+    steps: int,
+    seed: int,
+    batch: int,
 ) -> Images:
     """One image per prompt, by the evaluations' solver from noise drawn by ``seed`` and place."""
     encodings = EncodingCache(policy)

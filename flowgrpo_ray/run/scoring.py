@@ -19,7 +19,7 @@ import numpy as np
 
 from flowgrpo_ray.common.errors import RewardError, SpecError
 from flowgrpo_ray.common.files import check_free, write_atomic
-from flowgrpo_ray.common.images import WHITE, ImageError, decode_rgb
+from flowgrpo_ray.common.images import WHITE, ImageError, decode_rgb, read_bytes
 from flowgrpo_ray.rewards import Reward, checked
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 TOTAL = "total"
-MOST_BYTES = 2**29  # of an image file
 
 
 def find_images(place: Path) -> list[Path]:
@@ -86,10 +85,8 @@ def plan_batches(files: Sequence[Path], batch: int, background: str = WHITE) -> 
 def _read(file: Path, background: str) -> np.ndarray:
     """uint8 [H, W, 3]."""
     try:
-        if file.stat().st_size > MOST_BYTES:
-            raise ImageError(f"'{file}' is larger than {MOST_BYTES >> 20} MiB", too_large=True)
-        return decode_rgb(file.read_bytes(), f"'{file}'", background=background)
-    except (OSError, ImageError) as error:
+        return decode_rgb(read_bytes(file), f"'{file}'", background=background)
+    except ImageError as error:
         raise SpecError(f"IMAGES: {error}") from error
 
 

@@ -28,6 +28,7 @@ METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
 SUMMARY = "summary.json"
 SAMPLES = "samples"
+SOURCES = "sources"  # beside the samples, of prompts that change images
 PER_PROMPT = "per_prompt"  # scores in the row of an evaluation: what the watch compares
 
 Row = dict[str, Any]
@@ -221,6 +222,19 @@ def save_samples(
     text = json.dumps(_plain(sidecar), allow_nan=False)
     write_atomic(picture.with_suffix(".json"), text.encode() + b"\n")
     return picture
+
+
+def save_sources(folder: str | Path, sources: "np.ndarray", *, columns: int = 8) -> None:
+    """Write the source images `[count, n, H, W, 3]` of the samples' prompts, in the samples' order:
+    a grid as theirs, whose tiles show the `n` of a prompt side by side."""
+    count, each, height, width, _ = sources.shape
+    columns = min(columns, count)
+    picture = Path(folder) / SAMPLES / f"{SOURCES}.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    tiles = sources.swapaxes(1, 2).reshape(count, height, each * width, 3)
+    save_grid(picture, tiles, columns)
+    about = {"tile": [height, each * width], "columns": columns, "per_image": each}
+    write_atomic(picture.with_suffix(".json"), json.dumps(about).encode() + b"\n")
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, Row]]:

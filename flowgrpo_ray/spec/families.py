@@ -13,6 +13,7 @@ class Family:
     adapter: str  # module:class, imported when a model is loaded
     pipelines: tuple[str, ...] = ()  # classes of diffusers that model_index.json may name
     index: str = "model_index.json"  # a file that the folder of every such model has
+    sources: range = range(1)  # how many images to change a prompt may name
 
 
 FAMILIES = {

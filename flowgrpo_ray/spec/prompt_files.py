@@ -15,7 +15,7 @@ from typing import Any
 from flowgrpo_ray.common.errors import NotFetchedError, PromptError
 from flowgrpo_ray.common.paths import builtin_path, expand
 from flowgrpo_ray.common.strict_json import parse
-from flowgrpo_ray.common.types import Source
+from flowgrpo_ray.common.types import Edit, Request, Source
 from flowgrpo_ray.spec.public_prompts import where_from
 
 MOST_BYTES = 2**30  # of a prompt file, which is held in memory
@@ -32,6 +32,10 @@ class Prompt:
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
     set: str = ""  # the name of the one that it belongs to, where there are several
     images: tuple[Source, ...] = ()  # that an editing model changes
+
+    def request(self, size: tuple[int, int]) -> Request:
+        """What a model is asked for, to be drawn at ``size`` (height, width)."""
+        return Edit(self.text, self.images, size) if self.images else self.text
 
 
 def load_prompts(path: str, key: str) -> list[Prompt]:

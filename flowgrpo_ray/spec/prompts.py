@@ -12,12 +12,13 @@ from typing import Any
 from flowgrpo_ray.common.errors import PromptError
 from flowgrpo_ray.common.types import Overlong
 from flowgrpo_ray.rewards import prompt_check, read_check
+from flowgrpo_ray.spec.families import FAMILIES
 from flowgrpo_ray.spec.plan import most_groups
 from flowgrpo_ray.spec.prompt_files import Prompt, load_prompts
+from flowgrpo_ray.spec.sources import IMAGES, check_alike, names_images, with_sources
 from flowgrpo_ray.spec.training import TrainingSpec
 
 SHOWN = 60  # characters of a long prompt
-IMAGES = ("image", "images")  # keys of a line that an editing model draws from
 
 
 def load_prompt_sets(spec: TrainingSpec) -> tuple[list[Prompt], list[Prompt]]:
@@ -35,7 +36,9 @@ def load_prompt_sets(spec: TrainingSpec) -> tuple[list[Prompt], list[Prompt]]:
                 f"{most[one.name]} different ones (sampling.groups = {spec.sampling.groups})"
             )
         train += found
-    return train, load_held_out(spec)
+    held_out = load_held_out(spec)
+    check_alike((len(prompt.images) for prompt in [*train, *held_out]), "prompts")
+    return train, held_out
 
 
 def load_held_out(spec: TrainingSpec, most: int | None = None) -> list[Prompt]:
@@ -53,12 +56,20 @@ def load_held_out(spec: TrainingSpec, most: int | None = None) -> list[Prompt]:
 
 def _of_set(spec: TrainingSpec, file: str, key: str, name: str) -> list[Prompt]:
     """The prompts of a file of the set ``name``."""
-    prompts = [replace(prompt, set=name) for prompt in load_prompts(file, key)]
+    prompts = [replace(prompt, set=name) for prompt in prompts_for(spec, file, key)]
     for reward_name, reward in spec.rewards.items():
         if reward.scores(name):
             check = prompt_check(reward.reward or reward_name, reward.options)
             check_prompts(prompts, key, check, f"rewards.{reward_name}")
     return prompts
+
+
+def prompts_for(spec: TrainingSpec, file: str, key: str) -> list[Prompt]:
+    """The prompts of a file, with the source images that the family draws from."""
+    prompts, family = load_prompts(file, key), spec.model.family
+    if (allowed := FAMILIES[family].sources) == range(1):
+        return prompts
+    return with_sources(prompts, file, key, allowed, f"family {family!r}")
 
 
 def set_sizes(prompts: Sequence[Prompt]) -> tuple[int, ...]:
@@ -114,8 +125,8 @@ def check_lengths(spec: TrainingSpec, prompts: Sequence[Prompt], found: Overlong
 
 def unused_images(spec: TrainingSpec, prompts: Sequence[Prompt]) -> str | None:
     """What to tell of prompt lines that name source images, as the family draws from text alone."""
-    naming = sum(not prompt.metadata.keys().isdisjoint(IMAGES) for prompt in prompts)
-    if not naming:
+    naming = sum(map(names_images, prompts))
+    if not naming or FAMILIES[spec.model.family].sources != range(1):
         return None
     return (
         f"{naming} of {len(prompts)} prompt lines have a key {' or '.join(IMAGES)}, which family "
@@ -125,5 +136,12 @@ def unused_images(spec: TrainingSpec, prompts: Sequence[Prompt]) -> str | None:
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
     """Identifies the set and its order: a resumed run must train on the same one."""
-    rows = [[p.text, dict(p.metadata), *([p.set] if p.set else [])] for p in prompts]
+    rows = [
+        [
+            *(p.text, dict(p.metadata)),
+            *([p.set] if p.set else []),
+            *([[image.digest for image in p.images]] if p.images else []),
+        ]
+        for p in prompts
+    ]
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from tiny_runs import CPU, LORA, PROMPTS, small_spec
+from editing import FAMILY, add_family, write_image
+from tiny_runs import CPU, LORA, PROMPTS, SIZE, small_spec
 
+from flowgrpo_ray.cluster.pictures import encode_on, with_files
 from flowgrpo_ray.cluster.rollout import RolloutWorker
 from flowgrpo_ray.common.errors import ModelError
+from flowgrpo_ray.common.sources import find_source, read_sources
+from flowgrpo_ray.common.types import Edit
 from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.policies.base import Policy
 from flowgrpo_ray.policies.encodings import EncodingCache, fingerprint
@@ -205,3 +212,71 @@ def test_a_limit_that_is_none_is_an_error_that_names_it(monkeypatch, given):
     monkeypatch.setenv("FLOWGRPO_ENCODINGS_GIB", given)
     with pytest.raises(ModelError, match=f"FLOWGRPO_ENCODINGS_GIB = '{given}'"):
         EncodingCache(policy()).add(PROMPTS[:1])
+
+
+# --- of prompts that change images
+
+
+def edit_of(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = SIZE) -> Edit:
+    return Edit(PROMPTS[0], (find_source(write_image(path, colour))[0],), size)
+
+
+def test_an_edit_is_kept_by_its_images_and_their_size(monkeypatch, tmp_path):
+    add_family(monkeypatch)
+    made = policy(f"model.family={FAMILY}", "sampling.guidance=3")
+    loads: list[str] = []
+    for name in ("load_encoder", "drop_encoder"):
+        real = getattr(made, name)
+        monkeypatch.setattr(made, name, lambda name=name, real=real: (loads.append(name), real()))
+    cache = EncodingCache(made)
+    red, other = (edit_of(tmp_path / f"{n}.png", (n, 0, 0)) for n in (200, 100))
+    smaller = replace(red, size=(16, 48))
+    copy = edit_of(tmp_path / "copy.png", (200, 0, 0))
+    assert cache.file(red) == cache.file(copy), "the content counts, not the name"
+    assert len({cache.file(of) for of in (red, other, smaller, PROMPTS[0])}) == 4
+
+    files = read_sources([red, other])
+    for path in tmp_path.glob("*.png"):
+        path.unlink()  # another machine has none of them
+    assert cache.missing([red, other, red]) == [red, other]
+    assert cache.add([red], files, more=True) == 1
+    assert loads == ["load_encoder"], "more will come"
+    assert cache.add([red, other], files) == 1
+    assert loads == ["load_encoder", "drop_encoder"]
+    assert cache.add([red, other]) == 0
+
+    found = cache.get(red)
+    assert found["seen"].tolist() == [[200, 0, 0]]
+    assert {name for name in found if name.startswith("negative_")} == set(NEGATIVE)
+    moved = found["pooled"] - cache.get(other)["pooled"]
+    np.testing.assert_allclose(moved, (200 - 100) / 3 / 255, atol=1e-6)
+
+
+def test_a_worker_makes_the_conditions_of_an_edit_from_files_that_it_is_sent(monkeypatch, tmp_path):
+    add_family(monkeypatch)
+    worker = RolloutWorker.__new__(RolloutWorker)
+    worker.encodings = EncodingCache(policy(f"model.family={FAMILY}"))
+    edit = edit_of(tmp_path / "a.png", (90, 0, 0))
+    given = with_files([edit])
+    assert with_files([PROMPTS[0]]) == ([PROMPTS[0]],), "a text travels as before"
+    (tmp_path / "a.png").unlink()
+    condition: Any = worker.conditions(*given)
+    assert condition["seen"].tolist() == [[90, 0, 0]]
+
+    sent: list[tuple[int, int, bool]] = []
+
+    class Actor:
+        class missing:  # noqa: N801
+            remote = staticmethod(lambda prompts: _done(list(prompts)))
+
+        class encode:  # noqa: N801
+            remote = staticmethod(lambda p, f, more: _done(sent.append((len(p), len(f), more))))
+
+    monkeypatch.setattr("flowgrpo_ray.cluster.pictures.SENT", 2)
+    edits = [edit_of(tmp_path / f"{n}.png", (n, 0, 0)) for n in range(5)]
+    asyncio.run(encode_on(Actor, edits))
+    assert sent == [(2, 2, True), (2, 2, True), (1, 1, False)]
+
+
+async def _done(value: Any) -> Any:
+    return value
