@@ -134,13 +134,23 @@ def sample(
     weights: WeightsOption = "ema",
     iteration: IterationOption = None,
     columns: Annotated[int, typer.Option(min=1, help="images in a row")] = 8,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image",
+            metavar="FILE",
+            help="an image that each prompt changes, for a model that does; may be repeated",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace --out")] = False,
 ) -> None:
     """Draw one image per prompt into a grid PNG."""
     from flowgrpo_ray.run.inference import generate, load_trained, open_target
     from flowgrpo_ray.run.tracking import save_grid
+    from flowgrpo_ray.spec.sources import requests_for
 
     spec, folder = open_target(target)
+    requests = requests_for(spec, prompts, images or [])
     _check_picture(out, overwrite)
     if len(prompts) > 1 and not any(" " in prompt for prompt in prompts):
         console.print(
@@ -150,9 +160,9 @@ def sample(
     out.parent.mkdir(parents=True, exist_ok=True)
     policy = load_trained(spec, folder, weights, iteration)
     steps = steps or spec.evaluation.steps
-    images = generate(policy, spec, prompts, steps, seed, spec.evaluation.micro_batch)
-    save_grid(out, images, min(columns, len(images)))
-    count = f"{len(images)} image{'s' if len(images) > 1 else ''}"
+    drawn = generate(policy, spec, requests, steps, seed, spec.evaluation.micro_batch)
+    save_grid(out, drawn, min(columns, len(drawn)))
+    count = f"{len(drawn)} image{'s' if len(drawn) > 1 else ''}"
     console.print(f"{count} in {out}", soft_wrap=True)
 
 

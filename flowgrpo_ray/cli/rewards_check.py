@@ -18,7 +18,7 @@ from rich.table import Table
 
 from flowgrpo_ray.cli.options import parse_option
 from flowgrpo_ray.common.errors import RewardError, SpecError
-from flowgrpo_ray.rewards import BUILTIN, build, check_options, prompt_check
+from flowgrpo_ray.rewards import BUILTIN, build, check_options, needs_sources, prompt_check
 from flowgrpo_ray.spec.file import load_spec, recipe_names
 from flowgrpo_ray.spec.sections import RewardSpec
 
@@ -120,9 +120,10 @@ def _check_can_score(name: str, reward: RewardSpec, pictures: Sequence[Picture])
 def _report(name: str, reward: RewardSpec, pictures: Sequence[Picture]) -> Report:
     from flowgrpo_ray.rewards.calibration import check_reward
 
-    scorer = build(reward.reward or name, reward.options)
+    of = reward.reward or name
+    scorer, lower = build(of, reward.options), reward.weight < 0
     try:
-        return check_reward(scorer, pictures, lower_is_better=reward.weight < 0)
+        return check_reward(scorer, pictures, lower, with_sources=needs_sources(of))
     except RewardError as error:
         raise RewardError(f"reward {name!r}: {error}") from error
 

@@ -17,9 +17,16 @@ from rich.table import Table
 from flowgrpo_ray.cli.options import parse_option
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.images import WHITE, check_colour
-from flowgrpo_ray.rewards import build, check_options, prompt_check, weighted_total
+from flowgrpo_ray.rewards import (
+    build,
+    check_options,
+    prompt_check,
+    takes_sources,
+    weighted_total,
+)
 from flowgrpo_ray.run.metrics import mean_and_std
-from flowgrpo_ray.spec.prompts import Prompt, check_prompts, load_prompts
+from flowgrpo_ray.spec.prompts import Prompt, check_needed, check_prompts, load_prompts
+from flowgrpo_ray.spec.sources import names_images, with_sources
 
 
 def score(
@@ -96,7 +103,10 @@ def _in_turn(
 def _prompts(file: str, chosen: Mapping[str, Mapping[str, Any]]) -> list[Prompt]:
     """Those of a file, which every chosen reward can score."""
     prompts = load_prompts(file, "PROMPTS")
+    if any(map(takes_sources, chosen)) and any(map(names_images, prompts)):
+        prompts = with_sources(prompts, file, "PROMPTS", range(1, 17), "a reward")
     for name, options in chosen.items():
+        check_needed(prompts, "PROMPTS", name, f"the reward {name!r}")
         check = prompt_check(name, options)
         check_prompts(prompts, "PROMPTS", check, f"the reward {name!r}")
     return prompts

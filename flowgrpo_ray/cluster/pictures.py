@@ -7,10 +7,15 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from flowgrpo_ray.common.sources import read_sources
+import ray
+from ray import ObjectRef
+
+from flowgrpo_ray.common.sources import pictures, read_sources
 from flowgrpo_ray.common.types import Edit, Request
+from flowgrpo_ray.serving.types import Sources
 
 SENT = 64  # prompts whose files travel in one call
+KEPT = 64  # prompts whose source images stay in the object store
 
 
 def with_files(prompts: Sequence[Request]) -> tuple[Any, ...]:
@@ -29,3 +34,25 @@ async def encode_on(actor: Any, prompts: Sequence[Request]) -> None:
         part, rest = missing[start : start + SENT], missing[start + SENT :]
         files = await asyncio.to_thread(read_sources, part)
         await actor.encode.remote(part, files, bool(rest))
+
+
+class Pictures:
+    """Source images in the object store, for rewards: of the prompts last asked about."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Edit, asyncio.Task[ObjectRef]] = {}
+
+    async def of(self, edits: Sequence[Edit]) -> Sources:
+        """Those of each prompt of a call, read once."""
+        distinct = list(dict.fromkeys(edits))
+        for edit in distinct:
+            task = self._kept.pop(edit, None) or asyncio.create_task(self._put(edit))
+            self._kept[edit] = task  # as the last one
+        found = asyncio.gather(*(self._kept[edit] for edit in distinct))
+        for old in list(self._kept)[:-KEPT]:
+            del self._kept[old]
+        arrays = await asyncio.shield(found)  # others wait for them, too
+        return Sources(arrays, [distinct.index(edit) for edit in edits])
+
+    async def _put(self, edit: Edit) -> ObjectRef:
+        return ray.put(await asyncio.to_thread(pictures, edit))

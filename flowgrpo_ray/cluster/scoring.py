@@ -14,8 +14,9 @@ import numpy as np
 from ray import ObjectRef
 
 from flowgrpo_ray.cluster.actors import all_or_none
-from flowgrpo_ray.common.types import WorkUnit
-from flowgrpo_ray.rewards import is_over_group, weighted_total
+from flowgrpo_ray.cluster.pictures import Pictures
+from flowgrpo_ray.common.types import Edit, WorkUnit
+from flowgrpo_ray.rewards import is_over_group, takes_sources, weighted_total
 from flowgrpo_ray.run.ledger import Ledger
 from flowgrpo_ray.run.metrics import Scores
 from flowgrpo_ray.serving.client import RewardClient
@@ -48,6 +49,9 @@ class Scorer:
         self._spec, self._prompts = spec, prompts
         self.rewards, self._ledger = rewards, ledger
         self._over_groups = over_groups(spec)
+        rewards_of = {name: reward.reward or name for name, reward in spec.rewards.items()}
+        self._taking_sources = {name for name, of in rewards_of.items() if takes_sources(of)}
+        self._pictures = Pictures()
 
     async def score(self, units: Sequence[WorkUnit], images: Sequence[ObjectRef]) -> list[Scores]:
         """Every reward's scores of the units' images; NaN, and why, where one gave up.
@@ -122,6 +126,11 @@ class Scorer:
     ) -> np.ndarray | str:
         """A reward's scores, or why there are none."""
         of = [prompts[place] for place in question.places]
+        size = self._spec.sampling.size
+        edits = [edit for p in of if isinstance(edit := p.request(size), Edit)]
+        more = {}
+        if edits and question.reward in self._taking_sources:
+            more["sources"] = await self._pictures.of(edits)
         try:
             return await self.rewards.ask(
                 question.reward,
@@ -129,6 +138,7 @@ class Scorer:
                 [prompt.text for prompt in of],
                 [prompt.metadata for prompt in of],
                 question.shown,
+                **more,
             )
         finally:
             for i in question.units:

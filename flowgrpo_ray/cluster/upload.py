@@ -6,6 +6,7 @@ Everything else a run needs is on the cluster: this program, models, environment
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import site
 import sysconfig
@@ -13,9 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flowgrpo_ray.common.errors import SpecError
-from flowgrpo_ray.common.paths import BUILTIN, PACKAGE, local_path
+from flowgrpo_ray.common.paths import BUILTIN, PACKAGE, expand, local_path
+from flowgrpo_ray.spec.families import FAMILIES
 from flowgrpo_ray.spec.file import dump_spec
-from flowgrpo_ray.spec.prompt_files import HUB
+from flowgrpo_ray.spec.prompt_files import HUB, load_prompts
+from flowgrpo_ray.spec.sources import files_of
 from flowgrpo_ray.spec.training import TrainingSpec
 
 SPEC = "spec.yaml"
@@ -24,10 +27,12 @@ SPEC = "spec.yaml"
 def pack(spec: TrainingSpec, folder: Path) -> list[str]:
     """Fill the empty ``folder`` with what the job needs to run ``spec`` there; what was put in.
 
-    Prompt files below the current folder keep their place, so that the spec stays the same.
+    Prompt files below the current folder keep their place, so that the spec stays the same; source
+    images keep theirs beside the prompt file.
     """
     check_reachable(spec)
-    prompts = spec.prompts.with_files(lambda path: _take(path, folder))
+    edits = FAMILIES[spec.model.family].sources != range(1)
+    prompts = spec.prompts.with_files(lambda path: _take(path, folder, with_sources=edits))
     moved = spec.model_copy(update={"prompts": prompts})
     (folder / SPEC).write_text(dump_spec(moved), encoding="utf-8")
     for module in _own_modules(spec):
@@ -50,8 +55,9 @@ def check_reachable(spec: TrainingSpec) -> None:
         )
 
 
-def _take(path: str, folder: Path) -> str:
-    """Copy a prompt file; its path from ``folder``, or as it is if the cluster has it too."""
+def _take(path: str, folder: Path, *, with_sources: bool) -> str:
+    """Copy a prompt file, and the images that it names; its path from ``folder``, or as it is if
+    the cluster has it too."""
     if path.startswith((BUILTIN, HUB)):
         return path
     found, here = Path(path).expanduser().resolve(), Path.cwd()
@@ -63,7 +69,23 @@ def _take(path: str, folder: Path) -> str:
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(found, target)
+    names = (name for prompt in load_prompts(path, "prompts") for name in files_of(prompt))
+    for name in dict.fromkeys(names) if with_sources else ():
+        if not expand(name).is_absolute():  # else the cluster has it too
+            _take_source(found.parent / name, target.parent / name, folder)
     return str(place)
+
+
+def _take_source(file: Path, target: Path, folder: Path) -> None:
+    """Copy an image to ``target``, in ``folder``."""
+    target = Path(os.path.normpath(target))
+    if not target.is_relative_to(folder):
+        raise SpecError(
+            f"the source image '{file}' cannot keep its place in what is uploaded: put it below "
+            "the folder of its prompt file, or give an absolute path that the cluster has too"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(file, target)
 
 
 def _own_modules(spec: TrainingSpec) -> Iterator[Path]:

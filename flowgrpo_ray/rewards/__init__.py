@@ -36,6 +36,7 @@ BUILTIN: dict[str, str] = {
     "rank": "flowgrpo_ray.rewards.rank:RankReward",
     "http": "flowgrpo_ray.rewards.http:HttpReward",
     "sign_colour": "flowgrpo_ray.rewards.sign_colour:SignColourReward",
+    "preservation": "flowgrpo_ray.rewards.preservation:PreservationReward",
 }
 
 
@@ -53,7 +54,10 @@ class Reward(Protocol):
     refused where it does not rank them so. An attribute `SIZE` (`loading.ModelSize`) lets
     `flowgrpo-ray plan` count its model. A class with `over_group = True` compares the images of a
     group: each call holds all images of one prompt, whole groups and one at a time, and it is not
-    asked in evaluations, where a prompt has one image.
+    asked in evaluations, where a prompt has one image. A class with `takes_sources = True` is given
+    as a fourth argument `sources`, uint8 [b, n, H, W, 3], the images that the prompts name to be
+    changed, of the size of `images`; where they name none, it is not asked without, unless that
+    parameter has a default.
     """
 
     def __call__(
@@ -73,12 +77,46 @@ def resolve(reward: str) -> type:
         raise SpecError(
             f"reward {reward!r}: {found.__name__} scores nothing: a reward is a class with __call__"
         )
+    if getattr(found, "takes_sources", False) and _sources_of(found) is None:
+        raise SpecError(
+            f"reward {reward!r}: {found.__name__} says takes_sources = True, and its __call__ has "
+            "no parameter sources"
+        )
     return found
+
+
+def _sources_of(cls: Any) -> inspect.Parameter | None:
+    """The parameter of a class's `__call__` that takes source images."""
+    return inspect.signature(cls.__call__).parameters.get("sources")
 
 
 def is_over_group(reward: str) -> bool:
     """Whether `reward` must see all images of a group together."""
     return bool(getattr(resolve(reward), "over_group", False))
+
+
+def takes_sources(reward: str) -> bool:
+    """Whether `reward` is given the source images of an edit."""
+    return bool(getattr(resolve(reward), "takes_sources", False))
+
+
+def needs_sources(reward: str) -> bool:
+    """Whether `reward` scores nothing without them."""
+    given = _sources_of(resolve(reward)) if takes_sources(reward) else None
+    return given is not None and given.default is given.empty
+
+
+def ask(
+    reward: Reward,
+    images: np.ndarray,
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]],
+    sources: np.ndarray | None = None,
+) -> np.ndarray:
+    """What `reward` says of images; it is given the `sources`, [b, n, H, W, 3], if it takes any."""
+    scorer: Callable[..., np.ndarray] = reward
+    takes = sources is not None and getattr(reward, "takes_sources", False)
+    return scorer(images, prompts, metadata, *([sources] if takes else []))
 
 
 def check_options(reward: str, options: Mapping[str, Any]) -> dict[str, Any]:

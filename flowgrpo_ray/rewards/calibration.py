@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from flowgrpo_ray.common.errors import RewardError, SpecError
-from flowgrpo_ray.rewards import Reward, checked, signs
+from flowgrpo_ray.rewards import Reward, ask, checked, signs
 
 PROMPTS = 8
 CLEAN, REPEATED = "clean", "text twice"
@@ -138,16 +138,21 @@ def _wrong(text: str) -> str:
 
 
 def check_reward(
-    reward: Reward, pictures: Sequence[Picture], lower_is_better: bool = False
+    reward: Reward,
+    pictures: Sequence[Picture],
+    lower_is_better: bool = False,
+    with_sources: bool = False,
 ) -> Report:
     """Scores `pictures` twice together and some alone, and judges what `reward` says of them.
 
-    `lower_is_better`: as in a spec that gives the reward a negative weight.
+    `lower_is_better`: as in a spec that gives the reward a negative weight. `with_sources`: each is
+    shown as an edit of the clean picture of its prompt, which had nothing to change.
     """
-    first, first_s = _timed(reward, pictures)
-    again, batch_s = _timed(reward, pictures)
+    sources = {p.prompt: p.image for p in pictures if with_sources and p.kind == CLEAN}
+    first, first_s = _timed(reward, pictures, sources)
+    again, batch_s = _timed(reward, pictures, sources)
     indices = _one_of_each_kind(pictures)
-    single = [_timed(reward, [pictures[i]]) for i in indices]
+    single = [_timed(reward, [pictures[i]], sources) for i in indices]
     alone = np.concatenate([scores for scores, _ in single])
     repeat_difference = _largest_difference(first, again)
     alone_difference = _largest_difference(alone, again[indices])
@@ -188,13 +193,18 @@ def check_reward(
     )
 
 
-def _timed(reward: Reward, pictures: Sequence[Picture]) -> tuple[np.ndarray, float]:
-    """Scores, float64 [b], and the seconds that they took."""
+def _timed(
+    reward: Reward, pictures: Sequence[Picture], sources_of: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, float]:
+    """Scores, float64 [b], and the seconds that they took; `sources_of` prompts, if any."""
     images = np.stack([picture.image for picture in pictures])
     images.flags.writeable = False
     prompts = [picture.prompt for picture in pictures]
+    sources = None
+    if sources_of:
+        sources = np.stack([sources_of[prompt][None] for prompt in prompts])
     started = time.perf_counter()
-    scores = reward(images, prompts, [{} for _ in prompts])
+    scores = ask(reward, images, prompts, [{} for _ in prompts], sources)
     seconds = time.perf_counter() - started
     try:
         values = checked(scores, len(pictures)).astype(np.float64)

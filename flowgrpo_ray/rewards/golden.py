@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from flowgrpo_ray.common.errors import RewardError
+from flowgrpo_ray.rewards import ask
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,7 @@ class Golden:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     low: float = -math.inf
     high: float = math.inf
+    sources: np.ndarray | None = None  # uint8 [n, H, W, 3], of which it is an edit
 
 
 Rankings = Sequence[Sequence[Golden]]
@@ -50,11 +52,14 @@ def score_golden(reward: Callable[..., np.ndarray], rankings: Rankings) -> np.nd
         return np.concatenate([score_golden(reward, [ranking]) for ranking in rankings])
     pictures = [picture for ranking in rankings for picture in ranking]
     scores = np.zeros(len(pictures), np.float32)
-    for size in dict.fromkeys(picture.image.shape for picture in pictures):
-        places = [i for i, picture in enumerate(pictures) if picture.image.shape == size]
+    shapes = [(p.image.shape, None if p.sources is None else p.sources.shape) for p in pictures]
+    for shape in dict.fromkeys(shapes):
+        places = [i for i, of in enumerate(shapes) if of == shape]
         group = [pictures[i] for i in places]
         images = np.stack([picture.image for picture in group])
-        scores[places] = reward(images, [p.prompt for p in group], [p.metadata for p in group])
+        given = [picture.sources for picture in group if picture.sources is not None]
+        texts, metadata = [p.prompt for p in group], [p.metadata for p in group]
+        scores[places] = ask(reward, images, texts, metadata, np.stack(given) if given else None)
     return scores
 
 

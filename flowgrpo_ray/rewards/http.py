@@ -2,6 +2,8 @@
 
     POST {url}/score, files `images`, JSON `prompts` and `metadata` -> {"scores": [number or null]}
 
+and where it wants them files `sources`, those of the first image first.
+
 The schema is that of `serving.http`. `answer` holds the retries; the judge of
 `unified_reward` asks through it as well.
 """
@@ -46,6 +48,8 @@ Retries = Annotated[int, Field(ge=0)]
 class HttpReward:
     """Scores that the server at `url` gives."""
 
+    takes_sources = True
+
     def __init__(
         self,
         url: Annotated[Url, Field(description="without `/score`, as `http://10.0.0.7:8000/ocr`")],
@@ -62,8 +66,11 @@ class HttpReward:
             ),
         ] = 2,
         batch: Annotated[int, Field(ge=1, description="images per request")] = 64,
+        sources: Annotated[
+            bool, Field(description="send the source images of edits as well, as `sources`")
+        ] = False,
     ) -> None:
-        self._url = f"{url.rstrip('/')}/score"
+        self._url, self._sends_sources = f"{url.rstrip('/')}/score", sources
         self._retries, self._batch = retries, batch
         self._client = httpx.Client(headers=bearer("token_env", token_env), timeout=timeout_s)
 
@@ -72,24 +79,33 @@ class HttpReward:
         images: np.ndarray,
         prompts: Sequence[str],
         metadata: Sequence[Mapping[str, Any]],
+        sources: np.ndarray | None = None,
     ) -> np.ndarray:
         """Scores, float32 [b], of `images`, uint8 [b, H, W, 3]; NaN where the server has none.
 
         RewardError if it does not answer, or not with one number or null per image.
         """
         check_lengths(images, prompts, metadata)
-        size = self._batch
+        if not self._sends_sources or sources is None:
+            sources = np.zeros((len(images), 0, *images.shape[1:]), np.uint8)
+        size = max(1, self._batch // max(1, sources.shape[1]))
         parts = [slice(i, i + size) for i in range(0, len(images), size)]
-        scores = [self._ask(images[part], prompts[part], metadata[part]) for part in parts]
+        scores = [self._ask(images[p], prompts[p], metadata[p], sources[p]) for p in parts]
         return np.concatenate([np.zeros(0, np.float32), *scores])
 
     def _ask(
-        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+        self,
+        images: np.ndarray,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]],
+        sources: np.ndarray,
     ) -> np.ndarray:
         """Scores, float32 [b], of what fits into one request."""
+        given = {"images": images, "sources": sources.reshape(-1, *images.shape[1:])}
         files = [
-            ("images", (f"{i}.png", png(Image.fromarray(image)), "image/png"))
-            for i, image in enumerate(images)
+            (field, (f"{i}.png", png(Image.fromarray(image)), "image/png"))
+            for field, of in given.items()
+            for i, image in enumerate(of)
         ]
         data = {
             "prompts": json.dumps(list(prompts)),

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from flowgrpo_ray.common.errors import SpecError
-from flowgrpo_ray.rewards import build, check_options, is_over_group, prompt_check
+from flowgrpo_ray.rewards import ask, build, check_options, is_over_group, prompt_check
 from flowgrpo_ray.rewards.golden import Rankings, golden_of
 
 
@@ -25,6 +25,7 @@ class RankReward:
     """Ranks the images of a group by another reward."""
 
     over_group = True
+    takes_sources = True
 
     def __init__(
         self,
@@ -40,12 +41,13 @@ class RankReward:
         images: np.ndarray,
         prompts: Sequence[str],
         metadata: Sequence[Mapping[str, Any]],
+        sources: np.ndarray | None = None,
     ) -> np.ndarray:
         """Ranks in [0, 1], float32 [b], of the images of one group, uint8 [b, H, W, 3].
 
         NaN for an image that the reward could not score; it is left out of the ranking.
         """
-        return ranks(self._reward(images, prompts, metadata))
+        return ranks(ask(self._reward, images, prompts, metadata, sources))
 
     @staticmethod
     def check_prompt(prompt: str, metadata: Mapping[str, Any], options: Mapping[str, Any]) -> None:

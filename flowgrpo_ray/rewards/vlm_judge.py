@@ -37,7 +37,9 @@ PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 
 
 class VlmJudge:
-    """Asks your question about each image."""
+    """Asks your question about each image; of an edit the source images are shown before it."""
+
+    takes_sources = True
 
     def __init__(
         self,
@@ -97,15 +99,18 @@ class VlmJudge:
         images: np.ndarray,
         prompts: Sequence[str],
         metadata: Sequence[Mapping[str, Any]],
+        sources: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Scores in [0, 1], float32 [b], of `images`, uint8 [b, H, W, 3].
+        """Scores in [0, 1], float32 [b], of `images`, uint8 [b, H, W, 3], that changed `sources`,
+        [b, n, H, W, 3], if there are any.
 
         NaN: the judge answered, but never as it should. RewardError: the judge did not answer.
         """
         check_lengths(images, prompts, metadata)
         asked = [ask(self._question, *of) for of in zip(prompts, metadata, strict=True)]
         likeliest = 0 if self._answer == "number" else LIKELIEST
-        return self._judge.scores(images, asked, self._worth, likeliest=likeliest)
+        shown = images if sources is None else np.concatenate([sources, images[:, None]], axis=1)
+        return self._judge.scores(shown, asked, self._worth, likeliest=likeliest)
 
     @staticmethod
     def check_options(options: Mapping[str, Any]) -> None:

@@ -18,10 +18,11 @@ from flowgrpo_ray.common.types import Images, LearnerState, Request, WeightsTick
 from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.policies.base import Policy
 from flowgrpo_ray.policies.encodings import EncodingCache
-from flowgrpo_ray.rewards import build, is_over_group
+from flowgrpo_ray.rewards import ask, build, is_over_group
 from flowgrpo_ray.run.checkpoint import Progress, list_checkpoints, load_checkpoint
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.model_card import Exported, model_card
+from flowgrpo_ray.run.scoring import sources_of
 from flowgrpo_ray.spec.file import load_spec
 from flowgrpo_ray.spec.plan import still_schedule
 from flowgrpo_ray.spec.prompts import Prompt
@@ -118,8 +119,9 @@ def score(
         if places := [i for i, prompt in enumerate(prompts) if reward.scores(prompt.set)]:
             texts = [prompts[i].text for i in places]
             metadata = [prompts[i].metadata for i in places]
+            sources = sources_of([prompts[i] for i in places], spec.sampling.size)
             scorer = build(reward.reward or name, reward.options)
-            found[name][places] = scorer(images[places], texts, metadata)
+            found[name][places] = ask(scorer, images[places], texts, metadata, sources)
     return found
 
 

@@ -123,14 +123,18 @@ class Run:
         seed: int = 0,
         iteration: int | None = None,
         weights: Literal["ema", "last"] = "ema",
+        images: Sequence[str | Path] = (),
     ) -> Images:
-        """One image per prompt, uint8 `[n, H, W, 3]`, by the solver of the evaluations."""
+        """One image per prompt, uint8 `[n, H, W, 3]`, by the solver of the evaluations; `images`
+        are files that each prompt changes."""
         from flowgrpo_ray.run.inference import generate
+        from flowgrpo_ray.spec.sources import requests_for
 
         evaluation = self.spec.evaluation
+        requests = requests_for(self.spec, prompts, images)
         policy = self.policy(iteration, weights)
         steps = steps or evaluation.steps
-        return generate(policy, self.spec, prompts, steps, seed, evaluation.micro_batch)
+        return generate(policy, self.spec, requests, steps, seed, evaluation.micro_batch)
 
     def _rows(self, name: str, kind: str | None) -> list[Row]:
         file = self.path / name

@@ -20,7 +20,9 @@ import numpy as np
 from flowgrpo_ray.common.errors import RewardError, SpecError
 from flowgrpo_ray.common.files import check_free, write_atomic
 from flowgrpo_ray.common.images import WHITE, ImageError, decode_rgb, read_bytes
-from flowgrpo_ray.rewards import Reward, checked
+from flowgrpo_ray.common.sources import pictures
+from flowgrpo_ray.common.types import Edit
+from flowgrpo_ray.rewards import Reward, ask, checked
 
 if TYPE_CHECKING:
     from flowgrpo_ray.spec.prompts import Prompt
@@ -104,15 +106,24 @@ def score_files(
         images = np.stack([_read(files[i], background) for i in places])
         images.flags.writeable = False
         texts, metadata = [prompts[i].text for i in places], [prompts[i].metadata for i in places]
+        sources = sources_of([prompts[i] for i in places], (images.shape[1], images.shape[2]))
         what = (
             f"reward {name!r} failed on {len(places)} images, "
             f"'{files[places[0]].name}' to '{files[places[-1]].name}'"
         )
         try:
-            scores[places] = checked(reward(images, texts, metadata), len(places))
+            scores[places] = checked(ask(reward, images, texts, metadata, sources), len(places))
         except Exception as error:
             raise RewardError(f"{what}: {type(error).__name__}: {error}") from error
     return np.where(np.isfinite(scores), scores, np.float32(np.nan))
+
+
+def sources_of(prompts: Sequence[Prompt], size: tuple[int, int]) -> np.ndarray | None:
+    """The source images of prompts, uint8 [b, n, H, W, 3] at `size`, each read once; None where
+    they name none."""
+    edits = [of for prompt in prompts if isinstance(of := prompt.request(size), Edit)]
+    found = {edit: pictures(edit) for edit in dict.fromkeys(edits)}
+    return np.stack([found[edit] for edit in edits]) if edits else None
 
 
 def as_rows(

@@ -40,6 +40,8 @@ class GoldenFile(Strict):
     metadata: dict[str, Any] = {}
     low: float = float("-inf")
     high: float = float("inf")
+    sources: list[str] = []
+    """The images that it is an edit of, for a reward that compares with them."""
 
 
 class RewardServiceArgs(Strict):

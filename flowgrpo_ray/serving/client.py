@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 
 from flowgrpo_ray.common.errors import RewardError
 from flowgrpo_ray.run.ledger import Ledger
-from flowgrpo_ray.serving.types import Answer, Metadata, app_name
+from flowgrpo_ray.serving.types import Answer, Metadata, Sources, app_name
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ class RewardClient:
         prompts: Sequence[str],
         metadata: Metadata,
         shown: Sequence[int] | None = None,
+        sources: Sources | None = None,
     ) -> np.ndarray | str:
         """One reward's scores, float32 [b], infinite ones as NaN; or why there are none.
 
@@ -134,7 +135,7 @@ class RewardClient:
         """
         self._traffic[name].queue += 1
         try:
-            return await self._ask(name, images, prompts, metadata, shown)
+            return await self._ask(name, images, prompts, metadata, shown, sources)
         finally:
             self._traffic[name].queue -= 1
 
@@ -145,14 +146,17 @@ class RewardClient:
         prompts: Sequence[str],
         metadata: Metadata,
         shown: Sequence[int] | None,
+        sources: Sources | None,
     ) -> np.ndarray | str:
         patience, call, began = self._patience[name], uuid.uuid4().hex, time.perf_counter()
-        last = ""
+        last, parts, more = "", [*images], {}
+        if sources:
+            parts, more = [*images, *sources.arrays], {"sources": list(sources.of)}
         for attempt in range(1 + patience.retries):
             if attempt:
                 await asyncio.sleep(patience.backoff_s * 2 ** (attempt - 1))
             response = self._handles[name].answer.remote(
-                list(prompts), list(metadata), shown, *images, call=call
+                list(prompts), list(metadata), shown, *parts, call=call, **more
             )
             stats = self._stats[name]
             token = self._ledger.start(app_name(name), "", "score")

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -25,9 +25,11 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import flowgrpo_ray
-from flowgrpo_ray.common.images import WHITE, ImageError, decode_rgb
+from flowgrpo_ray.common.images import WHITE, ImageError, decode_rgb, fitted
 from flowgrpo_ray.common.strict_json import parse
+from flowgrpo_ray.rewards import describe
 from flowgrpo_ray.serving.api_page import api_page
+from flowgrpo_ray.serving.batches import Call
 
 logger = logging.getLogger("ray.serve")  # what a replica writes to its log file
 
@@ -62,8 +64,8 @@ class Failure(BaseModel):
     error: str
 
 
-Check = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], None]
-Score = Callable[[np.ndarray, Sequence[str], Sequence[Mapping[str, Any]]], Awaitable[np.ndarray]]
+Check = Callable[[Call], None]
+Score = Callable[[Call], Awaitable[np.ndarray]]
 
 
 SHAPE_HEADER = "x-shape"
@@ -75,8 +77,8 @@ def build_api(
 ) -> FastAPI:
     """The web application of the reward `name`; /docs describes it.
 
-    check: raises ValueError for prompts that the reward could never score.
-    score: images uint8 [b, H, W, 3], prompts, metadata -> float32 [b].
+    check: raises ValueError for what the reward could never score.
+    score: a call of b images -> float32 [b].
     token: that `POST /score` must bring as `Authorization: Bearer <token>`.
     """
     api = _described(name)
@@ -97,26 +99,30 @@ def build_api(
         ],
         prompts: Annotated[str, Form(description="JSON list of texts, one per image")],
         metadata: Annotated[str | None, Form(description="JSON list of objects")] = None,
+        sources: Annotated[
+            list[UploadFile] | None,
+            File(
+                description="as images: what these are edits of, as many for each, those of the "
+                "first image first; files are scaled and cut to the size of the images"
+            ),
+        ] = None,
     ) -> Scores:
-        if len(images) > limits.images:
-            raise HTTPException(413, f"{len(images)} images; at most {limits.images} per request")
-        shape = images[0].headers.get(SHAPE_HEADER)
-        files = [await image.read() for image in images]
-        if shape is None:
-            batch = await asyncio.to_thread(decode, files, limits.pixels, limits.background)
-        else:
-            batch = _raw(shape, files, limits)
+        batch = await _uploaded("images", images, limits)
+        given = None
+        if sources:
+            given = _by_image(await _uploaded("sources", sources, limits, batch.shape[1:3]), batch)
         texts = _json_list("prompts", prompts, str, len(batch))
         data = (
             [{} for _ in batch]
             if metadata is None
             else _json_list("metadata", metadata, dict, len(batch))
         )
+        call = Call(batch, texts, data, given)
         try:
-            check(texts, data)
+            check(call)
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
-        values = (await score(batch, texts, data)).tolist()
+        values = (await score(call)).tolist()
         return Scores(reward=name, scores=[v if math.isfinite(v) else None for v in values])
 
     return api
@@ -143,6 +149,31 @@ def _described(name: str) -> FastAPI:
     return api
 
 
+async def _uploaded(
+    field: str, parts: Sequence[UploadFile], limits: Limits, size: tuple[int, ...] | None = None
+) -> np.ndarray:
+    """The images of a form field, uint8 [b, H, W, 3]; files become of ``size``, if it is given."""
+    if len(parts) > limits.images:
+        raise HTTPException(413, f"{len(parts)} {field}; at most {limits.images} per request")
+    shape = parts[0].headers.get(SHAPE_HEADER)
+    files = [await part.read() for part in parts]
+    if shape is not None:
+        return _raw(shape, files, limits)
+    return await asyncio.to_thread(decode, files, limits.pixels, limits.background, size)
+
+
+def _by_image(sources: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Source images [b * n, H, W, 3] as [b, n, H, W, 3]."""
+    count = len(images)
+    if len(sources) % count or sources.shape[1:] != images.shape[1:]:
+        raise HTTPException(
+            422,
+            f"{describe(sources)} sources of {describe(images)} images: as many for each image, of "
+            "its size",
+        )
+    return sources.reshape(count, -1, *images.shape[1:])
+
+
 def _raw(header: str, files: Sequence[bytes], limits: Limits) -> np.ndarray:
     """The images, uint8 [b, H, W, 3], in one part that says its shape."""
     match = SHAPE.fullmatch(header)
@@ -163,14 +194,22 @@ def _raw(header: str, files: Sequence[bytes], limits: Limits) -> np.ndarray:
     return np.frombuffer(files[0], np.uint8).reshape(count, height, width, 3)
 
 
-def decode(files: Sequence[bytes], max_pixels: int, background: str = WHITE) -> np.ndarray:
-    """Images of one size as uint8 [b, H, W, 3]; HTTPException for what cannot be scored."""
+def decode(
+    files: Sequence[bytes],
+    max_pixels: int,
+    background: str = WHITE,
+    size: tuple[int, ...] | None = None,
+) -> np.ndarray:
+    """Images of one size, or brought to ``size`` (height, width), as uint8 [b, H, W, 3];
+    HTTPException for what cannot be scored."""
     try:
         images = [
             decode_rgb(data, f"image {i}", max_pixels, background) for i, data in enumerate(files)
         ]
     except ImageError as error:
         raise HTTPException(413 if error.too_large else 422, str(error)) from error
+    if size is not None:
+        images = [fitted(image, (size[0], size[1])) for image in images]
     sizes = sorted({image.shape[:2] for image in images})
     if len(sizes) > 1:
         raise HTTPException(422, f"images of one request must have one size, got (H, W) {sizes}")

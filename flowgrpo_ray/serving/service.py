@@ -22,8 +22,9 @@ from ray.serve.schema import LoggingConfig
 
 from flowgrpo_ray.common.errors import RewardError
 from flowgrpo_ray.common.gpus import hide_gpus
-from flowgrpo_ray.common.images import decode_rgb
+from flowgrpo_ray.common.images import decode_rgb, fitted
 from flowgrpo_ray.rewards import (
+    ask,
     build,
     check_options,
     checked,
@@ -35,7 +36,15 @@ from flowgrpo_ray.rewards.environments import python_of
 from flowgrpo_ray.rewards.golden import Golden, Rankings, check_golden, golden_of, score_golden
 from flowgrpo_ray.serving import metric_table as table
 from flowgrpo_ray.serving.args import RewardServiceArgs
-from flowgrpo_ray.serving.batches import Call, Scored, by_size, image_count, shares
+from flowgrpo_ray.serving.batches import (
+    Call,
+    Scored,
+    by_size,
+    check_sources,
+    image_count,
+    joined,
+    shares,
+)
 from flowgrpo_ray.serving.exporter import Exporter
 from flowgrpo_ray.serving.http import Limits, build_api
 from flowgrpo_ray.serving.ray_private import stay_on_loopback
@@ -140,30 +149,32 @@ class RewardReplica:
         shown: Sequence[int] | None,
         *parts: np.ndarray,
         call: str,  # for the router, which has sent it here
+        sources: Sequence[int] | None = None,
     ) -> Answer:
         """`score` for `RewardClient`, with what it took: of all images of `parts`, one after the
-        other, or of those at the places `shown`."""
+        other, or of those at the places `shown`. The last of `parts` are source images, of which
+        each image has those at its place of `sources`."""
         began = time.monotonic()
+        given = None
+        if sources is not None:
+            count = len(parts) - max(sources) - 1
+            parts, given = parts[:count], np.stack([parts[count + place] for place in sources])
         images = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if shown is not None:
             images = images[list(shown)]
-        scored = await self._score(images, prompts, metadata)
+        scored = await self._score(Call(images, prompts, metadata, given))
         replica = serve.get_replica_context().replica_id.unique_id
         return Answer(scored.scores, replica, scored.seconds, time.monotonic() - began)
 
-    async def score(
-        self, images: np.ndarray, prompts: Sequence[str], metadata: Metadata
-    ) -> np.ndarray:
-        """Scores, float32 [b], of `images`, uint8 [b, H, W, 3]; ValueError for a bad call."""
-        return (await self._score(images, prompts, metadata)).scores
+    async def score(self, call: Call) -> np.ndarray:
+        """Scores, float32 [b], of what `call` asks; ValueError for a bad one."""
+        return (await self._score(call)).scores
 
-    async def _score(
-        self, images: np.ndarray, prompts: Sequence[str], metadata: Metadata
-    ) -> Scored:
+    async def _score(self, call: Call) -> Scored:
         began = time.monotonic()
         self._ongoing += 1
         try:
-            scored = await self._score_parts(images, prompts, metadata)
+            scored = await self._score_parts(call)
         except Exception as error:
             self._failures += 1
             self._export.add(table.REPLICA_FAILURES, 1)
@@ -173,30 +184,25 @@ class RewardReplica:
             self._ongoing -= 1
         seconds = time.monotonic() - began
         self._calls += 1
-        self._images += len(images)
+        self._images += len(call.images)
         self._latencies.append(seconds)
         self._export.add(table.REPLICA_CALLS, 1)
-        self._export.add(table.REPLICA_IMAGES, len(images))
+        self._export.add(table.REPLICA_IMAGES, len(call.images))
         self._export.add(table.REPLICA_SECONDS, seconds)
         self._export.observe(table.REPLICA_LATENCY, seconds)
         return scored
 
-    async def _score_parts(
-        self, images: np.ndarray, prompts: Sequence[str], metadata: Metadata
-    ) -> Scored:
+    async def _score_parts(self, call: Call) -> Scored:
+        images, prompts, metadata = call.images, call.prompts, call.metadata
         if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError(f"images must be uint8 [b, H, W, 3], got {describe(images)}")
         if not len(images) == len(prompts) == len(metadata):
             counts = f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata"
             raise ValueError(f"one prompt and one metadata per image: got {counts}")
-        self._check(prompts, metadata)
-        size = len(images) if self._over_group else self._args.max_batch_images
-        parts = [
-            Call(images[i : i + size], prompts[i : i + size], metadata[i : i + size])
-            for i in range(0, len(images), size)
-        ]
+        self._check(call)
+        size = max(1, len(images)) if self._over_group else self._args.max_batch_images
         scores, seconds = [np.zeros(0, np.float32)], 0.0
-        for outcome in await self._outcomes(parts):
+        for outcome in await self._outcomes(call.parts(size)):
             if isinstance(outcome, BaseException):
                 raise outcome
             scores.append(outcome.scores)
@@ -247,21 +253,20 @@ class RewardReplica:
     def _score_together(self, calls: list[Call]) -> Scored:
         """Scores, float32 [sum of b], of calls whose images have one size."""
         began = time.monotonic()
-        images = calls[0].images
-        if len(calls) > 1:
-            images = np.concatenate([call.images for call in calls])
-        prompts = [prompt for call in calls for prompt in call.prompts]
-        metadata = [data for call in calls for data in call.metadata]
-        scores = checked(self._reward(images, prompts, metadata), len(images))
+        of = joined(calls)
+        found = ask(self._reward, of.images, of.prompts, of.metadata, of.sources)
+        scores = checked(found, len(of.images))
         seconds = time.monotonic() - began
         self._busy_s += seconds
         self._export.add(table.REPLICA_BUSY, seconds)
         return Scored(scores, seconds)
 
-    def _check(self, prompts: Sequence[str], metadata: Metadata) -> None:
-        """ValueError for a prompt that the reward could never score."""
-        for prompt, data in zip(prompts, metadata, strict=True):
+    def _check(self, call: Call) -> None:
+        """ValueError for what the reward could never score."""
+        prompts = call.prompts
+        for prompt, data in zip(prompts, call.metadata, strict=True):
             self._check_prompt(prompt, data)
+        check_sources(self._args.name, self._args.reward, call)
         if self._over_group and any(of != prompts[0] for of in prompts):
             raise ValueError(
                 f"{self._args.name} compares the images of one prompt, and this call has several: "
@@ -275,8 +280,10 @@ def _golden(args: RewardServiceArgs, reward: object) -> Rankings:
         return golden_of(reward)
     pictures = []
     for file in args.golden:
-        image = decode_rgb(Path(file.image).read_bytes(), file.image)
-        pictures.append([Golden(image, file.prompt, file.metadata, file.low, file.high)])
+        image, *of = (decode_rgb(Path(f).read_bytes(), f) for f in (file.image, *file.sources))
+        sources = np.stack([fitted(s, image.shape[:2]) for s in of]) if of else None
+        known = file.prompt, file.metadata, file.low, file.high
+        pictures.append([Golden(image, *known, sources)])
     return pictures
 
 

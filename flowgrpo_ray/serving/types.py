@@ -11,6 +11,15 @@ import numpy as np
 Metadata = Sequence[Mapping[str, Any]]
 
 
+@dataclass(frozen=True)
+class Sources:
+    """The source images of a call: each array is of one prompt, uint8 [n, H, W, 3] or a reference
+    to it, and `of` has for each image of the call the place of its own among them."""
+
+    arrays: Sequence[Any]
+    of: Sequence[int]
+
+
 def app_name(reward: str) -> str:
     """Name of the Serve application that serves a reward."""
     return f"reward-{reward}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from flowgrpo_ray.common.errors import PromptError
 from flowgrpo_ray.common.types import Overlong
-from flowgrpo_ray.rewards import prompt_check, read_check
+from flowgrpo_ray.rewards import needs_sources, prompt_check, read_check
 from flowgrpo_ray.spec.families import FAMILIES
 from flowgrpo_ray.spec.plan import most_groups
 from flowgrpo_ray.spec.prompt_files import Prompt, load_prompts
@@ -61,6 +61,7 @@ def _of_set(spec: TrainingSpec, file: str, key: str, name: str) -> list[Prompt]:
         if reward.scores(name):
             check = prompt_check(reward.reward or reward_name, reward.options)
             check_prompts(prompts, key, check, f"rewards.{reward_name}")
+            check_needed(prompts, key, reward.reward or reward_name, f"rewards.{reward_name}")
     return prompts
 
 
@@ -90,6 +91,15 @@ def check_prompts(
             check(prompt.text, prompt.metadata)
         except ValueError as error:
             raise PromptError(f"{key}: prompt {number}, for {called}: {error}") from error
+
+
+def check_needed(prompts: Sequence[Prompt], key: str, reward: str, called: str) -> None:
+    """``PromptError`` where a reward compares with source images, and the prompts have none."""
+    if needs_sources(reward) and not all(prompt.images for prompt in prompts):
+        raise PromptError(
+            f"{key}: {called} compares with the source image of each prompt, and these have none: "
+            'name them under "image", with a family that changes images'
+        )
 
 
 def check_lengths(spec: TrainingSpec, prompts: Sequence[Prompt], found: Overlong) -> str | None:

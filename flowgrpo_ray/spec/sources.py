@@ -19,8 +19,10 @@ from flowgrpo_ray.common.errors import PromptError
 from flowgrpo_ray.common.images import ImageError, decode_rgb, read_bytes
 from flowgrpo_ray.common.paths import builtin_path, expand
 from flowgrpo_ray.common.sources import PNG_URL, find_source, mask_url
-from flowgrpo_ray.common.types import Source
+from flowgrpo_ray.common.types import Edit, Request, Source
+from flowgrpo_ray.spec.families import FAMILIES
 from flowgrpo_ray.spec.prompt_files import HUB, Prompt
+from flowgrpo_ray.spec.training import TrainingSpec
 
 IMAGES = ("image", "images")  # keys of a line
 MASK = "mask"
@@ -78,6 +80,27 @@ def check_count(count: int, allowed: range, who: str) -> None:
             f'{count} source images (keys "image" and "images"); {who} takes {wanted} with each '
             "prompt"
         )
+
+
+def requests_for(
+    spec: TrainingSpec, prompts: Sequence[str], images: Sequence[str | Path]
+) -> list[Request]:
+    """What the spec's model is asked for: each of the prompts, of the same image files."""
+    family = spec.model.family
+    try:
+        check_count(len(images), FAMILIES[family].sources, f"family {family!r}")
+        sources = tuple(find_source(expand(image))[0] for image in images)
+    except ValueError as error:
+        raise PromptError(f"--image: {error}") from error
+    size = spec.sampling.size
+    return [Edit(text, sources, size) if sources else text for text in prompts]
+
+
+def files_of(prompt: Prompt) -> list[str]:
+    """Paths of its images and mask, as its line has them."""
+    mask = prompt.metadata.get(MASK)
+    is_file = isinstance(mask, str) and not mask.startswith(PNG_URL)
+    return [*_named(prompt.metadata), *([mask] if is_file else [])]
 
 
 def check_alike(counts: Iterable[int], key: str) -> None:

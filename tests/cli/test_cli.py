@@ -371,6 +371,10 @@ MISTAKES = {
         ["evaluate", "tiny-ocr", "--prompts", "no.txt"],
         "--prompts = 'no.txt': there is no such file",
     ),
+    "an image for a model that takes none": (
+        ["sample", "tiny-ocr", "a sign", "--image", "no.png"],
+        '--image: 1 source images (keys "image" and "images"); family \'sd3\' takes 0 with each',
+    ),
     "unknown option": (["plan", "tiny-ocr", "--sett", "a=1"], "--sett"),
     "unknown command": (["trian", "tiny-ocr"], "trian"),
     "missing argument": (["train"], "SPEC|RECIPE"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from editing import write_image
 
 from flowgrpo_ray.cluster.scoring import Scorer, scored_together
+from flowgrpo_ray.common.sources import find_source, read_sources
 from flowgrpo_ray.common.types import Schedule, WorkUnit
 from flowgrpo_ray.run.ledger import Ledger
 from flowgrpo_ray.run.metrics import Scores, count_groups, signals, unscored
@@ -140,3 +143,41 @@ def test_units_wait_for_their_group_only_where_a_reward_compares_it() -> None:
     alone = scored_together(plain, plan.blocks)
     assert [list(units) for units in alone] == [[of] for of in plan.units]
     assert scored_together(tiny("sampling.micro_batch=6"), plan.blocks) == plan.blocks
+
+
+def test_source_images_go_to_the_rewards_that_take_them_once_for_each_prompt(monkeypatch, tmp_path):
+    """Of units that hold several prompts, and of places that are shown."""
+    reads: list[str] = []
+    real = read_sources
+    monkeypatch.setattr(
+        "flowgrpo_ray.common.sources.read_sources",
+        lambda requests: (reads.extend(of.text for of in requests), real(requests))[1],
+    )
+    monkeypatch.setattr("flowgrpo_ray.cluster.pictures.ray.put", lambda array: array)
+    edits = [
+        replace(prompt, images=(find_source(write_image(tmp_path / f"{i}.png", (i, 0, 0)))[0],))
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    rewards = (
+        "rewards={sign_colour: {sets: [colours]}, preservation: {sets: [words]}, "
+        "ranked: {reward: rank, options: {reward: preservation}}}"
+    )
+    spec = load_spec("tiny-ocr", [SETS, rewards])
+    seen: dict[str, list[Any]] = {}
+
+    class Sees(Client):
+        async def ask(self, reward: str, *call: Any, sources: Any = None) -> Any:
+            of = sources and [int(sources.arrays[place][0, 0, 0, 0]) for place in sources.of]
+            seen.setdefault(reward, []).append((of, sources and len(sources.arrays)))
+            return await super().ask(reward, *call)
+
+    client: Any = Sees()
+    scorer = Scorer(spec, {"train": edits, "eval": edits}, client, Ledger({}))
+    images: Any = [range(2), range(2, 4), range(4, 6)]
+    asyncio.run(scorer.score(BLOCK, images))
+    assert seen == {
+        "sign_colour": [(None, None)] * 2,
+        "preservation": [([1, 1], 1), ([1], 1)],
+        "ranked": [([1, 1, 1], 1), ([5, 5, 5], 1)],
+    }
+    assert sorted(reads) == ["p1", "p5"]

@@ -1,14 +1,18 @@
 """What `submit` checks and uploads; a job itself runs in test_on_a_cluster.py."""
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from editing import write_image
 from ports import own_port
 
 from flowgrpo_ray.cluster.upload import pack
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.paths import runs_root
+from flowgrpo_ray.spec.families import FAMILIES
 from flowgrpo_ray.spec.file import load_spec
 
 
@@ -83,6 +87,30 @@ def test_a_spec_of_this_folder_stays_the_same_run(project, tmp_path):
     target.mkdir()
     assert pack(spec, target) == ["spec.yaml", "train.txt"]
     assert load_spec(str(target / "spec.yaml")).identity() == spec.identity()
+
+
+def test_source_images_keep_their_place_beside_the_prompt_file(project, tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "sd3", replace(FAMILIES["sd3"], sources=range(1, 2)))
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "pictures").mkdir(parents=True)
+    for name in ("a", "b", "mask"):
+        write_image(elsewhere / "pictures" / f"{name}.png", (1, 2, 3))
+    (project / "sets").mkdir()
+    write_image(project / "c.png", (1, 2, 3))
+    row = {"prompt": "x", "image": "pictures/a.png", "mask": "pictures/mask.png"}
+    rows = [row, {"prompt": "x", "images": [str(elsewhere / "pictures" / "b.png")]}]
+    (elsewhere / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (project / "sets" / "q.jsonl").write_text('{"prompt": "x", "image": "../c.png"}\n')
+    files = f"prompts={{train: '{elsewhere}/p.jsonl', evaluate: sets/q.jsonl}}"
+    target = tmp_path / "upload"
+    target.mkdir()
+    assert pack(load_spec("tiny-ocr", [files]), target) == [
+        *("c.png", "prompts/p.jsonl", "prompts/pictures/a.png", "prompts/pictures/mask.png"),
+        *("sets/q.jsonl", "spec.yaml"),
+    ]
+    (project / "q.jsonl").write_text('{"prompt": "x", "image": "../d.png"}\n')
+    with pytest.raises(SpecError, match=r"d\.png' cannot keep its place in what is uploaded"):
+        pack(load_spec("tiny-ocr", ["prompts.evaluate=q.jsonl"]), tmp_path / "again")
 
 
 def test_two_files_of_one_name_are_not_mixed_up(project, tmp_path):

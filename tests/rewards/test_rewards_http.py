@@ -43,12 +43,16 @@ def own_api():
     """The URL of this program's own API, which scores by `checksum`; the sizes of its calls."""
     sizes = []
 
-    async def score(images, prompts, metadata):
-        sizes.append(len(images))
-        return checksum(images, prompts, metadata)
+    async def score(call):
+        sizes.append(len(call.images))
+        scores = checksum(call.images, call.prompts, call.metadata)
+        if call.sources is None:
+            return scores
+        last = call.sources[:, -1].mean(axis=(1, 2, 3))  # of each image
+        return (scores + 1e5 * last).astype(np.float32)
 
-    def check(prompts, metadata):
-        if "" in prompts:
+    def check(call):
+        if "" in call.prompts:
             raise ValueError("an empty prompt")
 
     api = build_api("sums", Limits(images=3, pixels=100, body_bytes=10**6), check, score)
@@ -72,6 +76,23 @@ def test_the_scores_of_our_own_api_are_those_of_the_class(own_api, batch):
     assert np.isnan(scores).tolist() == [False, False, False, True, False]
     assert sizes == [2, 2, 1]
     assert HttpReward(url)(batch[0][:0], [], []).shape == (0,)
+
+
+def test_source_images_are_sent_where_the_server_wants_them(own_api, batch):
+    """Two with each image, in requests of at most three files of a kind."""
+    url, sizes = own_api
+    levels = np.arange(10, dtype=np.uint8).reshape(5, 2)
+    sources = np.broadcast_to(levels[..., None, None, None], (5, 2, 6, 9, 3)).copy()
+    sizes.clear()
+    np.testing.assert_array_equal(
+        HttpReward(url, batch=3)(*batch, sources), checksum(*batch), "not asked for"
+    )
+    assert sizes == [3, 2]
+    sizes.clear()
+    found = HttpReward(url, batch=3, sources=True)(*batch, sources)
+    assert sizes == [1] * 5
+    expected = checksum(*batch).astype(np.float64) + 1e5 * levels[:, 1]
+    np.testing.assert_array_equal(found, expected.astype(np.float32))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """A judge with a question of one's own, against a server on a real socket."""
 
+import base64
+import io
 import json
 import math
 
 import numpy as np
 import pytest
+from PIL import Image
 from scripted_server import scripted
 from test_rewards_unified import chat, grey, parts_of, says
 
@@ -51,6 +54,20 @@ def test_the_question_names_the_prompt_and_its_metadata():
     np.testing.assert_array_equal(shown, np.full((4, 4, 3), 7)), "as it is"
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("mine", 0, 512)
     assert body.keys().isdisjoint({"logprobs", "seed"})
+
+
+def test_of_an_edit_the_sources_are_shown_before_the_image():
+    images, prompts, _ = grey(7, 9)
+    sources = np.stack([np.stack([image + 100, image + 200]) for image in images])
+    with scripted(says("8")) as server:
+        judge(server)(images, prompts, [{"style": "kind"}] * 2, sources)
+    shown = {}
+    for body in map(json.loads, server.bodies):
+        *pictures, question = body["messages"][0]["content"]
+        urls = [picture["image_url"]["url"].partition(",")[2] for picture in pictures]
+        levels = [np.array(Image.open(io.BytesIO(base64.b64decode(url))))[0, 0, 0] for url in urls]
+        shown[question["text"][-1]] = levels
+    assert shown == {"7": [107, 207, 7], "9": [109, 209, 9]}
 
 
 def test_a_prompt_without_the_metadata_that_the_question_names_is_refused():

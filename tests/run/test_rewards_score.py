@@ -17,6 +17,7 @@ from PIL import Image
 
 from flowgrpo_ray.common.images import ImageError, decode_rgb
 from flowgrpo_ray.rewards.ocr import OcrReward
+from flowgrpo_ray.rewards.preservation import PreservationReward
 from flowgrpo_ray.rewards.sign_colour import SignColourReward
 from flowgrpo_ray.rewards.signs import render, render_plain
 from flowgrpo_ray.run.scoring import find_images, plan_batches
@@ -351,3 +352,27 @@ def test_an_image_that_is_too_large_is_told_from_one_that_is_none(monkeypatch):
     with pytest.raises(ImageError, match=r"^x: .*24 pixels") as bomb:
         decode_rgb(file.getvalue(), "x")
     assert bomb.value.too_large
+
+
+def test_an_edit_is_scored_beside_its_source(score):
+    """One with a mask on what has changed."""
+    rng = np.random.default_rng(0)
+    sources = rng.integers(0, 256, (2, 12, 16, 3), np.uint8)
+    changed = sources.copy()
+    changed[:, :, 8:] = rng.integers(0, 256, (2, 12, 8, 3), np.uint8)
+    for i in range(2):
+        save(f"edits/{i}.png", changed[i])
+        save(f"sources/{i}.png", sources[i])
+    box = [8, 0, 16, 12]
+    rows = [{"prompt": "x", "image": f"sources/{i}.png"} for i in range(2)]
+    lines("p.jsonl", rows[0], {**rows[1], "mask": box})
+    assert score("edits", "p.jsonl", "--reward", "preservation")[0] == 0
+    first, second = csv_of("scores.csv")
+    by_class = PreservationReward()(changed[:1], ["x"], [{}], sources[:1, None])
+    assert float(first["preservation"]) == float(by_class[0]) < 0.9
+    assert float(second["preservation"]) == 1.0
+
+    lines("q.jsonl", {"prompt": "x"})
+    status, _, err = score("edits", "q.jsonl", "--reward", "preservation", "--overwrite")
+    assert status == 2
+    assert "PROMPTS: the reward 'preservation' compares with the source image of each" in err

@@ -28,6 +28,7 @@ from flowgrpo_ray.common.errors import RewardError
 from flowgrpo_ray.rewards import http
 from flowgrpo_ray.rewards.http import HttpReward
 from flowgrpo_ray.rewards.unified_reward import UnifiedReward
+from flowgrpo_ray.serving.batches import Call
 from flowgrpo_ray.serving.http import Limits, build_api
 
 TOKEN = "a-token-of-the-tests"
@@ -202,10 +203,10 @@ LIMITS = Limits(images=4, pixels=64 * 64, body_bytes=200_000)
 def port() -> Iterator[int]:
     """Of a reward's web application, as a replica serves it, with a token."""
 
-    async def score(images: np.ndarray, prompts: object, metadata: object) -> np.ndarray:
-        return images.reshape(len(images), -1).mean(1, dtype=np.float32)
+    async def score(call: Call) -> np.ndarray:
+        return call.images.reshape(len(call.images), -1).mean(1, dtype=np.float32)
 
-    api = build_api("mean", LIMITS, lambda prompts, metadata: None, score, TOKEN)
+    api = build_api("mean", LIMITS, lambda call: None, score, TOKEN)
     server = uvicorn.Server(uvicorn.Config(api, log_level="critical"))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -225,10 +226,10 @@ def png(side: int = 8) -> bytes:
 
 
 def test_why_a_reward_failed_stays_in_the_log(caplog: pytest.LogCaptureFixture):
-    async def score(images: np.ndarray, prompts: object, metadata: object) -> np.ndarray:
+    async def score(call: Call) -> np.ndarray:
         raise OSError("cannot read /models/of/ours with key 1234")
 
-    api = build_api("mean", LIMITS, lambda prompts, metadata: None, score)
+    api = build_api("mean", LIMITS, lambda call: None, score)
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(api, raise_app_exceptions=False)

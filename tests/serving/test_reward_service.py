@@ -27,10 +27,12 @@ from waiting import PATIENCE_S
 
 from flowgrpo_ray.common.errors import ClusterError, RewardError, SpecError
 from flowgrpo_ray.rewards import build
+from flowgrpo_ray.rewards.preservation import PreservationReward
 from flowgrpo_ray.rewards.signs import make_prompts, parse_prompt, render
 from flowgrpo_ray.serving import deploy, service, tokens
 from flowgrpo_ray.serving.args import RewardServiceArgs
 from flowgrpo_ray.serving.client import Patience, RewardClient
+from flowgrpo_ray.serving.types import Sources
 
 PROBE = "reward_samples:Probe"
 TOKEN = os.environ["FLOWGRPO_TEST_TOKEN"]
@@ -39,13 +41,14 @@ CONFIG = Path(__file__).parents[2] / "deployments" / "ocr.yaml"
 
 @pytest.fixture(scope="module")
 def port(ray_cluster):
-    """Five rewards, served by handle and on this port."""
+    """Six rewards, served by handle and on this port."""
     port = own_port()
     serve.shutdown()  # it may run without HTTP, for other tests
     deploy.start_rewards(
         [
             RewardServiceArgs(name="ocr", options={"detect": False}),
             RewardServiceArgs(name="sign_colour"),
+            RewardServiceArgs(name="preservation"),
             RewardServiceArgs(name="sees", reward="reward_samples:Sees", max_batch_images=4),
             RewardServiceArgs(name="locked", reward=PROBE, token_env="FLOWGRPO_TEST_TOKEN"),
             RewardServiceArgs(
@@ -173,6 +176,53 @@ def test_class_handle_and_http_give_the_same_bits(port, signs):
         assert 0 < stats[name].busy_s < stats[name].seconds < 30
         assert len(stats[name].replicas) == 1
     assert client.take_stats()["ocr"].calls == 0
+
+
+def test_sources_by_class_handle_and_http_give_the_same_bits(port):
+    """Of images in two parts of three prompts, whose sources are sent once each."""
+    rng = np.random.default_rng(0)
+    sources = rng.integers(0, 256, (3, 1, 12, 16, 3), np.uint8)
+    images = np.concatenate([sources[:, 0], rng.integers(0, 256, (3, 12, 16, 3), np.uint8)])
+    images[4, :6] = sources[1, 0, :6]
+    of, shown = [2, 0, 1, 1], [2, 3, 4, 1]
+    expected = PreservationReward()(images[shown], ["x"] * 4, [{}] * 4, sources[of])
+    assert expected[0] == expected[3] == 1 > expected[2] > expected[1]
+    client = _client("preservation", "sign_colour")
+    names = ["red x"] * 4, [{}] * 4
+
+    async def ask(name="preservation", **more):
+        refs = [ray.put(part) for part in (images[:2], images[2:])]
+        return await client.ask(name, refs, *names, shown, **more)
+
+    given = Sources([ray.put(of_prompt) for of_prompt in sources], of)
+    np.testing.assert_array_equal(asyncio.run(ask(sources=given)), expected)
+    assert "compares with source images, and this call has none" in asyncio.run(ask())
+    refused = asyncio.run(ask("sign_colour", sources=given))
+    assert "sign_colour takes no source images" in refused
+
+    def post(name, *sent):
+        files = [("images", ("i.png", _png(image))) for image in images[shown]]
+        files += [("sources", ("s.png", file)) for file in sent]
+        data = {"prompts": json.dumps(names[0])}
+        url = f"http://127.0.0.1:{port}/{name}/score"
+        answer = httpx.post(url, files=files, data=data, timeout=30)
+        return answer.status_code, answer.json()
+
+    as_files = [_png(source[0]) for source in sources[of]]
+    _, answer = post("preservation", *as_files)
+    np.testing.assert_array_equal(np.float32(answer["scores"]), expected)
+    large = [_png(source[0].repeat(3, 0).repeat(3, 1)) for source in sources[of]]
+    _, fitted = post("preservation", *large)
+    assert fitted["scores"] == pytest.approx(expected, abs=0.3), "files are brought to the size"
+    assert post("preservation")[0] == 422
+    code, told = post("preservation", *as_files[:3])
+    assert (code, told["error"]) == (
+        422,
+        "uint8 [3, 12, 16, 3] sources of uint8 [4, 12, 16, 3] images: as many for each image, of "
+        "its size",
+    )
+    code, told = post("sign_colour", *as_files)
+    assert (code, "takes no source images" in told["error"]) == (422, True)
 
 
 def test_metadata_travels_over_http(port, signs):
