@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from test_rewards_pickscore import check_deployment
 
 from flowgrpo_ray.common.sources import mask_url
 from flowgrpo_ray.rewards import ask, build, needs_sources, prompt_check, takes_sources
@@ -83,3 +84,7 @@ def test_a_rank_is_that_of_the_reward_with_its_sources():
     assert ask(ranked, images, ["x"] * 2, [{}] * 2, sources).tolist() == [0.0, 1.0]
     plain = build("rank", {"reward": "jpeg_compressibility"})
     assert len(ask(plain, images, ["x"] * 2, [{}] * 2, sources)) == 2
+
+
+def test_config_file():
+    check_deployment("preservation")
