@@ -257,6 +257,10 @@ def works(port: int) -> bool:
     return answer.status_code == 200 and answer.json()["scores"] == [51.0]
 
 
+IMAGE = ("images", ("0.png", png()))
+RAW = {"X-Shape": "1,1,1,3"}  # of another size
+
+
 @contextmanager
 def little_memory(most: int = 150 * 2**20) -> Iterator[None]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -282,8 +286,13 @@ def little_memory(most: int = 150 * 2**20) -> Iterator[None]:
         ([("prompts", ("0.png", png()))], {"images": "x"}, 422),
         ([("images", ("../../etc/passwd", png()))], {"prompts": '["x"]'}, 200),
         ([("images", ("\0\r\nX: 1", png()))], {"prompts": '["x"]'}, 200),
+        ([IMAGE, ("sources", ("0.png", bomb()))], {"prompts": '["x"]'}, 413),
+        ([IMAGE, *[("sources", ("0.png", png()))] * 5], {"prompts": '["x"]'}, 413),
+        ([IMAGE, ("sources", ("0.png", b"\x89PNG"))], {"prompts": '["x"]'}, 422),
+        ([IMAGE, IMAGE, ("sources", ("0.png", png()))], {"prompts": '["x", "y"]'}, 422),
+        ([IMAGE, ("sources", ("0", b"abc", "", RAW))], {"prompts": '["x"]'}, 422),
     ],
-    ids=range(15),
+    ids=range(20),
 )
 def test_traps_in_a_request(port: int, files: list, data: dict[str, str], status: int):
     with little_memory():
