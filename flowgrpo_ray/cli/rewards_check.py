@@ -123,7 +123,7 @@ def _report(name: str, reward: RewardSpec, pictures: Sequence[Picture]) -> Repor
     of = reward.reward or name
     scorer, lower = build(of, reward.options), reward.weight < 0
     try:
-        return check_reward(scorer, pictures, lower, with_sources=needs_sources(of))
+        return check_reward(scorer, pictures, lower, with_sources=needs_sources(of, reward.options))
     except RewardError as error:
         raise RewardError(f"reward {name!r}: {error}") from error
 

@@ -20,6 +20,7 @@ from flowgrpo_ray.common.images import WHITE, check_colour
 from flowgrpo_ray.rewards import (
     build,
     check_options,
+    needs_sources,
     prompt_check,
     takes_sources,
     weighted_total,
@@ -106,7 +107,8 @@ def _prompts(file: str, chosen: Mapping[str, Mapping[str, Any]]) -> list[Prompt]
     if any(map(takes_sources, chosen)) and any(map(names_images, prompts)):
         prompts = with_sources(prompts, file, "PROMPTS", range(1, 17), "a reward")
     for name, options in chosen.items():
-        check_needed(prompts, "PROMPTS", name, f"the reward {name!r}")
+        needs = needs_sources(name, options)
+        check_needed(prompts, "PROMPTS", needs, f"the reward {name!r}")
         check = prompt_check(name, options)
         check_prompts(prompts, "PROMPTS", check, f"the reward {name!r}")
     return prompts

@@ -69,8 +69,8 @@ def _take(path: str, folder: Path, *, with_sources: bool) -> str:
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(found, target)
-    names = (name for prompt in load_prompts(path, "prompts") for name in files_of(prompt))
-    for name in dict.fromkeys(names) if with_sources else ():
+    prompts = load_prompts(path, "prompts") if with_sources else []
+    for name in dict.fromkeys(name for prompt in prompts for name in files_of(prompt)):
         if not expand(name).is_absolute():  # else the cluster has it too
             _take_source(found.parent / name, target.parent / name, folder)
     return str(place)

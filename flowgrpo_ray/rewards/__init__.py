@@ -100,9 +100,13 @@ def takes_sources(reward: str) -> bool:
     return bool(getattr(resolve(reward), "takes_sources", False))
 
 
-def needs_sources(reward: str) -> bool:
-    """Whether `reward` scores nothing without them."""
-    given = _sources_of(resolve(reward)) if takes_sources(reward) else None
+def needs_sources(reward: str, options: Mapping[str, Any] | None = None) -> bool:
+    """Whether `reward` scores nothing without them; a class may say so by its options, in a static
+    method of this name."""
+    cls = resolve(reward)
+    if own := getattr(cls, "needs_sources", None):
+        return own(options or {})
+    given = _sources_of(cls) if takes_sources(reward) else None
     return given is not None and given.default is given.empty
 
 

@@ -93,6 +93,11 @@ class HttpReward:
         scores = [self._ask(images[p], prompts[p], metadata[p], sources[p]) for p in parts]
         return np.concatenate([np.zeros(0, np.float32), *scores])
 
+    @staticmethod
+    def needs_sources(options: Mapping[str, Any]) -> bool:
+        """Whether they are to be sent."""
+        return bool(options.get("sources"))
+
     def _ask(
         self,
         images: np.ndarray,

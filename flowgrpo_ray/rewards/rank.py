@@ -17,7 +17,14 @@ import numpy as np
 from pydantic import Field
 
 from flowgrpo_ray.common.errors import SpecError
-from flowgrpo_ray.rewards import ask, build, check_options, is_over_group, prompt_check
+from flowgrpo_ray.rewards import (
+    ask,
+    build,
+    check_options,
+    is_over_group,
+    needs_sources,
+    prompt_check,
+)
 from flowgrpo_ray.rewards.golden import Rankings, golden_of
 
 
@@ -53,6 +60,11 @@ class RankReward:
     def check_prompt(prompt: str, metadata: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         """ValueError for a prompt that the ranked reward could never score."""
         prompt_check(options["reward"], options.get("options"))(prompt, metadata)
+
+    @staticmethod
+    def needs_sources(options: Mapping[str, Any]) -> bool:
+        """Whether the ranked reward does."""
+        return needs_sources(options["reward"], options.get("options"))
 
     @staticmethod
     def check_options(options: Mapping[str, Any]) -> None:

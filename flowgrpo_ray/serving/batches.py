@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flowgrpo_ray.rewards import describe, needs_sources, takes_sources
+from flowgrpo_ray.serving.args import RewardServiceArgs
 from flowgrpo_ray.serving.types import Metadata
 
 
@@ -77,16 +78,16 @@ def shares(together: Scored, calls: list[Call]) -> list[Scored]:
     return [Scored(part, per_image * len(part)) for part in parts]
 
 
-def check_sources(name: str, reward: str, call: Call) -> None:
-    """ValueError for source images that ``reward``, deployed as ``name``, lacks or does not take,
-    or that do not fit the images."""
+def check_sources(args: RewardServiceArgs, call: Call) -> None:
+    """ValueError for source images that a reward lacks or does not take, or that do not fit the
+    images."""
     if call.sources is None:
-        if needs_sources(reward):
-            raise ValueError(f"{name} compares with source images, and this call has none")
+        if needs_sources(args.reward, args.options):
+            raise ValueError(f"{args.name} compares with source images, and this call has none")
         return
     count, *size = call.images.shape
-    if not takes_sources(reward):
-        raise ValueError(f"{name} takes no source images, and this call has some")
+    if not takes_sources(args.reward):
+        raise ValueError(f"{args.name} takes no source images, and this call has some")
     each = call.sources.shape[1] if call.sources.ndim == 5 else 0
     if call.sources.dtype != np.uint8 or not each or call.sources.shape != (count, each, *size):
         raise ValueError(

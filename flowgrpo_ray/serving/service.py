@@ -266,7 +266,7 @@ class RewardReplica:
         prompts = call.prompts
         for prompt, data in zip(prompts, call.metadata, strict=True):
             self._check_prompt(prompt, data)
-        check_sources(self._args.name, self._args.reward, call)
+        check_sources(self._args, call)
         if self._over_group and any(of != prompts[0] for of in prompts):
             raise ValueError(
                 f"{self._args.name} compares the images of one prompt, and this call has several: "

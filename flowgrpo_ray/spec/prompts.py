@@ -61,7 +61,8 @@ def _of_set(spec: TrainingSpec, file: str, key: str, name: str) -> list[Prompt]:
         if reward.scores(name):
             check = prompt_check(reward.reward or reward_name, reward.options)
             check_prompts(prompts, key, check, f"rewards.{reward_name}")
-            check_needed(prompts, key, reward.reward or reward_name, f"rewards.{reward_name}")
+            needs = needs_sources(reward.reward or reward_name, reward.options)
+            check_needed(prompts, key, needs, f"rewards.{reward_name}")
     return prompts
 
 
@@ -93,9 +94,9 @@ def check_prompts(
             raise PromptError(f"{key}: prompt {number}, for {called}: {error}") from error
 
 
-def check_needed(prompts: Sequence[Prompt], key: str, reward: str, called: str) -> None:
-    """``PromptError`` where a reward compares with source images, and the prompts have none."""
-    if needs_sources(reward) and not all(prompt.images for prompt in prompts):
+def check_needed(prompts: Sequence[Prompt], key: str, needs: bool, called: str) -> None:
+    """``PromptError`` where a reward ``needs`` source images, and the prompts have none."""
+    if needs and not all(prompt.images for prompt in prompts):
         raise PromptError(
             f"{key}: {called} compares with the source image of each prompt, and these have none: "
             'name them under "image", with a family that changes images'

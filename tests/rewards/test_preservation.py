@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 from test_rewards_pickscore import check_deployment
 
 from flowgrpo_ray.common.sources import mask_url
@@ -11,6 +14,8 @@ from flowgrpo_ray.rewards import ask, build, needs_sources, prompt_check, takes_
 from flowgrpo_ray.rewards.calibration import calibration_set, check_reward
 from flowgrpo_ray.rewards.golden import check_golden, golden_of, score_golden
 from flowgrpo_ray.rewards.preservation import PreservationReward, similarity
+from flowgrpo_ray.serving import service
+from flowgrpo_ray.serving.args import RewardServiceArgs
 
 SIZE = (24, 31)
 RNG = np.random.default_rng(0)
@@ -68,6 +73,9 @@ def test_it_needs_sources_and_passes_its_checks():
     assert takes_sources("http")
     assert takes_sources("rank")
     assert not needs_sources("vlm_judge")
+    assert needs_sources("rank", {"reward": "preservation"})
+    assert not needs_sources("rank", {"reward": "ocr"})
+    assert [needs_sources("http", {"sources": sends}) for sends in (True, False)] == [True, False]
     assert not takes_sources("ocr")
     reward = build("preservation")
     rankings = golden_of(reward)
@@ -84,6 +92,19 @@ def test_a_rank_is_that_of_the_reward_with_its_sources():
     assert ask(ranked, images, ["x"] * 2, [{}] * 2, sources).tolist() == [0.0, 1.0]
     plain = build("rank", {"reward": "jpeg_compressibility"})
     assert len(ask(plain, images, ["x"] * 2, [{}] * 2, sources)) == 2
+
+
+def test_a_deployment_may_name_pictures_of_its_own(tmp_path: Path):
+    """Their sources are brought to their size."""
+    source = np.repeat(np.repeat(RNG.integers(0, 256, (6, 8, 3), np.uint8), 8, 0), 8, 1)
+    Image.fromarray(source).save(tmp_path / "image.png")
+    Image.fromarray(source.repeat(2, 0).repeat(2, 1)).save(tmp_path / "source.png")
+    golden = {"prompt": "", "image": str(tmp_path / "image.png"), "low": 0.9}
+    golden |= {"sources": [str(tmp_path / "source.png")]}
+    args = RewardServiceArgs.model_validate({"name": "preservation", "golden": [golden]})
+    reward = build("preservation")
+    rankings = service._golden(args, reward)
+    check_golden(rankings, score_golden(reward, rankings))
 
 
 def test_config_file():

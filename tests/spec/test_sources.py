@@ -165,6 +165,9 @@ def test_all_prompts_of_a_run_name_as_many_and_only_an_editing_family_reads_them
     train, held_out = load_prompt_sets(small_spec(files))
     assert not any(prompt.images for prompt in (*train, *held_out))
     assert train[0].request(SIZE) == 'red sign "1"'
+    rewards = "rewards={kept: {reward: rank, options: {reward: preservation}}}"
+    with pytest.raises(PromptError, match=r"train: rewards\.kept compares with the source"):
+        load_prompt_sets(small_spec(files, rewards))
     add_family(monkeypatch)
     with pytest.raises(PromptError, match="prompts: some prompts name 1 source images"):
         load_prompt_sets(small_spec(files, f"model.family={FAMILY}"))
