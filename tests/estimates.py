@@ -18,15 +18,15 @@ def costs_once() -> Iterator[None]:
     known: dict[Any, Any] = {}
     original = footprint.costs
 
-    def costs(spec: TrainingSpec, policy: Any, configs: Any) -> Any:
+    def costs(spec: TrainingSpec, policy: Any, configs: Any, sources: int) -> Any:
         sampling, learner = spec.sampling, spec.cluster.learner
         key = (
             *(spec.model.model_dump_json(), spec.tuning.model_dump_json(), spec.ranks.gpus > 0),
             *(sampling.micro_batch, sampling.size, sampling.guidance, spec.evaluation.micro_batch),
-            *(learner.activation_checkpointing, max(spec.ranks.count, spec.gpus) > 1),
+            *(learner.activation_checkpointing, max(spec.ranks.count, spec.gpus) > 1, sources),
         )
         if key not in known:
-            known[key] = original(spec, policy, configs)
+            known[key] = original(spec, policy, configs, sources)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:

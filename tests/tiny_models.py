@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import pickle
 import shutil
 import socket
@@ -13,12 +14,13 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 from tiny_bagel import build_bagel
 from tiny_runs import (
     CPU,
@@ -34,8 +36,9 @@ from tiny_runs import (
 )
 
 from flowgrpo_ray.algorithm.sampling import rollout
-from flowgrpo_ray.common.types import Condition, LearnerState, Schedule, WeightsTicket
+from flowgrpo_ray.common.types import Condition, Images, LearnerState, Schedule, WeightsTicket
 from flowgrpo_ray.policies import load_policy
+from flowgrpo_ray.spec.families import family_of
 from flowgrpo_ray.spec.training import TrainingSpec
 
 if TYPE_CHECKING:
@@ -74,6 +77,7 @@ class TinyModel:
     overrides: tuple[str, ...]  # of the spec
     guidances: tuple[float, ...]  # none, and some
     pipeline_images: Callable[..., Any] | None
+    sources: int = 0  # images that each prompt changes
     size: tuple[int, int] = SIZE
 
     def spec(self, folder: Path, *overrides: str) -> TrainingSpec:
@@ -92,9 +96,12 @@ def build_sd3(folder: Path) -> None:
     shutil.copytree(source, folder)
 
 
-def build_flux(folder: Path, *, guidance_embeds: bool = True) -> None:
-    """FLUX.1-dev, or without ``guidance_embeds`` FLUX.1-schnell."""
-    from diffusers import FluxPipeline, FluxTransformer2DModel
+def build_flux(
+    folder: Path, *, guidance_embeds: bool = True, pipeline: str = "FluxPipeline"
+) -> None:
+    """FLUX.1-dev, or without ``guidance_embeds`` FLUX.1-schnell; Kontext has the same parts."""
+    import diffusers
+    from diffusers import FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     from flowgrpo_ray.tiny.parts import TOKENS as CLIP_TOKENS
@@ -126,7 +133,7 @@ def build_flux(folder: Path, *, guidance_embeds: bool = True) -> None:
         axes_dims_rope=(4, 6, 6),
     )
     _strengthen(network)
-    FluxPipeline(
+    getattr(diffusers, pipeline)(
         scheduler=_scheduler(
             use_dynamic_shifting=guidance_embeds,
             shift=3.0 if guidance_embeds else 1.0,
@@ -400,8 +407,14 @@ def pipeline_images(
     if type(pipe).__name__.startswith("Flux2"):
         return _flux2_images(pipe, prompts, noise, steps, guidance, size, output)
     packs = hasattr(pipe, "_pack_latents")
+    if count := MODELS[family_of(type(pipe).__name__) or ""].sources:
+        guided["image"] = [
+            Image.fromarray(image) for p in prompts for image in sources_of(p, count, size)
+        ]
+    if type(pipe).__name__ == "FluxKontextPipeline":
+        guided |= {"max_area": math.prod(size), "_auto_resize": False}
     made = pipe(
-        list(prompts),
+        prompt=list(prompts),
         latents=pipe._pack_latents(noise, *noise.shape) if packs else noise,
         height=size[0],
         width=size[1],
@@ -451,16 +464,23 @@ def _flux2_images(
 
 
 def _row(
-    build: Callable[[Path], Any], family: str, *guidances: float, pipeline: bool = True
+    build: Callable[[Path], Any],
+    family: str,
+    *guidances: float,
+    pipeline: bool = True,
+    **more: Any,
 ) -> TinyModel:
     overrides = (f"model.family={family}", f"model.max_sequence_length={TOKENS}")
-    return TinyModel(build, overrides, guidances, pipeline_images if pipeline else None)
+    return TinyModel(build, overrides, guidances, pipeline_images if pipeline else None, **more)
 
 
 # FLUX.1 multiplies its guidance by 1000 in the network's dtype: 4 keeps its value in bfloat16.
 MODELS = {
     "sd3": _row(build_sd3, "sd3", 1.0, 3.0),
     "flux": _row(build_flux, "flux", 1.0, 4.0),
+    "flux_kontext": _row(
+        partial(build_flux, pipeline="FluxKontextPipeline"), "flux_kontext", 1.0, 4.0, sources=1
+    ),
     "qwen_image": _row(build_qwen_image, "qwen_image", 1.0, 4.0),
     "z_image": _row(build_z_image, "z_image", 1.0, 3.0),
     "flux2": _row(build_flux2, "flux2", 1.0, 4.0),
@@ -468,6 +488,7 @@ MODELS = {
     "bagel": _row(build_bagel, "bagel", 1.0, 4.0, pipeline=False),
 }
 PIPELINES = [family for family, model in MODELS.items() if model.pipeline_images]
+EDITING = [family for family, model in MODELS.items() if model.sources]
 
 
 # --- small runs on them
@@ -491,7 +512,22 @@ def spec_of(family: str, *overrides: str) -> TrainingSpec:
 def conditions_of(family: str, *overrides: str) -> Mapping[int, Condition]:
     """Of the family's prompts, by index."""
     encoder = load_policy(spec_of(family, *overrides), CPU, frozenset({"encoder"}))
-    return dict(enumerate(encoder.encode(PROMPTS)))
+    return dict(enumerate(encoded(encoder, PROMPTS)))
+
+
+def encoded(policy: Policy, prompts: Sequence[str]) -> list[Condition]:
+    """Of prompts, each with the images that it changes if the family is one that edits."""
+    model = MODELS[policy.model.family]
+    if not model.sources:
+        return policy.encode(prompts)
+    return [policy.encode_edit(p, sources_of(p, model.sources, model.size)) for p in prompts]
+
+
+def sources_of(prompt: str, count: int, size: tuple[int, int]) -> Images:
+    """The images ``[count, H, W, 3]`` that a prompt changes here: of its own, and never alike."""
+    random = np.random.default_rng(list(prompt.encode()))
+    coarse = random.integers(0, 256, (count, 4, 6, 3), np.uint8)
+    return np.stack([np.array(Image.fromarray(i).resize(size[::-1])) for i in coarse])
 
 
 def schedule_of(policy: Policy, window: range, steps: int = 5) -> Schedule:

@@ -43,16 +43,18 @@ def show_plan(
 ) -> None:
     """Check ``spec`` and print what it will do; ``gpu`` is a name of ``GPUS`` or GiB, ``measured``
     a run to take times from, ``price`` that of an hour of a GPU."""
-    prompts, held_out, prompts_say = prompts_of(spec)
+    prompts, held_out, sources, prompts_say = prompts_of(spec)
     device = None if gpu is None else (gpu, gpu_memory(gpu))
     if price is not None and measured is None:
         raise SpecError("--gpu-hour: name a run to take times from with --measured RUN")
     cost = None if measured is None else cost_of(spec, measured, price)
-    from flowgrpo_ray.estimate.footprint import count_work, estimate, gpu_here
+    from flowgrpo_ray.estimate.footprint import count_work, estimate
+    from flowgrpo_ray.estimate.gpus import gpu_here
 
     device = device or gpu_here()
     memory = (device[1] if device else ASSUMED) * GIB if spec.ranks.gpus else None
-    work, footprint = count_work(spec, held_out), estimate(spec, memory, prompts)
+    work = count_work(spec, held_out)
+    footprint = estimate(spec, memory, prompts, sources)
     reserved, watched = required_resources(spec), price_of_watched(spec)
     if as_json:
         found: dict[str, Any] = {"name": spec.name, "spec": spec.digest(), "work": asdict(work)}
@@ -98,16 +100,16 @@ def price_of_watched(spec: TrainingSpec) -> dict[str, dict[str, float]]:
     }
 
 
-def prompts_of(spec: TrainingSpec) -> tuple[int | None, int, str]:
-    """How many to train on and held out, and what is said of them; of public sets that are not
-    here yet as many as the spec asks for."""
+def prompts_of(spec: TrainingSpec) -> tuple[int | None, int, int | None, str]:
+    """How many to train on and held out, how many images each changes, and what is said of them; of
+    public sets that are not here yet as many as the spec asks for."""
     try:
         prompts, held_out = check_run(spec)
     except NotFetchedError as error:
         assumed = spec.evaluation.prompts * len(spec.prompts.sets)
-        return None, assumed, f"{error}. Here {assumed:,} held-out prompts are assumed"
+        return None, assumed, None, f"{error}. Here {assumed:,} held-out prompts are assumed"
     says = f"prompts: {len(prompts):,} to train on, {len(held_out):,} held out"
-    return len(prompts), len(held_out), says
+    return len(prompts), len(held_out), len(prompts[0].images), says
 
 
 def gpu_memory(gpu: str) -> float:

@@ -87,7 +87,8 @@ class LearnerRank:
         if ranks == 1:
             self.parallel = Parallel()
             return
-        from flowgrpo_ray.estimate.footprint import decide, gpu_here
+        from flowgrpo_ray.estimate.footprint import decide
+        from flowgrpo_ray.estimate.gpus import gpu_here
 
         gpu = gpu_here() if self.device.type == "cuda" else None
         place = ray.get_runtime_context().get_node_id(), gpu and gpu[1] * 2**30

@@ -40,10 +40,10 @@ from flowgrpo_ray.spec.training import TrainingSpec
 ARCHITECTURES = Path(__file__).parent / "architectures"
 QWEN3_4B, QWEN3_8B = 4_022_468_096, 8_190_735_360
 CLIP_L, CLIP_BIG_G, T5_XXL = 123_060_480, 694_659_840, 4_762_310_656
-QWEN3_4B = 4_022_468_096
 PUBLISHED = {  # hub ids whose configs are in ARCHITECTURES, with their text encoders' parameters
     "stabilityai/stable-diffusion-3.5-medium": CLIP_L + 768 * 768 + CLIP_BIG_G + T5_XXL,
     "black-forest-labs/FLUX.1-dev": CLIP_L + T5_XXL,
+    "black-forest-labs/FLUX.1-Kontext-dev": CLIP_L + T5_XXL,
     "Qwen/Qwen-Image": 8_292_166_656,
     "Tongyi-MAI/Z-Image": QWEN3_4B,
     "Tongyi-MAI/Z-Image-Turbo": QWEN3_4B,
@@ -100,14 +100,6 @@ def count_work(spec: TrainingSpec, held_out: int) -> Work:
         updates=spec.objective.updates * spec.objective.epochs,
         evaluation_forwards=held_out * spec.evaluation.steps * passes,
     )
-
-
-def gpu_here() -> tuple[str, float] | None:
-    """Name and GiB of this machine's first GPU."""
-    if not torch.cuda.is_available():
-        return None
-    found = torch.cuda.get_device_properties(0)
-    return found.name, found.total_memory / 2**30
 
 
 # --- configs
@@ -181,61 +173,65 @@ def skeleton(spec: TrainingSpec, configs: Configs) -> Policy:
     return policy
 
 
-def costs(spec: TrainingSpec, policy: Policy, configs: Configs) -> Costs:
-    """Of one ``velocity`` in sampling, evaluation and training, and of a decoded slice.
+def costs(spec: TrainingSpec, policy: Policy, configs: Configs, sources: int) -> Costs:
+    """Of one ``velocity`` in sampling, evaluation and training, and of a decoded slice, where each
+    prompt changes so many images.
 
     ``policy`` is a skeleton, and afterwards has shapes.
     """
+
+    def velocity_cost(of: Policy, batch: int, *, backward: bool) -> Cost:
+        size = spec.sampling.size
+        if sources:
+            condition = of.example_edit(batch, configs, sources, size)
+        else:
+            condition = of.example_condition(batch, configs)
+        x = torch.empty(batch, *of.latent_shape(size))
+        inputs = [x, *condition.values()]
+
+        def run() -> Cost:
+            velocity = lambda: of.velocity(x, 1.0, condition)  # noqa: E731
+            return measure(velocity, of.network, inputs, backward=backward)
+
+        return scaled(run, of.network, of.block_classes())
+
     batch, other = spec.sampling.micro_batch, spec.evaluation.micro_batch
     vae: nn.Module = policy.vae  # type: ignore[attr-defined]
     with without_data(gpu=spec.ranks.gpus > 0):
         give_shapes(policy.network)
         give_shapes(vae)
-        sampled = evaluated = _velocity_cost(spec, policy, configs, batch, backward=False)
+        sampled = evaluated = velocity_cost(policy, batch, backward=False)
         if other != batch:
-            evaluated = _velocity_cost(spec, policy, configs, other, backward=False)
+            evaluated = velocity_cost(policy, other, backward=False)
         x = torch.empty(decoded_at_once(spec, policy), *policy.latent_shape(spec.sampling.size))
         decoded = measure(lambda: _tensor(policy.decode(x)), vae, [x], backward=False)
         if spec.cluster.learner.activation_checkpointing:
             policy.checkpoint_activations()
-        trained = _velocity_cost(spec, policy, configs, batch, backward=True)
+        trained = velocity_cost(policy, batch, backward=True)
     in_shards = trained
     if (
         max(spec.ranks.count, spec.gpus) > 1
         and policy.dtype != torch.float32
         and spec.tuning.kind == "full"
     ):
-        in_shards = _cost_in_shards(spec, configs)
+        gathered = _gathered(spec, configs)
+        with without_data(gpu=spec.ranks.gpus > 0):
+            give_shapes(gathered.network)
+            if spec.cluster.learner.activation_checkpointing:
+                gathered.checkpoint_activations()
+            in_shards = velocity_cost(gathered, batch, backward=True)
     return Costs(sampled, evaluated, decoded, trained, in_shards)
 
 
-def _cost_in_shards(spec: TrainingSpec, configs: Configs) -> Cost:
-    """Of a velocity with its backward pass, on masters that are gathered in half precision, of
-    which autocast then needs no copies."""
+def _gathered(spec: TrainingSpec, configs: Configs) -> Policy:
+    """A skeleton whose masters are gathered in half precision, of which autocast then needs no
+    copies."""
     policy = skeleton(spec, configs)
     cast = cast_by_autocast(policy.network)
     for parameter in policy.network.parameters():
         if id(parameter) in cast:
             parameter.data = parameter.data.to(policy.dtype)
-    with without_data(gpu=spec.ranks.gpus > 0):
-        give_shapes(policy.network)
-        if spec.cluster.learner.activation_checkpointing:
-            policy.checkpoint_activations()
-        return _velocity_cost(spec, policy, configs, spec.sampling.micro_batch, backward=True)
-
-
-def _velocity_cost(
-    spec: TrainingSpec, policy: Policy, configs: Configs, batch: int, *, backward: bool
-) -> Cost:
-    condition = policy.example_condition(batch, configs)
-    x = torch.empty(batch, *policy.latent_shape(spec.sampling.size))
-    inputs = [x, *condition.values()]
-
-    def run() -> Cost:
-        velocity = lambda: policy.velocity(x, 1.0, condition)  # noqa: E731
-        return measure(velocity, policy.network, inputs, backward=backward)
-
-    return scaled(run, policy.network, policy.block_classes())
+    return policy
 
 
 def decoded_at_once(spec: TrainingSpec, policy: Policy) -> int:
@@ -281,14 +277,23 @@ class Sized:
         return way, stages(way)
 
 
-def size_up(spec: TrainingSpec, memory: float | None, prompts: int | None = None) -> Sized | None:
-    """For GPUs of ``memory`` bytes and a training set of ``prompts``, if that is known; ``None`` if
-    the model's configs are not to be had."""
+def size_up(
+    spec: TrainingSpec,
+    memory: float | None,
+    prompts: int | None = None,
+    sources: int | None = None,
+) -> Sized | None:
+    """For GPUs of ``memory`` bytes and a training set of so many ``prompts``, each with so many
+    ``sources``, if these are known; ``None`` if the model's configs are not to be had."""
     configs = find_configs(spec.model)
     if configs is None:
         return None
     policy = skeleton(spec, configs)
-    encoders, cost = encoder_bytes(spec.model), costs(spec, policy, configs)
+    least = policy.sources.start
+    cost = costs(spec, policy, configs, least if sources is None else sources)
+    encoders = encoder_bytes(spec.model)
+    if encoders is not None and policy.sources.stop > 1:  # the autoencoder is with them
+        encoders += sum(p.nbytes for p in policy.vae.parameters())  # type: ignore[attr-defined]
     rewards = {name: reward_parts(name, reward) for name, reward in spec.rewards.items()}
     encodes_later = prompts is None or prompts > spec.prompts.encode_ahead
     return Sized(policy, cost, encoders, rewards, memory, encodes_later)
@@ -304,12 +309,15 @@ def decide(spec: TrainingSpec, places: Sequence[tuple[object, float | None]]) ->
 
 
 def estimate(
-    spec: TrainingSpec, memory: float | None = None, prompts: int | None = None
+    spec: TrainingSpec,
+    memory: float | None = None,
+    prompts: int | None = None,
+    sources: int | None = None,
 ) -> Footprint | None:
     """The footprint of ``spec`` on GPUs of ``memory`` bytes, its ranks on as few machines as there
-    may be, for a training set of ``prompts`` (default: a large one); ``None`` if its model's
-    configs are not to be had."""
-    sized = size_up(spec, memory, prompts)
+    may be, for a training set of ``prompts`` (default: a large one), each with so many ``sources``
+    (default: as few as the family takes); ``None`` if its model's configs are not to be had."""
+    sized = size_up(spec, memory, prompts, sources)
     if sized is None:
         return None
     policy, cost, rewards = sized.policy, sized.cost, sized.rewards

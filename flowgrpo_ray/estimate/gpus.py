@@ -18,6 +18,16 @@ from flowgrpo_ray.spec.training import TrainingSpec
 GIB = 2**30
 
 
+def gpu_here() -> tuple[str, float] | None:
+    """Name and GiB of this machine's first GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    return found.name, found.total_memory / GIB
+
+
 @dataclass
 class Gpu:
     """One GPU: processes by name, how many there are of each, and their stages."""

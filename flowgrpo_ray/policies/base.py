@@ -162,6 +162,12 @@ class Policy(ABC):
     def example_condition(self, batch: int, configs: Configs) -> dict[str, Tensor]:
         """What ``collate`` gives for ``batch`` prompts of the greatest length, without values."""
 
+    def example_edit(
+        self, batch: int, configs: Configs, sources: int, size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """The same of prompts that each name so many images, which are of ``size``."""
+        raise NotImplementedError(f"{self.model.family} draws from text alone")
+
     @classmethod
     def passes(cls, guidance: float) -> int:
         """Network evaluations of one ``velocity``: two where guidance compares two prompts."""

@@ -82,19 +82,15 @@ class FluxPolicy(PackedPolicy):
         ]
 
     def velocity(self, x: Tensor, sigma: float | Tensor, condition: dict[str, Tensor]) -> Tensor:
-        from diffusers import FluxPipeline
-
-        b, _, h, w = x.shape
         network: Any = self.network
         embeds = condition["embeds"]
         guidance = None
         if network.config.guidance_embeds:
-            guidance = torch.full((b,), self.guidance, device=x.device)
-        # Positions stay float32: bfloat16 has no odd integers above 256.
-        ids = FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, x.device, torch.float32)
+            guidance = torch.full((len(x),), self.guidance, device=x.device)
+        ids = self.positions(x, condition)
         with self.autocast():
             v = network(
-                hidden_states=self.pack(x),
+                hidden_states=self.tokens(x, condition),
                 timestep=self.timestep(x, sigma),
                 guidance=guidance,
                 encoder_hidden_states=embeds.to(self.dtype),
@@ -104,6 +100,14 @@ class FluxPolicy(PackedPolicy):
                 return_dict=False,
             )[0]
         return self.unpack(v, x)
+
+    def positions(self, x: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """Of the image's tokens, ``[tokens, 3]``; float32, as bfloat16 has no odd integers above
+        256."""
+        from diffusers import FluxPipeline
+
+        b, _, h, w = x.shape
+        return FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, x.device, torch.float32)
 
     def example_condition(self, batch: int, configs: Configs) -> dict[str, Tensor]:
         network: Any = self.network.config

@@ -58,11 +58,15 @@ class PipelinePolicy(Policy):
                 f"model.max_sequence_length = {self.model.max_sequence_length}: {self.pipeline} "
                 f"takes at most {self.max_tokens} tokens"
             )
-        unused = {"transformer": None, "vae": None}
+        given = {"transformer": None, "vae": self.load_source_encoder()}
         self.encoder = from_pretrained(
-            _diffusers(self.pipeline), self.model, None, dtype=self.encoder_dtype, **unused
+            _diffusers(self.pipeline), self.model, None, dtype=self.encoder_dtype, **given
         ).to(self.device)
         self.encoder.set_progress_bar_config(disable=True)
+
+    def load_source_encoder(self) -> Any:
+        """The autoencoder, where prompts name images that it encodes."""
+        return None
 
     def drop_encoder(self) -> None:
         del self.encoder
@@ -80,9 +84,12 @@ class PipelinePolicy(Policy):
         return Tokens(tokenizer, tokenizer.apply_chat_template(said, tokenize=False, **options))
 
     def load_decoder(self) -> None:
+        self.vae = self.load_autoencoder()
+
+    def load_autoencoder(self) -> Any:
         cls = _diffusers(self.autoencoder)
         vae = from_pretrained(cls, self.model, "vae", dtype=self.decoder_dtype)
-        self.vae = vae.to(self.device).eval().requires_grad_(False)
+        return vae.to(self.device).eval().requires_grad_(False)
 
     def block_classes(self) -> tuple[type[nn.Module], ...]:
         module = importlib.import_module(_diffusers(self.transformer).__module__)
@@ -202,6 +209,10 @@ class PackedPolicy(PipelinePolicy):
         """``[b]``: sigma, rounded as the pipelines do by way of the timestep."""
         timestep = self.levels(sigma, x) * TIMESTEPS
         return timestep.to(self.dtype) / TIMESTEPS
+
+    def tokens(self, x: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """What the network is given as image."""
+        return self.pack(x)
 
     def pack(self, x: Tensor) -> Tensor:
         """``[b, C, h, w]`` to the network's tokens ``[b, h w / 4, 4 C]``."""

@@ -146,7 +146,9 @@ def export(
         policy.save_pipeline(out)
     versions = {name: version(name) for name in ("torch", "diffusers", "peft")}
     versions = {"flowgrpo_ray": __version__, **versions}
-    card = model_card(spec, Exported(what, weights, policy.call_arguments, progress, versions))
+    edits = policy.sources.start > 0
+    exported = Exported(what, weights, policy.call_arguments, progress, versions, edits)
+    card = model_card(spec, exported)
     readme = out / "README.md"
     readme.write_text(card, encoding="utf-8")
     share_mode((path for path in out.rglob("*") if path.is_file()), like=readme)

@@ -12,6 +12,11 @@ from flowgrpo_ray.run.checkpoint import Progress
 from flowgrpo_ray.spec.file import dump_spec
 from flowgrpo_ray.spec.training import TrainingSpec
 
+SOURCE = """from PIL import Image, ImageOps
+
+source = Image.open("source.png").convert("RGB")
+source = ImageOps.fit(source, ({width}, {height}), Image.Resampling.LANCZOS)
+"""
 IMAGE = """image = pipe(
     prompt="your prompt",
     height={height},
@@ -53,8 +58,8 @@ class Exported:
     """What was written: ``what`` is lora or pipeline, ``weights`` ema or last.
 
     ``arguments`` are those of a call of the model's diffusers pipeline, beside prompt, size and
-    steps (``{guidance}`` stands for its value, ``{beyond_one}`` for one less); empty for a model
-    without a pipeline.
+    steps (``{guidance}`` stands for its value, ``{beyond_one}`` for one less, ``{height}`` and
+    ``{width}`` for the size); empty for a model without a pipeline.
     """
 
     what: str
@@ -62,6 +67,7 @@ class Exported:
     arguments: tuple[str, ...]
     progress: Progress  # of its checkpoint
     versions: Mapping[str, str]  # of packages, by name
+    edits: bool = False  # whether every prompt names an image to change
 
 
 def model_card(spec: TrainingSpec, exported: Exported) -> str:
@@ -98,10 +104,11 @@ def _front_matter(spec: TrainingSpec, exported: Exported) -> dict[str, object]:
         matter["library_name"] = "diffusers"
     elif exported.what == "lora":
         matter["library_name"] = "peft"
-    tags = ["text-to-image", "flow-grpo"]
+    task = "image-to-image" if exported.edits else "text-to-image"
+    tags = [task, "flow-grpo"]
     return {
         **matter,
-        "pipeline_tag": "text-to-image",
+        "pipeline_tag": task,
         "tags": [*tags, "lora"] if exported.what == "lora" else tags,
     }
 
@@ -173,16 +180,17 @@ def _code(spec: TrainingSpec, exported: Exported) -> str:
         lines.append("pipe.scheduler = pipe.scheduler.from_config(")
         lines.append(f"    pipe.scheduler.config, shift={model.shift}, use_dynamic_shifting=False")
         lines.append(")")
-    arguments = ",\n    ".join(exported.arguments)
+    arguments = ",\n    ".join((*exported.arguments, *(["image=source"] if exported.edits else [])))
     guidance = spec.sampling.guidance
+    size = {"height": spec.sampling.size[0], "width": spec.sampling.size[1]}
     image = IMAGE.format(
-        height=spec.sampling.size[0],
-        width=spec.sampling.size[1],
+        **size,
         steps=spec.evaluation.steps,
         tokens=model.max_sequence_length,
-        arguments=arguments.format(guidance=guidance, beyond_one=guidance - 1),
+        arguments=arguments.format(**size, guidance=guidance, beyond_one=guidance - 1),
     )
-    return "\n".join(lines) + "\n" + image
+    source = SOURCE.format(**size) if exported.edits else ""
+    return "\n".join(lines) + "\n" + source + image
 
 
 def _rewards(spec: TrainingSpec, progress: Progress) -> str:

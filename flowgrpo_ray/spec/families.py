@@ -19,6 +19,9 @@ class Family:
 FAMILIES = {
     "sd3": Family("flowgrpo_ray.policies.sd3:SD3Policy", ("StableDiffusion3Pipeline",)),
     "flux": Family("flowgrpo_ray.policies.flux:FluxPolicy", ("FluxPipeline",)),
+    "flux_kontext": Family(
+        "flowgrpo_ray.policies.flux_kontext:FluxKontextPolicy", ("FluxKontextPipeline",)
+    ),
     "qwen_image": Family(
         "flowgrpo_ray.policies.qwen_image:QwenImagePolicy", ("QwenImagePipeline",)
     ),

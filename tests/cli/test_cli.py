@@ -290,8 +290,8 @@ def test_a_recipe_is_shown_and_copied_with_its_comments(run, tmp_path):
 def test_plan_needs_no_public_prompts(run):
     """A recipe as it ships; a file of one's own must be there."""
     spec = load_spec("sd35-ocr-1gpu-24gb")
-    prompts, held_out, says = prompts_of(spec)
-    assert (prompts, held_out) == (None, 1018)
+    prompts, held_out, sources, says = prompts_of(spec)
+    assert (prompts, held_out, sources) == (None, 1018, None)
     assert "`flowgrpo-ray prompts fetch ocr` puts below prompts/. Here 1,018 held-out" in says
     assert run("plan", "sd35-ocr-1gpu-24gb", "--set", "prompts.train=prompts/mine.txt")[0] == 2
 

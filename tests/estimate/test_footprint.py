@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from estimates import costs_once
-from tiny_models import MODELS, model_folder
+from tiny_models import EDITING, MODELS, conditions_of, encoded, model_folder
 from tiny_runs import (
     CPU,
     FULL,
@@ -97,8 +97,12 @@ def test_an_example_condition_is_shaped_as_encoded_prompts_are(family: str):
     model = MODELS[family]
     spec = model.spec(model_folder(family), f"sampling.guidance={model.guidances[-1]}")
     encoder = load_policy(spec, CPU, frozenset({"encoder"}))
-    real = encoder.collate(encoder.encode(PROMPTS))
-    made = skeleton(spec).example_condition(len(PROMPTS), configs_of(spec))
+    real = encoder.collate(encoded(encoder, PROMPTS))
+    policy, given = skeleton(spec), (len(PROMPTS), configs_of(spec))
+    if model.sources:
+        made = policy.example_edit(*given, model.sources, model.size)
+    else:
+        made = policy.example_condition(*given)
     assert made.keys() >= real.keys()
     for name, tensor in real.items():
         found = made[name]
@@ -140,7 +144,7 @@ def test_shapes_alone_cost_what_the_model_costs(tuning: str, dtype: str, checkpo
         f"cluster.learner.activation_checkpointing={str(checkpointing).lower()}",
         "cluster.learner.count=2",
     )
-    cost = footprint.costs(spec, skeleton(spec), configs_of(spec))
+    cost = footprint.costs(spec, skeleton(spec), configs_of(spec), 0)
     sampled, evaluated, decoded, trained, in_shards = cost
     real = tuned(spec)
     assert velocity_cost(spec, real, backward=False) == sampled == evaluated
@@ -187,7 +191,7 @@ def test_bytes_kept_are_those_that_autograd_saves(tuning: str):
 def test_flops_of_a_forward_are_those_of_its_matrix_products():
     """The embedded model by hand: 3 joint blocks of width 128, the last without text output."""
     spec = small_spec("sampling.guidance=3")
-    cost = footprint.costs(spec, skeleton(spec), configs_of(spec)).sampled
+    cost = footprint.costs(spec, skeleton(spec), configs_of(spec), 0).sampled
     b, d, image, text = 8, 128, (32 // 8) * (48 // 8), 20  # two passes of four images
     channels, features, pixels = 4, 256, 2 * 2
     stream = 12 * d * d  # queries, keys, values, output; and the MLP's 2 x 4 d
@@ -198,6 +202,24 @@ def test_flops_of_a_forward_are_those_of_its_matrix_products():
     moment = features * d + d * d + d * d + d * d  # the time's two layers, the pooled text's two
     ends = 2 * d * d + image * d * pixels * channels
     assert cost.forward == 2 * b * (blocks + modulation + attention + embedding + moment + ends)
+
+
+@pytest.mark.parametrize("family", EDITING)
+def test_tokens_of_the_images_to_change_are_counted(family: str):
+    """To the FLOP and byte, where prompts are padded to one length."""
+    model = MODELS[family]
+    guided = f"sampling.guidance={model.guidances[-1]}"
+    spec = model.spec(model_folder(family), LORA, guided, "evaluation.micro_batch=3")
+    found = footprint.costs(spec, skeleton(spec), configs_of(spec), model.sources).evaluated
+    policy = tuned(spec)
+    condition = batch_condition(policy, conditions_of(family, guided), (0, 1, 2))
+    x = torch.zeros(3, *policy.latent_shape(spec.sampling.size))
+    inputs = [x, *condition.values()]
+    run = lambda: policy.velocity(x, 0.6, condition)  # noqa: E731
+    real = measure(run, policy.network, inputs, backward=False)
+    assert found == real if family == "flux_kontext" else found.forward > real.forward
+    plain = footprint.costs(spec, skeleton(spec), configs_of(spec), 0).evaluated
+    assert plain.forward < found.forward
 
 
 # --- who holds what
@@ -468,7 +490,7 @@ def test_flops_of_an_iteration():
     spec = small_spec(
         *("objective.kl={beta: 0.1}", "objective.epochs=2", "evaluation.micro_batch=8"),
     )
-    cost = footprint.costs(spec, skeleton(spec), configs_of(spec))
+    cost = footprint.costs(spec, skeleton(spec), configs_of(spec), 0)
     sampled, evaluated, decoded, trained, _ = cost
     found = footprint.estimate(spec)
     assert found is not None

@@ -53,7 +53,7 @@ def test_families_and_policies_name_the_same_pipelines():
 @pytest.mark.parametrize(
     ("pipeline", "advice"),
     [
-        ("FluxKontextPipeline", "No family drives it"),
+        ("FluxKontextPipeline", "Set model.family: flux_kontext"),
         ("FluxFillPipeline", "No family drives it"),
         ("QwenImagePipeline", "Set model.family: qwen_image"),
         (None, "No family drives it"),

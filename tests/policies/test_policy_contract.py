@@ -22,6 +22,7 @@ from tiny_models import (
     PROMPTS,
     conditions_of,
     draw_batch_of,
+    encoded,
     load_pipe,
     model_folder,
     schedule_of,
@@ -131,7 +132,7 @@ def test_ode_sampling_is_the_pipelines(family, guidance, prompts):
     policy.encoded_at_once = 1
     model, texts = MODELS[family], [PROMPTS[i] for i in prompts]
     of = unit(schedule_of(policy, range(0), STEPS), prompts, tuple(range(len(prompts))))
-    conditions = dict(enumerate(policy.encode(PROMPTS)))
+    conditions = dict(enumerate(encoded(policy, PROMPTS)))
     _, x = rollout(policy, of, conditions, model.size, UNTRAINED)
     start = draw_noise(of, INITIAL, tuple(x.shape[1:]))
     assert model.pipeline_images is not None
@@ -174,7 +175,7 @@ def test_the_network_is_asked_what_the_pipeline_asks(family, guidance, dtype):
     policy.encoded_at_once = 1  # as the pipeline does with one
     pipe = load_pipe(model_folder(family), policy.dtype)
     start, size = noise(policy, 1), MODELS[family].size
-    condition = batch_condition(policy, {2: policy.encode(PROMPTS[2:])[0]}, (2,))
+    condition = batch_condition(policy, {2: encoded(policy, PROMPTS[2:])[0]}, (2,))
     pipeline_images = MODELS[family].pipeline_images
     assert pipeline_images is not None
     with calls_of(pipe.transformer) as theirs, calls_of(policy.network) as ours, torch.no_grad():
@@ -237,7 +238,7 @@ def test_what_the_pipeline_refuses_is_an_error_that_names_the_key(family):
         assert pipe_of(family).tokenizer_max_length == most
     elif family != "z_image":  # whose pipeline knows no limit: see its own tests
         with pytest.raises(ValueError, match=f"cannot be greater than {most} but"):
-            pipe_of(family)(PROMPTS[0], max_sequence_length=most + 1)
+            pipe_of(family)(prompt=PROMPTS[0], max_sequence_length=most + 1)
     longer = spec_of(family, f"model.max_sequence_length={most + 1}")
     with pytest.raises(SpecError, match=rf"model\.max_sequence_length = {most + 1}: .*Pipeline"):
         load_policy(longer, CPU, frozenset({"encoder"}))
@@ -253,16 +254,16 @@ def test_a_prompts_condition_does_not_depend_on_the_others(family, guidance):
     spec = spec_of(family, f"sampling.guidance={guidance}")
     policy: Any = load_policy(spec, CPU, frozenset({"encoder"}))
     prompts = [*PROMPTS, *(f"{PROMPTS[0]} {word}" for word in WORDS)]
-    together = policy.encode(prompts)
-    shuffled = policy.encode(prompts[::-1])[::-1]
+    together = encoded(policy, prompts)
+    shuffled = encoded(policy, prompts[::-1])[::-1]
     for index, condition in enumerate(together):
         assert same(condition, shuffled[index])
-    (apart,) = policy.encode([prompts[5]])
+    (apart,) = encoded(policy, [prompts[5]])
     assert same(apart, together[5])
     first, other = together[0], together[1]
     assert any(first[name].tobytes() != other[name].tobytes() for name in first)
     batch, policy.encoded_at_once = policy.encoded_at_once, 1
-    for condition, single in zip(together, policy.encode(prompts), strict=True):
+    for condition, single in zip(together, encoded(policy, prompts), strict=True):
         for name, array in single.items():
             difference = np.abs(array - condition[name]).max()
             assert difference <= (3e-6 if batch > 1 else 0)

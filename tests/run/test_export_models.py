@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import (
+    EDITING,
     MODELS,
     PIPELINES,
     PROMPTS,
@@ -28,12 +29,24 @@ from tiny_models import (
     draw_batch_of,
     load_pipe,
     model_folder,
+    schedule_of,
     spec_of,
 )
-from tiny_runs import CPU, TUNINGS, alone, one_thread, sampler, schedule, state_of, unit, update
+from tiny_runs import (
+    CPU,
+    TUNINGS,
+    UNTRAINED,
+    alone,
+    one_thread,
+    sampler,
+    schedule,
+    state_of,
+    unit,
+    update,
+)
 
 from flowgrpo_ray.algorithm.learner import Learner
-from flowgrpo_ray.algorithm.sampling import INITIAL, batch_condition, draw_noise
+from flowgrpo_ray.algorithm.sampling import INITIAL, batch_condition, draw_noise, rollout
 from flowgrpo_ray.common.types import Images, WorkUnit
 from flowgrpo_ray.policies import load_policy, policy_class
 from flowgrpo_ray.policies.base import Policy
@@ -64,7 +77,20 @@ class Trained:
     def images(self, weights: str) -> Images:
         """What ``generate`` draws, each prompt in a batch of its own."""
         policy = load_trained(self.spec, self.folder, weights)
+        if self.family in EDITING:
+            return self._edited(policy)
         return generate(policy, self.spec, PROMPTS[:2], STEPS, SEED, batch=1)
+
+    def _edited(self, policy: Policy) -> Images:
+        """The same of prompts that name images."""
+        conditions = conditions_of(self.family, f"sampling.guidance={policy.guidance}")
+        levels = schedule_of(policy, range(0), STEPS)
+        images: list[Images] = []
+        for place in range(2):
+            of = WorkUnit(SEED, "eval", 0, 0, (place,), (0,), levels)
+            _, x = rollout(policy, of, conditions, self.spec.sampling.size, UNTRAINED)
+            images.append(policy.decode(x))
+        return np.concatenate(images)
 
     def drawn_by(self, pipe: Any) -> Images:
         """What plain diffusers draws from the same noise."""
@@ -240,7 +266,9 @@ def test_every_export_has_a_model_card(runs, family, tmp_path):
             assert call.bind(None, *given, **named).arguments["prompt"] == "your prompt"
             return MagicMock()
 
-        exec(text[text.index("image = pipe(") : text.index("image.save")], {"pipe": pipe})
+        call = text[text.index("image = pipe(") : text.index("image.save")]
+        assert ("image=source" in call) == (family in EDITING)
+        exec(call, {"pipe": pipe, "source": None})
 
 
 @pytest.mark.parametrize("what", ["lora", "pipeline"])
