@@ -405,7 +405,7 @@ def pipeline_images(
     if type(pipe).__name__ == "ZImagePipeline":  # whose scale begins at 0
         guided = {"guidance_scale": guidance - 1}
     if type(pipe).__name__.startswith("Flux2"):
-        return _flux2_images(pipe, prompts, noise, steps, guidance, size, output)
+        return flux2_images(pipe, prompts, noise, steps, guidance, size, output)
     packs = hasattr(pipe, "_pack_latents")
     if count := MODELS[family_of(type(pipe).__name__) or ""].sources:
         guided["image"] = [
@@ -428,7 +428,7 @@ def pipeline_images(
     return pipe._unpack_latents(made, *size, 8).reshape(noise.shape) if packs else made
 
 
-def _flux2_images(
+def flux2_images(
     pipe: Any,
     prompts: Sequence[str],
     noise: torch.Tensor,
@@ -436,6 +436,7 @@ def _flux2_images(
     guidance: float,
     size: tuple[int, int],
     output: str,
+    **more: Any,
 ) -> Any:
     """As ``pipeline_images``. What the pipelines return as latents is not what they drew: that is
     heard after the last step, as tokens."""
@@ -456,6 +457,7 @@ def _flux2_images(
         max_sequence_length=TOKENS,
         output_type=output,
         callback_on_step_end=hear,
+        **more,
     ).images
     return latents if output == "latent" else np.stack([np.asarray(image) for image in made])
 

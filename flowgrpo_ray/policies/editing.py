@@ -38,21 +38,21 @@ class EditingPolicy(PackedPolicy):
     def source_latents(self, image: np.ndarray) -> Tensor:
         """``[1, C, h, w]`` of one image ``[H, W, 3]``."""
         pipe = self.encoder
-        height, width = self.source_size(image.shape[:2])
-        pixels = pipe.image_processor.preprocess(Image.fromarray(image), height, width)
+        pixels = self.source_pixels(Image.fromarray(image), pipe.image_processor)
         return pipe._encode_vae_image(pixels.to(self.device, pipe.vae.dtype), None)
 
-    def source_size(self, size: tuple[int, ...]) -> tuple[int, int]:
+    def source_pixels(self, image: Image.Image, processor: Any) -> Tensor:
+        """What the autoencoder is given, ``[1, 3, H, W]``; ``processor`` is the pipeline's."""
+        return processor.preprocess(image, image.height, image.width)
+
+    def source_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width at which the autoencoder sees an image of ``size``."""
-        return size[0], size[1]
+        return size
 
     def tokens(self, x: Tensor, condition: dict[str, Tensor]) -> Tensor:
         sources = condition.get(SOURCES)
         images = [x] if sources is None else [x, *sources.unbind(1)]
         return torch.cat([self.pack(image) for image in images], dim=1)
-
-    def unpack(self, tokens: Tensor, x: Tensor) -> Tensor:
-        return super().unpack(tokens[:, : x[0].numel() // tokens.shape[2]], x)
 
     def example_edit(
         self, batch: int, configs: Configs, sources: int, size: tuple[int, int]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from flowgrpo_ray.common.errors import ModelError, SpecError
@@ -14,12 +16,16 @@ from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.common.types import Condition, Images
 from flowgrpo_ray.policies.arrays import as_array
 from flowgrpo_ray.policies.base import Configs
+from flowgrpo_ray.policies.editing import SOURCES, EditingPolicy
 from flowgrpo_ray.policies.hub import model_file
 from flowgrpo_ray.policies.loading import INDEX
-from flowgrpo_ray.policies.pipeline import JOINT_ATTENTION, PackedPolicy, as_images
+from flowgrpo_ray.policies.pipeline import JOINT_ATTENTION, as_images
+
+TOKEN = 16  # pixels along its side
+LARGEST_SOURCE = 2**20  # pixels that the pipelines show the autoencoder of an image to change
 
 
-class Flux2Policy(PackedPolicy):
+class Flux2Policy(EditingPolicy):
     """``Flux2KleinPipeline``'s parts. Latents are ``[b, 128, H / 16, W / 16]``: a token at each
     place, normalised as the autoencoder's batch norm has it.
 
@@ -28,6 +34,7 @@ class Flux2Policy(PackedPolicy):
     """
 
     pipeline = "Flux2KleinPipeline"
+    sources = range(5)  # as many as its makers say that it takes; the pipeline has no bound
     thinks: ClassVar[bool | None] = False
     transformer = "Flux2Transformer2DModel"
     autoencoder = "AutoencoderKLFlux2"
@@ -72,32 +79,55 @@ class Flux2Policy(PackedPolicy):
         return x.to(self.dtype).flatten(2).transpose(1, 2)
 
     def unpack(self, tokens: Tensor, x: Tensor) -> Tensor:
-        return tokens.transpose(1, 2).reshape(x.shape)
+        return tokens[:, : x[0, 0].numel()].transpose(1, 2).reshape(x.shape)
+
+    def source_pixels(self, image: Image.Image, processor: Any) -> Tensor:
+        try:
+            processor.check_image_input(image)
+        except ValueError as error:
+            raise SpecError(
+                f"sampling.size = {[image.height, image.width]} does not fit images to change, "
+                f"which have that size in {self.model.path}: {error}"
+            ) from error
+        height, width = self.source_size((image.height, image.width))
+        image = processor._resize_if_exceeds_area(image, LARGEST_SOURCE)
+        return processor.preprocess(image, height, width, resize_mode="crop")
+
+    def source_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """At most ``LARGEST_SOURCE`` pixels, cut to whole tokens."""
+        scale = min(1, math.sqrt(LARGEST_SOURCE / math.prod(size)))
+        height, width = (int(side * scale) // TOKEN * TOKEN for side in size)
+        return height, width
 
     def velocity(self, x: Tensor, sigma: float | Tensor, condition: dict[str, Tensor]) -> Tensor:
         """``u + g (c - u)`` of two passes."""
-        v = self._predict(x, sigma, condition["embeds"])
+        v = self._predict(x, sigma, condition, "embeds")
         if self.passes(self.guidance) > 1:
-            unconditional = self._predict(x, sigma, condition["negative_embeds"])
+            unconditional = self._predict(x, sigma, condition, "negative_embeds")
             v = unconditional + self.guidance * (v - unconditional)
         return self.unpack(v, x)
 
-    def _predict(self, x: Tensor, sigma: float | Tensor, embeds: Tensor) -> Tensor:
-        """One pass of the network: the velocity as tokens ``[b, h w, C]``."""
+    def _predict(
+        self, x: Tensor, sigma: float | Tensor, condition: dict[str, Tensor], of: str
+    ) -> Tensor:
+        """One pass of the network: the velocity as tokens ``[b, h w, C]``, and more behind them."""
         from diffusers import Flux2KleinPipeline as Pipeline
 
         network: Any = self.network
-        guidance = None
+        ids = [Pipeline._prepare_latent_ids(x[:1])]  # one row for all
+        if SOURCES in condition:
+            ids.append(Pipeline._prepare_image_ids([*condition[SOURCES][:1].unbind(1)]))
+        embeds, guidance = condition[of], None
         if network.config.guidance_embeds:
             guidance = torch.full((len(x),), self.guidance, device=x.device)
         with self.autocast():
             return network(
-                hidden_states=self.pack(x),
+                hidden_states=self.tokens(x, condition),
                 timestep=self.timestep(x, sigma),
                 guidance=guidance,
                 encoder_hidden_states=embeds.to(self.dtype),
-                txt_ids=Pipeline._prepare_text_ids(embeds[:1]).to(x.device),  # one row for all
-                img_ids=Pipeline._prepare_latent_ids(x[:1]).to(x.device),
+                txt_ids=Pipeline._prepare_text_ids(embeds[:1]).to(x.device),
+                img_ids=torch.cat(ids, dim=1).to(x.device),
                 return_dict=False,
             )[0]
 
@@ -123,6 +153,7 @@ class Flux2DevPolicy(Flux2Policy):
     the network, so that one pass is enough."""
 
     pipeline = "Flux2Pipeline"
+    sources = range(7)
     thinks = None
 
     @classmethod

@@ -219,7 +219,8 @@ class PackedPolicy(PipelinePolicy):
         return _diffusers(self.pipeline)._pack_latents(x.to(self.dtype), *x.shape)
 
     def unpack(self, tokens: Tensor, x: Tensor) -> Tensor:
-        """Tokens to the shape of ``x``, which ``pack`` was given."""
+        """The first tokens, as many as ``pack`` makes of ``x``, to its shape."""
+        tokens = tokens[:, : x[0].numel() // tokens.shape[2]]
         return _diffusers(self.pipeline)._unpack_latents(tokens, *x.shape[2:], 1).reshape(x.shape)
 
 

@@ -5,24 +5,28 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_models import (
     TOKENS,
     build_flux2,
     conditions_of,
+    flux2_images,
     load_pipe,
     model_folder,
     pipeline_images,
+    sources_of,
     spec_of,
 )
-from tiny_runs import CPU, LORA, UNTRAINED, one_thread, sampler, unit
+from tiny_runs import CPU, LORA, UNTRAINED, one_thread, perturb, sampler, unit
 
-from flowgrpo_ray.algorithm.sampling import INITIAL, batch_condition, draw_noise, rollout
+from flowgrpo_ray.algorithm.sampling import INITIAL, batch_condition, draw_noise, replay, rollout
 from flowgrpo_ray.common.errors import ModelError, SpecError
 from flowgrpo_ray.common.types import Schedule
 from flowgrpo_ray.policies import flux2 as flux2_policy
@@ -75,6 +79,73 @@ def test_odd_sizes_and_any_prompts_are_drawn_as_by_the_pipeline(guidance):
     ours, theirs = drawn(policy, pipe, (SHORT, EMPTY, LONG), guidance)
     assert (ours - theirs).abs().max() < 2e-5
     assert (ours[0] - ours[1]).abs().max() > 0.1
+
+
+EDITED = (64, 80)  # the pipelines take no image of fewer pixels along a side
+
+
+@pytest.mark.parametrize(
+    ("family", "guidance", "count"),
+    [("flux2", 1.0, 1), ("flux2", 4.0, 2), ("flux2_dev", 1.0, 2), ("flux2_dev", 4.0, 1)],
+)
+def test_images_are_changed_as_by_the_pipeline(family, guidance, count):
+    """Bit for bit, tokens and positions of several images; and a replay of them has ratio 1."""
+    spec = spec_of(family, f"sampling.guidance={guidance}", LORA)
+    policy: Any = load_policy(spec, CPU)
+    policy.encoded_at_once = 1
+    images = {i: sources_of(text, count, EDITED) for i, text in enumerate((SHORT, LONG))}
+    conditions = {0: policy.encode_edit(SHORT, images[0]), 1: policy.encode_edit(LONG, images[1])}
+    assert conditions[0]["sources"].shape == (count, 16, 4, 5)
+    policy.tune(spec.seed, with_reference=False)
+    levels = policy.sigmas(3, EDITED)
+    of = unit(Schedule("flow_sde", levels, (0.0,) * 3), (0, 1), (0, 1))
+    _, x = rollout(policy, of, conditions, EDITED, UNTRAINED)
+    start = draw_noise(of, INITIAL, tuple(x.shape[1:]))
+    pipe = load_pipe(model_folder(family))
+    for i, text in enumerate((SHORT, LONG)):
+        given = [Image.fromarray(image) for image in images[i]]
+        drawn = flux2_images(
+            pipe, [text], start[i : i + 1], 3, guidance, EDITED, "latent", image=given
+        )
+        assert (x[i] - drawn[0]).abs().max() < 2e-5, "in a batch of two"
+    one = replace(of, prompts=(0,), samples=(0,))
+    _, alone = rollout(policy, one, conditions, EDITED, UNTRAINED)
+    given = [Image.fromarray(image) for image in images[0]]
+    drawn = flux2_images(pipe, [SHORT], start[:1], 3, guidance, EDITED, "latent", image=given)
+    assert torch.equal(alone, drawn)
+    perturb(policy)
+    noisy = replace(of, schedule=Schedule("flow_sde", levels, (0.0, 0.8, 0.0)))
+    trajectory, _ = rollout(policy, noisy, conditions, EDITED, UNTRAINED)
+    condition = batch_condition(policy, conditions, (0, 1))
+    (step,) = replay(policy, trajectory, noisy.schedule, condition)
+    assert torch.equal(step.log_ratio, torch.zeros(2))
+
+
+@pytest.mark.parametrize("size", [(64, 80), (1040, 1040), (784, 2000)])
+def test_large_images_to_change_are_shown_smaller_as_by_the_pipeline(size, monkeypatch):
+    """The autoencoder sees a megapixel at most; noise and result keep their size."""
+    policy: Any = load_policy(spec_of("flux2"), CPU, frozenset({"network", "decoder"}))
+    pipe = load_pipe(model_folder("flux2"))
+    image = Image.fromarray(sources_of(SHORT, 1, size)[0])
+    seen: list[torch.Tensor] = []
+
+    def noted(images: Any, *_: Any, **__: Any) -> None:
+        seen.extend(images)
+        raise InterruptedError
+
+    monkeypatch.setattr(pipe, "prepare_image_latents", noted)
+    with pytest.raises(InterruptedError):
+        pipe(prompt=SHORT, image=image, height=size[0], width=size[1])
+    found = policy.source_pixels(image, pipe.image_processor)
+    assert torch.equal(found, seen[0])
+    assert tuple(found.shape[2:]) == policy.source_size(size)
+    assert found[0, 0].numel() <= 2**20
+
+
+def test_what_the_pipeline_says_of_an_image_names_the_key():
+    policy = load_policy(spec_of("flux2"), CPU, frozenset({"encoder"}))
+    with pytest.raises(SpecError, match=r"sampling\.size = \[32, 48\] does not fit.*at least 64px"):
+        policy.encode_edit(SHORT, sources_of(SHORT, 1, (32, 48)))
 
 
 def test_a_distilled_model_takes_no_guidance(distilled):
