@@ -99,8 +99,10 @@ def requests_for(
 def files_of(prompt: Prompt) -> list[str]:
     """Paths of its images and mask, as its line has them."""
     mask = prompt.metadata.get(MASK)
-    is_file = isinstance(mask, str) and not mask.startswith(PNG_URL)
-    return [*_named(prompt.metadata), *([mask] if is_file else [])]
+    files = _named(prompt.metadata)
+    if isinstance(mask, str) and not mask.startswith(PNG_URL):
+        files = [*files, mask]
+    return files
 
 
 def check_alike(counts: Iterable[int], key: str) -> None:
