@@ -23,6 +23,7 @@ from flowgrpo_ray.run.checkpoint import Progress, list_checkpoints, load_checkpo
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.model_card import Exported, model_card
 from flowgrpo_ray.run.scoring import sources_of
+from flowgrpo_ray.run.tracking import sources_per_prompt
 from flowgrpo_ray.spec.file import load_spec
 from flowgrpo_ray.spec.plan import still_schedule
 from flowgrpo_ray.spec.prompts import Prompt
@@ -146,8 +147,8 @@ def export(
         policy.save_pipeline(out)
     versions = {name: version(name) for name in ("torch", "diffusers", "peft")}
     versions = {"flowgrpo_ray": __version__, **versions}
-    edits = policy.sources.start > 0
-    exported = Exported(what, weights, policy.call_arguments, progress, versions, edits)
+    sources = sources_per_prompt(folder.path) or policy.sources.start
+    exported = Exported(what, weights, policy.call_arguments, progress, versions, sources)
     card = model_card(spec, exported)
     readme = out / "README.md"
     readme.write_text(card, encoding="utf-8")

@@ -12,10 +12,14 @@ from flowgrpo_ray.run.checkpoint import Progress
 from flowgrpo_ray.spec.file import dump_spec
 from flowgrpo_ray.spec.training import TrainingSpec
 
-SOURCE = """from PIL import Image, ImageOps
+SOURCE = """
 
-source = Image.open("source.png").convert("RGB")
-source = ImageOps.fit(source, ({width}, {height}), Image.Resampling.LANCZOS)
+def fitted(file):
+    image = Image.open(file).convert("RGB")
+    return ImageOps.fit(image, ({width}, {height}), Image.Resampling.LANCZOS)
+
+
+source = {files}
 """
 IMAGE = """image = pipe(
     prompt="your prompt",
@@ -67,7 +71,7 @@ class Exported:
     arguments: tuple[str, ...]
     progress: Progress  # of its checkpoint
     versions: Mapping[str, str]  # of packages, by name
-    edits: bool = False  # whether every prompt names an image to change
+    sources: int = 0  # how many images each prompt of the run changes
 
 
 def model_card(spec: TrainingSpec, exported: Exported) -> str:
@@ -104,7 +108,7 @@ def _front_matter(spec: TrainingSpec, exported: Exported) -> dict[str, object]:
         matter["library_name"] = "diffusers"
     elif exported.what == "lora":
         matter["library_name"] = "peft"
-    task = "image-to-image" if exported.edits else "text-to-image"
+    task = "image-to-image" if exported.sources else "text-to-image"
     tags = [task, "flow-grpo"]
     return {
         **matter,
@@ -166,7 +170,10 @@ def _use_lora(spec: TrainingSpec, exported: Exported) -> str:
 def _code(spec: TrainingSpec, exported: Exported) -> str:
     """Draws one image as ``evaluation`` did, from this folder as the working directory."""
     model = spec.model
-    lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
+    lines = ["import torch", "from diffusers import DiffusionPipeline"]
+    if exported.sources:
+        lines.append("from PIL import Image, ImageOps")
+    lines.append("")
     lines.append('place = "."  # this folder, or its id on the hub')
     if exported.what == "lora":
         revision = f", revision={model.revision!r}" if model.revision else ""
@@ -180,7 +187,8 @@ def _code(spec: TrainingSpec, exported: Exported) -> str:
         lines.append("pipe.scheduler = pipe.scheduler.from_config(")
         lines.append(f"    pipe.scheduler.config, shift={model.shift}, use_dynamic_shifting=False")
         lines.append(")")
-    arguments = ",\n    ".join((*exported.arguments, *(["image=source"] if exported.edits else [])))
+    images = ("image=source",) if exported.sources else ()
+    arguments = ",\n    ".join((*exported.arguments, *images))
     guidance = spec.sampling.guidance
     size = {"height": spec.sampling.size[0], "width": spec.sampling.size[1]}
     image = IMAGE.format(
@@ -189,8 +197,17 @@ def _code(spec: TrainingSpec, exported: Exported) -> str:
         tokens=model.max_sequence_length,
         arguments=arguments.format(**size, guidance=guidance, beyond_one=guidance - 1),
     )
-    source = SOURCE.format(**size) if exported.edits else ""
-    return "\n".join(lines) + "\n" + source + image
+    if exported.sources:
+        image = SOURCE.format(**size, files=_files(exported.sources)) + image
+    return "\n".join(lines) + "\n" + image
+
+
+def _files(count: int) -> str:
+    """Of the images to change: one, or a list."""
+    if count == 1:
+        return 'fitted("source.png")'
+    each = (f'fitted("source-{i + 1}.png")' for i in range(count))
+    return f"[{', '.join(each)}]"
 
 
 def _rewards(spec: TrainingSpec, progress: Progress) -> str:

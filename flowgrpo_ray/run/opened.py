@@ -15,7 +15,7 @@ from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.common.types import Images
 from flowgrpo_ray.run.checkpoint import checkpoint_iteration, list_checkpoints
 from flowgrpo_ray.run.folder import RunFolder
-from flowgrpo_ray.run.tracking import METRICS, SAMPLES, SUMMARY, TIMINGS, read_rows
+from flowgrpo_ray.run.tracking import METRICS, SAMPLES, SOURCES, SUMMARY, TIMINGS, read_rows
 from flowgrpo_ray.spec.training import TrainingSpec
 
 if TYPE_CHECKING:
@@ -29,12 +29,14 @@ class Samples:
     """The first held-out prompts of one evaluation, and what was drawn for them.
 
     `images` are uint8 `[n, H, W, 3]`; `scores` has a list per reward, with None for no score.
+    `sources` are those that the prompts changed, `[n, k, H, W, 3]`; None in a run from text alone.
     """
 
     iteration: int
     prompts: Sequence[str]
     images: Images
     scores: Mapping[str, Sequence[float | None]]
+    sources: Images | None = None
 
 
 class Run:
@@ -91,16 +93,19 @@ class Run:
             raise RunFolderError(
                 f"{self.path} has no samples of iteration {iteration}; there are: {known}"
             )
-        from PIL import Image
+        about, images = _grid(self.path / SAMPLES / f"iteration-{iteration:06d}.png")
+        count = len(about["prompts"])
+        sources = self._sources(count)
+        return Samples(iteration, about["prompts"], images[:count], about["scores"], sources)
 
-        picture = self.path / SAMPLES / f"iteration-{iteration:06d}.png"
-        about = parse(picture.with_suffix(".json").read_bytes())
-        with Image.open(picture, formats=["PNG"]) as opened:
-            grid = np.array(opened.convert("RGB"))
-        (height, width), columns = about["tile"], about["columns"]
-        tiles = grid.reshape(-1, height, columns, width, 3).swapaxes(1, 2)
-        images = tiles.reshape(-1, height, width, 3)[: len(about["prompts"])]
-        return Samples(iteration, about["prompts"], images, about["scores"])
+    def _sources(self, count: int) -> Images | None:
+        """Of the first prompts, if they name any."""
+        picture = self.path / SAMPLES / f"{SOURCES}.png"
+        if not picture.exists():
+            return None
+        about, tiles = _grid(picture)
+        (height, width), each = about["tile"], about["per_image"]
+        return tiles[:count].reshape(-1, height, each, width // each, 3).swapaxes(1, 2)
 
     @property
     def checkpoints(self) -> list[int]:
@@ -140,6 +145,18 @@ class Run:
         file = self.path / name
         rows = read_rows(file) if file.exists() else []
         return [row for row in rows if kind in (None, row["kind"])]
+
+
+def _grid(picture: Path) -> tuple[Row, Images]:
+    """What the file beside a grid says, and its tiles `[n, H, W, 3]`; the last may be empty."""
+    from PIL import Image
+
+    about = parse(picture.with_suffix(".json").read_bytes())
+    with Image.open(picture, formats=["PNG"]) as opened:
+        grid = np.array(opened.convert("RGB"))
+    (height, width), columns = about["tile"], about["columns"]
+    tiles = grid.reshape(-1, height, columns, width, 3).swapaxes(1, 2)
+    return about, tiles.reshape(-1, height, width, 3)
 
 
 def _framed(rows: list[Row]) -> Any:

@@ -237,6 +237,12 @@ def save_sources(folder: str | Path, sources: "np.ndarray", *, columns: int = 8)
     write_atomic(picture.with_suffix(".json"), json.dumps(about).encode() + b"\n")
 
 
+def sources_per_prompt(folder: Path) -> int:
+    """How many images each prompt of a run changes, by its evaluations."""
+    about = folder / SAMPLES / f"{SOURCES}.json"
+    return parse(about.read_bytes())["per_image"] if about.exists() else 0
+
+
 def _lines(path: Path) -> Iterator[tuple[bytes, Row]]:
     """Each line as written, without its newline, and the row it holds."""
     lines = path.read_bytes().split(b"\n")

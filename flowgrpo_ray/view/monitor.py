@@ -34,6 +34,7 @@ from flowgrpo_ray.view.report import (
     as_written,
     describe_run,
     find_shots,
+    find_sources,
     rows_of,
     shown,
     shown_picture,
@@ -94,7 +95,9 @@ class Feed:
             pictures = sorted((folder / SAMPLES).glob("*.*"))
             self._refresh("samples", tuple((path.name, _mark(path)) for path in pictures))
             notes = [note for notes in self._notes.values() for note in notes]
+            sources = find_sources(folder, notes)
             data = describe_run(folder, self._lists["metrics"], self._lists["timings"], notes)
+            data["sources"] = sources and shown(sources[1], self._address(sources[0]))
             age, *counts = since.split(".")
             whole = age != self._age or len(counts) != len(self._lists)
             for key, count in zip(self._lists, counts, strict=not whole):
@@ -232,7 +235,8 @@ def build_app(root: Path, token: str, names: frozenset[str]) -> FastAPI:
     @app.get("/picture")
     def picture(run: str, shot: str, tile: Annotated[int | None, Query(ge=0)] = None) -> Response:
         folder = folder_of(run)
-        for path, sidecar in find_shots(folder, []):
+        sources = find_sources(folder, [])
+        for path, sidecar in [*find_shots(folder, []), *([sources] if sources else [])]:
             if path.stem == shot and _stays(path, folder):
                 with as_written(folder):
                     content, kind = _content(path, _mark(path), tuple(sidecar["tile"]), tile)

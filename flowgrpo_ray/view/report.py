@@ -21,6 +21,7 @@ from flowgrpo_ray.run.tracking import (
     METRICS,
     PER_PROMPT,
     SAMPLES,
+    SOURCES,
     SUMMARY,
     TIMINGS,
     Row,
@@ -34,7 +35,7 @@ SPEC = "spec.yaml"
 LARGEST_TILE = 256  # pixels; larger evaluation samples are shown at this size
 MOST_EVALUATIONS = 16  # evaluations whose pictures a report holds, first and last among them
 
-Shot = tuple[Path, Row]  # the grid of one evaluation, and its sidecar
+Shot = tuple[Path, Row]  # a grid of pictures, and its sidecar
 
 _SAMPLE_KEYS = ("iteration", "prompts", "scores", "tile", "columns")
 FILES = {
@@ -44,7 +45,7 @@ FILES = {
     LIVE: "what the run does now, its workers, rewards and queues",
     SPEC: "the training spec with every default filled in",
     OBJECTIVE: "what the objective reports, and how it is shown",
-    SAMPLES: "the evaluation images, with their prompts and scores",
+    SAMPLES: "the evaluation images, with their prompts and scores, and what they were made from",
 }
 
 
@@ -84,8 +85,11 @@ def report_data(folder: str | Path) -> Row:
     notes: list[str] = []
     shots = find_shots(folder, notes)
     samples = _embedded(shots, notes)
+    found = find_sources(folder, notes)
+    sources = shown(found[1], _data_address(*found)) if found else None
     data = describe_run(folder, metrics, timings, notes)
-    return {**data, "metrics": metrics, "timings": timings, "samples": samples}
+    lists = {"metrics": metrics, "timings": timings, "samples": samples}
+    return {**data, **lists, "sources": sources}
 
 
 def rows_of(path: Path) -> list[Row]:
@@ -226,7 +230,7 @@ def find_shots(folder: Path, notes: list[str]) -> list[Shot]:
             continue
         picture = path.with_suffix(".png")
         missing = [key for key in _SAMPLE_KEYS if key not in sidecar]
-        if missing or not picture.exists() or leads_out(picture):
+        if missing or not _is_there(picture):
             lack = ", ".join(missing) or picture.name
             notes.append(f"{path.name} was left out: {lack} is missing.")
         elif not _is_sidecar(sidecar):
@@ -236,14 +240,34 @@ def find_shots(folder: Path, notes: list[str]) -> list[Shot]:
     return found
 
 
+def find_sources(folder: Path, notes: list[str]) -> Shot | None:
+    """The images that the samples' prompts change, if they do: tile `i` has those of prompt `i`."""
+    about = folder / SAMPLES / f"{SOURCES}.json"
+    sidecar = _object(about, notes)
+    if sidecar is None:
+        return None
+    picture = about.with_suffix(".png")
+    numbers = [sidecar.get("columns"), sidecar.get("per_image")]
+    if _is_size(numbers) and _is_size(sidecar.get("tile")) and _is_there(picture):
+        return picture, sidecar
+    notes.append(f"{about.name} was left out: it or its picture is not what a run writes.")
+    return None
+
+
+def _is_there(picture: Path) -> bool:
+    return picture.exists() and not leads_out(picture)
+
+
+def _is_size(pair: object) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and n > 0 for n in pair)
+
+
 def _is_sidecar(row: Row) -> bool:
     """Whether the values are of the kinds that `save_samples` writes."""
-    tile, prompts, scores = row["tile"], row["prompts"], row["scores"]
+    prompts, scores = row["prompts"], row["scores"]
     return (
         all(type(n) is int for n in (row["iteration"], row["columns"]))
-        and isinstance(tile, list)
-        and len(tile) == 2
-        and all(type(n) is int and n > 0 for n in tile)
+        and _is_size(row["tile"])
         and isinstance(prompts, list)
         and all(isinstance(prompt, str) for prompt in prompts)
         and isinstance(scores, dict)

@@ -37,6 +37,7 @@ from flowgrpo_ray.algorithm.learner import Learner
 from flowgrpo_ray.algorithm.sampling import INITIAL, draw_noise
 from flowgrpo_ray.cli import app
 from flowgrpo_ray.common.errors import RunFolderError, SpecError
+from flowgrpo_ray.common.images import fitted
 from flowgrpo_ray.common.types import Images, Schedule, WorkUnit
 from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.rewards.sign_colour import SignColourReward
@@ -320,6 +321,30 @@ def test_the_card_of_a_model_without_pipeline_says_how_to_go_on_with_it(what, sa
     assert says in card
     assert code.startswith("from peft import PeftModel") == (what == "lora")
     assert matter.get("library_name") == ("peft" if what == "lora" else None)
+
+
+@pytest.mark.parametrize(
+    ("sources", "files"), [(1, ["source.png"]), (2, ["source-1.png", "source-2.png"])]
+)
+def test_the_code_of_the_card_gives_the_pipeline_its_sources(sources, files, tmp_path, monkeypatch):
+    arguments = ("max_area={height} * {width}",)
+    spec = small_spec("sampling.size=[32, 48]")
+    card = model_card(spec, replace(CARD, arguments=arguments, what="pipeline", sources=sources))
+    matter, _, code, _ = parts_of(card)
+    assert matter["pipeline_tag"] == "image-to-image"
+    assert matter["tags"] == ["image-to-image", "flow-grpo"]
+    pictures = np.random.default_rng(0).integers(0, 256, (sources, 64, 64, 3), np.uint8)
+    for file, picture in zip(files, pictures, strict=True):
+        Image.fromarray(picture).save(tmp_path / file)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {"pipe": dict}
+    (imported,) = re.findall("^from PIL .*$", code, re.M)
+    exec(f"{imported}\ndef fitted" + code.partition("def fitted")[2].partition(".images")[0], found)
+    assert found["image"]["max_area"] == 32 * 48
+    given = found["image"]["image"]
+    images = given if sources > 1 else [given]
+    for image, picture in zip(images, pictures, strict=True):
+        np.testing.assert_array_equal(np.asarray(image), fitted(picture, (32, 48)))
 
 
 # --- opening a run

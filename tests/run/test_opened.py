@@ -14,7 +14,7 @@ import pytest
 
 import flowgrpo_ray
 from flowgrpo_ray.common.errors import RunFolderError
-from flowgrpo_ray.run.tracking import RunRecorder, save_samples
+from flowgrpo_ray.run.tracking import RunRecorder, save_samples, save_sources
 from flowgrpo_ray.spec.file import dump_spec, load_spec
 
 TRAIN = [{"kind": "train", "iteration": i, "reward": {"mean": i / 4}} for i in (1, 2)]
@@ -62,6 +62,10 @@ def test_samples_are_the_pictures_that_were_drawn(run: flowgrpo_ray.Run) -> None
     assert (first.iteration, first.prompts[-1], first.scores["ocr"][:2]) == (0, "p10", [None, 0.5])
     with pytest.raises(RunFolderError, match="no samples of iteration 10; there are: 0, 20"):
         run.samples(10)
+    assert first.sources is None
+    sources = np.random.default_rng(1).integers(0, 256, (11, 2, 6, 9, 3), dtype=np.uint8)
+    save_sources(run.path, sources)
+    np.testing.assert_array_equal(run.samples(0).sources, sources)
 
 
 def test_a_run_that_has_hardly_begun(run: flowgrpo_ray.Run, tmp_path: Path) -> None:

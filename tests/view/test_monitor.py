@@ -16,7 +16,7 @@ from monitors import RUN, Served, make_runs
 from PIL import Image
 from sample_runs import WORK, evaluate, make_run, timing_row, train_row
 
-from flowgrpo_ray.run.tracking import RunRecorder, read_rows, save_samples
+from flowgrpo_ray.run.tracking import RunRecorder, read_rows, save_samples, save_sources
 from flowgrpo_ray.view.monitor import Feed, brief, find_runs
 
 
@@ -201,6 +201,21 @@ def test_large_pictures_are_fetched_small_and_one_by_one_as_they_are(
         assert Image.open(io.BytesIO(small.content)).size == (3 * 256, 160)
         whole = client.get(f"{last['image']}&tile=2").content
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(whole))), images[2])
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_the_sources_of_edits_are_pictures_too(root: Path, served: Served, client: httpx.Client):
+    folder = make_run(root / "edits", iterations=1, prompts=3)
+    try:
+        assert client.get("/run", params={"run": "edits"}).json()["sources"] is None
+        assert client.get("/picture", params={"run": "edits", "shot": "sources"}).status_code == 404
+        drawn = np.random.default_rng(0).integers(0, 256, (3, 1, 40, 40, 3), np.uint8)
+        save_sources(folder, drawn)
+        sources = client.get("/run", params={"run": "edits"}).json()["sources"]
+        assert client.get(sources["image"]).content == (folder / "samples/sources.png").read_bytes()
+        one = client.get(f"{sources['image']}&tile=2").content
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(one))), drawn[2, 0])
     finally:
         shutil.rmtree(folder)
 

@@ -24,7 +24,7 @@ from ports import own_port
 from sample_runs import HOSTILE, WORK, evaluate, make_run, timing_row, train_row, write_live
 from whole_runs import alone
 
-from flowgrpo_ray.run.tracking import RunRecorder, read_rows, save_samples
+from flowgrpo_ray.run.tracking import RunRecorder, read_rows, save_samples, save_sources
 
 pytestmark = needs_browser
 
@@ -227,6 +227,29 @@ def test_the_grids_are_the_pixels_of_the_samples(page: Browser, served: Served, 
     assert page.look(
         "getComputedStyle(document.querySelectorAll('.stacked canvas')[1]).clipPath"
     ) == ("inset(0px 0px 0px 30%)")
+
+
+def test_edits_stand_beside_their_sources(page: Browser, served: Served, root: Path):
+    folder = make_run(root / "edits", iterations=2, every=2, prompts=3)
+    drawn = np.random.default_rng(0).integers(0, 256, (3, 1, 40, 40, 3), np.uint8)
+    save_sources(folder, drawn)
+    first = """[...document.querySelectorAll('.card')[1].querySelectorAll('canvas')[0]
+        .getContext('2d').getImageData(0, 0, 40, 40).data]"""
+    count = "[...document.querySelectorAll('.card')].map(c => c.querySelectorAll('canvas').length)"
+    try:
+        page.open(served.address + "?run=edits")
+        for mode in ("pairs", "wipe", "row"):
+            page.look(f"choose('mode')('{mode}')")
+            page.look("[...waiting.keys()].forEach(paint)")
+            page.wait("[...decoded.values()].every(one => one.picture)")
+            assert page.look(count) == [3, 3, 3]
+            assert np.array_equal(np.reshape(page.look(first), (40, 40, 4))[..., :3], drawn[1, 0])
+        page.look("enlarge(1)")
+        figures = "[...document.querySelectorAll('#zoom figcaption')].map(one => one.textContent)"
+        assert page.look(figures) == ["source", "iteration 0", "iteration 2"]
+        assert page.troubles == []
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_the_page_follows_a_run_and_keeps_the_readers_place(

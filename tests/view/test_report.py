@@ -1,19 +1,22 @@
 """The run report: exact data, inert text, and a page for runs that are short or unfinished."""
 
+import io
 import json
 import re
 import time
+from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from browser import Browser, needs_browser
+from PIL import Image
 from sample_runs import HOSTILE, make_run, train_row, write_live
 
 from flowgrpo_ray.common.errors import RunFolderError
 from flowgrpo_ray.run.state import state_of
-from flowgrpo_ray.run.tracking import RunRecorder, read_rows, save_samples
+from flowgrpo_ray.run.tracking import RunRecorder, read_rows, save_samples, save_sources
 from flowgrpo_ray.run.watch import Reading
 from flowgrpo_ray.view.page import SCRIPTS, STYLE, asset
 from flowgrpo_ray.view.report import LARGEST_TILE, report_data, spread, write_report
@@ -77,8 +80,6 @@ def test_samples_keep_their_pixels(run: Path):
     samples = report_data(run)["samples"]
     assert [sample["iteration"] for sample in samples] == [0, 4, 8, 12]
     assert samples[0]["scores"]["sign_colour"][0] is None
-    from base64 import b64decode
-
     content = b64decode(samples[0]["image"].removeprefix("data:image/png;base64,"))
     assert content == (run / "samples/iteration-000000.png").read_bytes()
 
@@ -442,6 +443,26 @@ def test_large_samples_are_scaled_down_and_said_so(tmp_path: Path):
     assert data["samples"][0]["original_tile"] == [512, 384]
     assert data["samples"][0]["image"].startswith("data:image/jpeg;base64,")
     assert any("scaled down" in note for note in data["notes"])
+
+
+def test_the_sources_of_edits_are_embedded_and_what_is_none_is_said(tmp_path: Path):
+    folder = make_run(tmp_path / "run", iterations=1, prompts=3)
+    assert report_data(folder)["sources"] is None
+    drawn = np.random.default_rng(0).integers(0, 256, (3, 2, 40, 40, 3), np.uint8)
+    save_sources(folder, drawn)
+    data = report_data(folder)
+    assert data["notes"] == []
+    kept = {key: data["sources"][key] for key in ("tile", "columns", "per_image")}
+    assert kept == {"tile": [40, 80], "columns": 3, "per_image": 2}
+    content = b64decode(data["sources"]["image"].removeprefix("data:image/png;base64,"))
+    assert content == (folder / "samples/sources.png").read_bytes()
+    pixels = np.asarray(Image.open(io.BytesIO(content)))
+    assert np.array_equal(pixels[:, 80:120], drawn[1, 0])
+    for damage in ({"columns": 0}, {"tile": [40]}, {"per_image": "2"}):
+        (folder / "samples/sources.json").write_text(json.dumps({**kept, **damage}))
+        data = report_data(folder)
+        assert data["sources"] is None
+        assert ["sources.json was left out" in note for note in data["notes"]] == [True]
 
 
 def test_spread_keeps_first_and_last():

@@ -1,6 +1,6 @@
 "use strict";
 // Samples: the same prompts and the same noise at every evaluation, side by side, one over the other
-// or all in a row.
+// or all in a row; of a run that edits, beside the pictures that were to be changed.
 
 const FIRST_CARDS = 20;
 const decoded = new Map(); // address -> {promise, picture}
@@ -39,11 +39,12 @@ function crop(canvas, picture, { shot, index }) {
 
 const points = (shot, index, name) => shot.scores[name]?.[index] ?? null;
 
-function tile(shot, index) {
+const saysOf = (shot, index) => `iteration ${shot.iteration}, ${view.reward} ${score(points(shot, index, view.reward))}`;
+
+function tile(shot, index, says = saysOf(shot, index)) {
   const [height, width] = shot.tile;
-  const says = `iteration ${shot.iteration}, ${view.reward} ${score(points(shot, index, view.reward))}`;
   const small = width < 128 ? "small" : "";
-  const canvas = el("canvas", { width, height, role: "img", "aria-label": `${says}: ${shot.prompts[index]}`, title: says, class: small });
+  const canvas = el("canvas", { width, height, role: "img", "aria-label": `${says}: ${leftOne().prompts[index]}`, title: says, class: small });
   const ready = decoded.get(shot.image)?.picture;
   if (ready) crop(canvas, ready, { shot, index });
   else {
@@ -52,6 +53,9 @@ function tile(shot, index) {
   }
   return canvas;
 }
+
+// What the prompt was to change, of a run that edits.
+const source = (index) => run.sources && tile(run.sources, index, "source");
 
 // ---- which evaluations -----------------------------------------------------------------------------
 
@@ -98,9 +102,9 @@ function renderSamples() {
     return;
   }
   lead.textContent =
-    shots().length > 1
+    (shots().length > 1
       ? `The same prompts and the same noise at every evaluation.${view.mode === "row" ? "" : " Press a picture to enlarge it."}`
-      : "The evaluation images so far; a second evaluation will stand beside them.";
+      : "The evaluation images so far; a second evaluation will stand beside them.") + (run.sources ? " The source of each stands before it." : "");
   const rewards = Object.keys(shots()[0].scores);
   if (!rewards.includes(view.reward)) view.reward = run.rewards.find((name) => rewards.includes(name)) ?? rewards[0] ?? null;
   const [left, right] = [leftOne(), rightOne()];
@@ -108,7 +112,7 @@ function renderSamples() {
   const kept = pairs.filter((pair) => view.filter === "all" || pair.change === view.filter);
   fillControls(rewards, pairs, right);
   const row = view.mode === "row" ? shots().map((shot) => shot.image) : [];
-  const wanted = JSON.stringify([left.image, right?.image, row, view.mode, view.reward, view.all, kept.map((pair) => pair.i)]);
+  const wanted = JSON.stringify([left.image, right?.image, run.sources?.image, row, view.mode, view.reward, view.all, kept.map((pair) => pair.i)]);
   if (wanted !== drawnCards) drawCards(kept, left, right);
   drawnCards = wanted;
   const more = byId("samples-all");
@@ -169,7 +173,7 @@ function drawCards(pairs, left, right) {
   const holder = byId("samples-cards");
   const focused = holder.contains(document.activeElement) ? document.activeElement.dataset.prompt : null;
   waiting.clear();
-  holder.className = `cards ${view.mode}`;
+  holder.className = `cards ${view.mode} ${run.sources ? "edits" : ""}`;
   const shown = pairs.slice(0, view.all ? undefined : FIRST_CARDS);
   holder.replaceChildren(...shown.map((pair) => (view.mode === "row" ? strip(pair) : card(pair, left, right))));
   if (!shown.length) holder.append(empty("None."));
@@ -196,11 +200,13 @@ function card(pair, left, right) {
       const box = pictures.getBoundingClientRect();
       wipeTo(Math.round((100 * (event.clientX - box.left)) / box.width));
     });
+  const from = source(pair.i);
+  const widths = from && `${run.sources.per_image}fr ${both && !wipe ? 2 : 1}fr`;
   const scores = both ? `${score(pair.before)} → ${score(pair.after)}` : score(pair.before);
   return el(
     "div",
     { class: `card ${pair.change}` },
-    pictures,
+    from ? el("div", { class: "edit", css: { "grid-template-columns": widths } }, from, pictures) : pictures,
     el("div", { class: "score" }, el("span", {}, scores), el("span", { class: "cue" }, cue(pair, right))),
     el("p", { class: "prompt", title: pair.prompt }, pair.prompt),
   );
@@ -208,11 +214,13 @@ function card(pair, left, right) {
 
 // One prompt at every evaluation.
 function strip(pair) {
+  const step = (picture, ...says) => el("span", { class: "step" }, picture, el("small", {}, ...says));
+  const from = source(pair.i);
   const each = shots().map((shot) => {
     if (shot.prompts[pair.i] !== pair.prompt) return null;
-    return el("span", { class: "step" }, tile(shot, pair.i), el("small", {}, `${count(shot.iteration)}`, el("b", {}, score(points(shot, pair.i, view.reward)))));
+    return step(tile(shot, pair.i), `${count(shot.iteration)}`, el("b", {}, score(points(shot, pair.i, view.reward))));
   });
-  return el("div", { class: `card ${pair.change}` }, el("p", { class: "prompt" }, pair.prompt), el("div", { class: "strip", tabindex: 0, role: "group", "aria-label": `All evaluations of: ${pair.prompt}`, "data-prompt": pair.i }, each));
+  return el("div", { class: `card ${pair.change}` }, el("p", { class: "prompt" }, pair.prompt), el("div", { class: "strip", tabindex: 0, role: "group", "aria-label": `All evaluations of: ${pair.prompt}`, "data-prompt": pair.i }, from && step(from, "source"), each));
 }
 
 // One prompt, large, with every reward's score.
@@ -222,10 +230,9 @@ function enlarge(index) {
   const pair = compare(left, right)[index];
   const both = [left, pair.same ? right : null].filter(Boolean);
   byId("zoom-title").textContent = pair.prompt;
-  const large = (shot) => {
+  const large = (shot, alt = `iteration ${shot.iteration}`) => {
     const original = shot.original_tile[0] !== shot.tile[0] && !shot.image.startsWith("data:");
-    const alt = `iteration ${shot.iteration}`;
-    return el("figure", {}, original ? el("img", { src: `${shot.image}&tile=${index}`, alt }) : tile(shot, index), el("figcaption", {}, alt));
+    return el("figure", {}, original ? el("img", { src: `${shot.image}&tile=${index}`, alt }) : tile(shot, index, alt), el("figcaption", {}, alt));
   };
   const rows = Object.keys(left.scores).map((name) => [name, ...both.map((shot) => score(points(shot, index, name)))]);
   const step = (by, label) => {
@@ -233,7 +240,7 @@ function enlarge(index) {
     return el("button", { type: "button", class: "plain", disabled: !left.prompts[next], click: () => enlarge(next) }, label);
   };
   byId("zoom-body").replaceChildren(
-    el("div", { class: "large" }, both.map(large)),
+    el("div", { class: "large" }, run.sources && large(run.sources, "source"), both.map((shot) => large(shot))),
     table(["Reward", ...both.map((shot) => `iteration ${count(shot.iteration)}`)], rows),
     el("div", { class: "controls" }, step(-1, "Previous prompt"), step(1, "Next prompt")),
   );
