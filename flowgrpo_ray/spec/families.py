@@ -20,7 +20,9 @@ FAMILIES = {
     "sd3": Family("flowgrpo_ray.policies.sd3:SD3Policy", ("StableDiffusion3Pipeline",)),
     "flux": Family("flowgrpo_ray.policies.flux:FluxPolicy", ("FluxPipeline",)),
     "flux_kontext": Family(
-        "flowgrpo_ray.policies.flux_kontext:FluxKontextPolicy", ("FluxKontextPipeline",)
+        "flowgrpo_ray.policies.flux_kontext:FluxKontextPolicy",
+        ("FluxKontextPipeline",),
+        sources=range(1, 2),
     ),
     "qwen_image": Family(
         "flowgrpo_ray.policies.qwen_image:QwenImagePolicy", ("QwenImagePipeline",)

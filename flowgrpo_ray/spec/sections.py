@@ -30,7 +30,10 @@ class ModelSpec(Strict):
     family: str = Field(
         description="which adapter drives it", json_schema_extra={"enum": [*FAMILIES]}
     )
-    path: str = Field(min_length=1, description="hub id, local folder, or builtin:tiny-sd3")
+    path: str = Field(
+        min_length=1,
+        description="hub id, local folder, builtin:tiny-sd3 or builtin:tiny-kontext",
+    )
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
     dtype: Dtype = Field(
         default="bfloat16",

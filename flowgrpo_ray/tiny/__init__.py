@@ -1,4 +1,5 @@
-"""The embedded model: a text-to-image model of 2.2 million parameters that draws coloured signs.
+"""The embedded models, 2.2 million parameters each: one draws coloured signs, one recolours them.
 
-``assets/`` has its weights and prompts, which ``builtin:`` names in a spec; ``build`` makes them.
+``assets/`` has their weights and prompts, which ``builtin:`` names in a spec; ``build`` and
+``build_edit`` make them.
 """

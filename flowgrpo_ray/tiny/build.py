@@ -18,14 +18,11 @@ steps, never of seconds, so one machine and one seed always give the same weight
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import hashlib
 import math
 import random
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -36,8 +33,17 @@ from torch import Tensor, nn
 from flowgrpo_ray.rewards import signs
 from flowgrpo_ray.rewards.ocr import OcrReward
 from flowgrpo_ray.tiny.parts import LATENT_SHAPE, TOKENS, untrained_pipeline
-
-_THREADS = 2  # another count sums in another order, and gives other weights
+from flowgrpo_ray.tiny.training import (
+    arguments,
+    as_pixels,
+    digest,
+    encode_signs,
+    exactly,
+    log,
+    noised,
+    train_modules,
+    update,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +78,7 @@ def draw_signs(count: int, seed: int) -> Signs:
         signs.render(signs.TEXTS[text], names[colour], rng)
         for colour, text in zip(colours, texts, strict=True)
     ]
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return Signs(pixels.float() / 127.5 - 1, torch.tensor(colours), torch.tensor(texts))
+    return Signs(as_pixels(images), torch.tensor(colours), torch.tensor(texts))
 
 
 def train_vae(vae: AutoencoderKL, images: Tensor, steps: int, seed: int) -> None:
@@ -87,17 +92,10 @@ def train_vae(vae: AutoencoderKL, images: Tensor, steps: int, seed: int) -> None
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         loss = error.abs().mean() + error.square().mean() + 1e-3 * kl
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01
-        _update(optimizer, loss, rate=3e-3 * min(1.0, (step + 1) / 30) * cosine)
-        _log("autoencoder", step, steps, loss)
+        update(optimizer, loss, rate=3e-3 * min(1.0, (step + 1) / 30) * cosine)
+        log("autoencoder", step, steps, loss)
     z = vae.encode(images[:512]).latent_dist.mean.detach()
     vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
-
-
-@torch.no_grad()
-def encode_signs(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """The latents that the transformer sees, [N, *LATENT_SHAPE]."""
-    means = torch.cat([vae.encode(part).latent_dist.mean for part in images.split(500)])
-    return (means - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 class Captions:
@@ -157,43 +155,16 @@ def train_flow(
     generator = torch.Generator().manual_seed(seed)
     captions, latents = Captions(pipe), encode_signs(pipe.vae, data.images)
     modules = (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
-    weights = [parameter for module in modules for parameter in module.parameters()]
-    averages = [weight.detach().clone() for weight in weights]
-    decays = {0.01: [w for w in weights if w.ndim > 1], 0.0: [w for w in weights if w.ndim <= 1]}
-    groups = [{"params": params, "weight_decay": decay} for decay, params in decays.items()]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    for step in range(steps):
+
+    def loss() -> Tensor:
         batch = torch.randint(len(latents), (48,), generator=generator)
         tokens = captions.pick(data.colours[batch], data.texts[batch], caption_noise, generator)
-        x0 = latents[batch]
-        noise = torch.randn(x0.shape, generator=generator)
-        # Times nearer to noise, where the colour is decided, come more often.
-        t = torch.sigmoid(0.4 + 1.2 * torch.randn(len(batch), generator=generator))
-        xt = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
+        at = noised(latents[batch], generator)
         text = encode_captions(pipe, *tokens)
-        velocity = pipe.transformer(xt, timestep=1000 * t, **text, return_dict=False)[0]
-        loss = nn.functional.mse_loss(velocity, noise - x0)
-        warmup, cooldown = (step + 1) / 100, (1 - step / steps) / 0.4 + 0.02
-        _update(optimizer, loss, peak_rate * min(1.0, warmup) * min(1.0, cooldown))
-        decay = min(0.995, (1 + step) / (10 + step))
-        torch._foreach_lerp_(averages, [weight.detach() for weight in weights], 1 - decay)
-        _log(f"flow, caption noise {caption_noise}", step, steps, loss)
-    for weight, average in zip(weights, averages, strict=True):
-        weight.data.copy_(average)
+        velocity = pipe.transformer(at.xt, timestep=1000 * at.t, **text, return_dict=False)[0]
+        return nn.functional.mse_loss(velocity, at.velocity)
 
-
-def _update(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
-    optimizer.step()
-
-
-def _log(stage: str, step: int, steps: int, loss: Tensor) -> None:
-    if step % 50 == 0 or step == steps - 1:
-        print(f"{stage}: step {step + 1}/{steps}, loss {loss.item():.4f}", flush=True)
+    train_modules(modules, loss, steps, peak_rate, f"flow, caption noise {caption_noise}")
 
 
 # --- evaluation --------------------------------------------------------------------------------
@@ -249,44 +220,21 @@ def _report(stage: str, pipe: StableDiffusion3Pipeline, prompts: Sequence[str]) 
 
 def train(seed: int, budget: Budget, heldout: Sequence[str] = ()) -> StableDiffusion3Pipeline:
     """All three stages; with `heldout` prompts, prints how the second stage spells them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(_THREADS)
-    try:
+    with exactly(threads=2):
         pipe = untrained_pipeline(seed)
         data = draw_signs(budget.images, seed)
         train_vae(pipe.vae, data.images, budget.vae_steps, seed=3 * seed)
         clean = {"seed": 3 * seed + 1, "caption_noise": 0.0, "peak_rate": 2e-3}
         train_flow(pipe, data, budget.clean_steps, **clean)
         _report("true captions", pipe, heldout)
-        noised = {"seed": 3 * seed + 2, "caption_noise": 0.7, "peak_rate": 1e-3}
-        train_flow(pipe, data, budget.noised_steps, **noised)
-    finally:
-        torch.set_num_threads(threads)
+        noised_captions = {"seed": 3 * seed + 2, "caption_noise": 0.7, "peak_rate": 1e-3}
+        train_flow(pipe, data, budget.noised_steps, **noised_captions)
     return pipe
-
-
-def digest(pipe: StableDiffusion3Pipeline) -> str:
-    """SHA-256 over all weights, to compare builds."""
-    state = hashlib.sha256()
-    for name, component in sorted(pipe.components.items()):
-        if isinstance(component, nn.Module):
-            for key, value in sorted(component.state_dict().items()):
-                state.update(f"{name}.{key}".encode() + value.numpy().tobytes())
-    return state.hexdigest()
 
 
 def main() -> None:
     """Builds the model and its two prompt files from the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pipeline")
-    parser.add_argument("--prompts", type=Path, help="folder for the prompt files (default: none)")
-    parser.add_argument("--seed", type=int, default=0, help="decides every weight (default: 0)")
-    for field in dataclasses.fields(Budget):
-        option = "--" + field.name.replace("_", "-")
-        parser.add_argument(option, type=int, default=field.default, help="default: %(default)s")
-    options = vars(parser.parse_args())
-    out, prompts, seed = options.pop("out"), options.pop("prompts"), options.pop("seed")
-
+    out, prompts, seed, budget = arguments(__doc__ or "", Budget)
     heldout = signs.make_prompts(64, heldout=True, seed=seed)
     if prompts is not None:
         training = signs.make_prompts(256, heldout=False, seed=seed)
@@ -295,7 +243,7 @@ def main() -> None:
             (prompts / f"tiny-signs-{name}.txt").write_text("\n".join(lines) + "\n")
 
     start = time.perf_counter()
-    pipe = train(seed, Budget(**options), heldout)
+    pipe = train(seed, budget, heldout)
     print(f"trained in {time.perf_counter() - start:.0f} s, evaluations included")
     pipe.to(torch.float16).save_pretrained(out)
     saved = StableDiffusion3Pipeline.from_pretrained(out, dtype=torch.float32)

@@ -1,12 +1,15 @@
-"""The parts of the embedded model before any training: tokenizers, encoders, transformer, VAE.
+"""The parts of the embedded models before any training: tokenizers, encoders, transformer, VAE.
 
-They are made from the classes of diffusers and transformers; nothing is downloaded.
+They are made from the classes of diffusers and transformers; nothing is downloaded. Here is what
+the text-to-image model is made of; `edit_parts` makes the editing model of the same pieces.
 """
 
 # The annotations of diffusers are wrong about what its models and pipelines take and return.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 
 import torch
 from diffusers import (
@@ -30,13 +33,13 @@ from flowgrpo_ray.rewards import signs
 TOKENS = 10  # per tokenizer; a sign prompt takes 9 CLIP tokens and 8 T5 tokens
 LATENT_SHAPE = (4, signs.HEIGHT // 4, signs.WIDTH // 4)
 
-_DIM, _CLIP_DIM, _HEADS = 128, 64, 4
+DIM, CLIP_DIM, HEADS = 128, 64, 4
 _LETTERS, _PUNCTUATION = "abcdefghijklmnopqrstuvwxyz", "\"'.,!?-:"
 _WORDS = ("sign", *signs.COLOURS)
 
 
-def clip_tokenizer() -> CLIPTokenizer:
-    """Byte-pair encoding with one token per character, and one for each word of the prompts.
+def clip_tokenizer(words: Sequence[str] = _WORDS) -> CLIPTokenizer:
+    """Byte-pair encoding with one token per character, and one for each of `words`.
 
     A merge learnt for one word may fire inside another (`re` of red inside green), so each word's
     merges start from what the earlier merges make of it.
@@ -44,7 +47,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     characters = _LETTERS + signs.DIGITS + _PUNCTUATION
     symbols = ["<|startoftext|>", "<|endoftext|>", *(c + "</w>" for c in characters), *characters]
     merges: list[tuple[str, str]] = []
-    for word in _WORDS:
+    for word in words:
         while len(parts := _apply_merges(word, merges)) > 1:
             merges.append((parts[0], parts[1]))
             symbols.append(parts[0] + parts[1])
@@ -62,12 +65,12 @@ def _apply_merges(word: str, merges: list[tuple[str, str]]) -> list[str]:
     return parts
 
 
-def t5_tokenizer() -> T5Tokenizer:
-    """A unigram vocabulary with one token per character, and one for each word of the prompts."""
+def t5_tokenizer(words: Sequence[str] = _WORDS) -> T5Tokenizer:
+    """A unigram vocabulary with one token per character, and one for each of `words`."""
     characters = _LETTERS + _LETTERS.upper() + signs.DIGITS + _PUNCTUATION
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     vocabulary += [(character, -6.0) for character in characters]
-    vocabulary += [("▁" + word, -1.0) for word in (*_WORDS, '"')]
+    vocabulary += [("▁" + word, -1.0) for word in (*words, '"')]
     return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=TOKENS)
 
 
@@ -83,7 +86,7 @@ def untrained_pipeline(seed: int) -> StableDiffusion3Pipeline:
             tokenizer=clip_tokenizer(),
             text_encoder_2=_clip_encoder(layers=1),
             tokenizer_2=clip_tokenizer(),
-            text_encoder_3=_t5_encoder(),
+            text_encoder_3=t5_encoder(len(t5_tokenizer())),
             tokenizer_3=t5_tokenizer(),
         )
 
@@ -105,11 +108,18 @@ def _vae() -> AutoencoderKL:
 
 
 def _clip_encoder(layers: int) -> CLIPTextModelWithProjection:
-    config = CLIPTextConfig(
-        vocab_size=len(clip_tokenizer()),
-        hidden_size=_CLIP_DIM,
-        intermediate_size=2 * _CLIP_DIM,
-        projection_dim=_CLIP_DIM,
+    encoder = CLIPTextModelWithProjection(clip_config(len(clip_tokenizer()), layers))
+    strong_positions(encoder)
+    return encoder
+
+
+def clip_config(vocabulary: int, layers: int) -> CLIPTextConfig:
+    """Of a text encoder for a tokenizer with so many tokens."""
+    return CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=CLIP_DIM,
+        intermediate_size=2 * CLIP_DIM,
+        projection_dim=CLIP_DIM,
         num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=TOKENS,
@@ -118,21 +128,24 @@ def _clip_encoder(layers: int) -> CLIPTextModelWithProjection:
         pad_token_id=1,
         hidden_act="gelu",
     )
-    encoder = CLIPTextModelWithProjection(config)
-    for module in encoder.modules():  # strong positions: SD3 gives text tokens none of its own
+
+
+def strong_positions(encoder: nn.Module) -> None:
+    """Large embeddings of tokens and places: SD3 and FLUX give text tokens no places."""
+    for module in encoder.modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.7)
-    return encoder
 
 
-def _t5_encoder() -> T5EncoderModel:
+def t5_encoder(vocabulary: int) -> T5EncoderModel:
+    """For a tokenizer with so many tokens."""
     config = T5Config(
-        vocab_size=len(t5_tokenizer()),
-        d_model=_DIM,
-        d_kv=_DIM // _HEADS,
-        d_ff=2 * _DIM,
+        vocab_size=vocabulary,
+        d_model=DIM,
+        d_kv=DIM // HEADS,
+        d_ff=2 * DIM,
         num_layers=1,
-        num_heads=_HEADS,
+        num_heads=HEADS,
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
     )
@@ -146,23 +159,30 @@ def _transformer() -> SD3Transformer2DModel:
         in_channels=LATENT_SHAPE[0],
         out_channels=LATENT_SHAPE[0],
         num_layers=3,
-        attention_head_dim=_DIM // _HEADS,
-        num_attention_heads=_HEADS,
-        joint_attention_dim=_DIM,
-        caption_projection_dim=_DIM,
-        pooled_projection_dim=2 * _CLIP_DIM,
+        attention_head_dim=DIM // HEADS,
+        num_attention_heads=HEADS,
+        joint_attention_dim=DIM,
+        caption_projection_dim=DIM,
+        pooled_projection_dim=2 * CLIP_DIM,
         pos_embed_max_size=8,
         qk_norm="rms_norm",
     )
-    for module in [*model.transformer_blocks.modules(), model.context_embedder]:
+    norms = [n for block in model.transformer_blocks for n in (block.norm1, block.norm1_context)]
+    soft_start(model, [model.transformer_blocks, model.context_embedder], norms)
+    return model
+
+
+def soft_start(model: nn.Module, parts: Iterable[nn.Module], norms: Sequence[nn.Module]) -> None:
+    """Initial weights with which the first steps of training already learn.
+
+    The modulation of `norms` is small with half-open gates, and so is the output.
+    """
+    for module in [module for part in parts for module in part.modules()]:
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    # Small modulation with half-open gates, and a small output: the first steps already learn.
-    norms = [n for block in model.transformer_blocks for n in (block.norm1, block.norm1_context)]
     for linear in [*(norm.linear for norm in norms), model.norm_out.linear, model.proj_out]:
         nn.init.normal_(linear.weight, std=0.02)
         nn.init.zeros_(linear.bias)
-        if linear.out_features == 6 * _DIM:  # shift, scale, gate of attention; the same of the MLP
-            linear.bias.data.view(6, _DIM)[[2, 5]] = 0.5
-    return model
+        if linear.out_features % (3 * DIM) == 0:  # shift, scale, gate; twice where there is an MLP
+            linear.bias.data.view(-1, 3, DIM)[:, 2] = 0.5

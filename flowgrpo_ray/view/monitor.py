@@ -31,6 +31,7 @@ from flowgrpo_ray.view.guard import Guard
 from flowgrpo_ray.view.page import SCRIPTS, STYLE, TYPES, asset, served_page
 from flowgrpo_ray.view.report import (
     FILES,
+    Shot,
     as_written,
     describe_run,
     find_shots,
@@ -235,8 +236,7 @@ def build_app(root: Path, token: str, names: frozenset[str]) -> FastAPI:
     @app.get("/picture")
     def picture(run: str, shot: str, tile: Annotated[int | None, Query(ge=0)] = None) -> Response:
         folder = folder_of(run)
-        sources = find_sources(folder, [])
-        for path, sidecar in [*find_shots(folder, []), *([sources] if sources else [])]:
+        for path, sidecar in _grids(folder):
             if path.stem == shot and _stays(path, folder):
                 with as_written(folder):
                     content, kind = _content(path, _mark(path), tuple(sidecar["tile"]), tile)
@@ -252,6 +252,13 @@ def build_app(root: Path, token: str, names: frozenset[str]) -> FastAPI:
         return FileResponse(path, filename=name, media_type="text/plain; charset=utf-8")
 
     return app
+
+
+def _grids(folder: Path) -> Iterator[Shot]:
+    """Of the evaluations, and of their sources."""
+    yield from find_shots(folder, [])
+    if (sources := find_sources(folder, [])) is not None:
+        yield sources
 
 
 def _stays(path: Path, folder: Path) -> bool:

@@ -450,8 +450,10 @@ def test_gpus_are_shared_by_those_that_sample_train_and_score(name: str):
 def test_a_tiny_recipe_passes_every_check_before_a_run(name: str):
     spec = load_spec(name)
     train, held_out = check_run(spec)
-    assert len(train) == 256 * len(spec.prompts.sets)
-    assert len(held_out) == 64
+    edits = name == "tiny-edit"
+    assert len(train) == (64 if edits else 256 * len(spec.prompts.sets))
+    assert len(held_out) == (32 if edits else 64)
+    assert {len(prompt.images) for prompt in [*train, *held_out]} == {int(edits)}
 
 
 def test_the_tiny_recipes_differ_in_what_their_names_say():
@@ -466,6 +468,7 @@ def test_the_tiny_recipes_differ_in_what_their_names_say():
         "tiny-ocr-cps": {"sampling"},
         "tiny-two-rewards": {"rewards", "advantages", "objective"},
         "tiny-two-sets": {"prompts", "rewards", "evaluation"},
+        "tiny-edit": {"iterations", "model", "prompts", "rewards", "advantages", "objective"},
         "tiny-ocr-nft": no_steps,
         "tiny-ocr-awm": no_steps,
     }.items():
