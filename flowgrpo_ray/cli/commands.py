@@ -27,6 +27,7 @@ from flowgrpo_ray.cli.options import (
 from flowgrpo_ray.cli.prompts import prompts_app
 from flowgrpo_ray.cli.recipes import recipes_app
 from flowgrpo_ray.cli.rewards import rewards_app
+from flowgrpo_ray.cli.runs import compare, runs_app
 from flowgrpo_ray.cli.train import train
 from flowgrpo_ray.common.errors import FlowGrpoError, SpecError
 from flowgrpo_ray.common.files import check_free
@@ -42,6 +43,8 @@ app = typer.Typer(
 app.add_typer(rewards_app, name="rewards")
 app.add_typer(prompts_app, name="prompts")
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(runs_app, name="runs")
+app.command()(compare)
 app.command()(monitor)
 app.command()(train)
 console = Console()

@@ -19,9 +19,7 @@ def parse(text: str | bytes) -> Any:
     if isinstance(text, bytes):
         text = text.decode("utf-8")
     try:
-        value = json.loads(
-            text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_once
-        )
+        value = _decoder.decode(text)
     except RecursionError:
         raise ValueError(f"it is nested more than {DEEPEST} levels deep") from None
     if text.count("[") + text.count("{") > DEEPEST:
@@ -32,6 +30,11 @@ def parse(text: str | bytes) -> Any:
         except UnicodeEncodeError:
             raise ValueError("it holds a surrogate, which is half of a character") from None
     return value
+
+
+def parse_at(text: str, start: int) -> Any:
+    """The value that begins at a place of ``text``, which is JSON; ``ValueError`` as `parse`."""
+    return _decoder.raw_decode(text, start)[0]
 
 
 def _check_depth(value: Any) -> None:
@@ -62,3 +65,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+# Made once: making it takes longer than reading a row.
+_decoder = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_once)

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from flowgrpo_ray.common.errors import RunFolderError
@@ -106,6 +107,15 @@ class RunFolder:
 
     def release(self) -> None:
         os.close(self._lock_file)
+
+
+def resume_command(folder: Path) -> str | None:
+    """What continues the run in a folder from its last checkpoint; ``None`` without a spec."""
+    spec = folder / "spec.yaml"
+    if not spec.is_file():
+        return None
+    root = folder.resolve().parent
+    return f"flowgrpo-ray train {quote(str(spec))} --runs {quote(str(root))} --resume"
 
 
 def difference(held: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:

@@ -12,8 +12,6 @@ import os
 import secrets
 import socket
 import threading
-import time
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
@@ -25,54 +23,24 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.requests import Request
 
 from flowgrpo_ray.common.errors import RunFolderError, SpecError
-from flowgrpo_ray.run.state import ACTIVE, LIVE, read_json, state_of
-from flowgrpo_ray.run.tracking import METRICS, SAMPLES, SUMMARY, TIMINGS, Row
+from flowgrpo_ray.run.found import as_written, find_runs, mark_of
+from flowgrpo_ray.run.overview import overview
+from flowgrpo_ray.run.tracking import METRICS, SAMPLES, TIMINGS, Row
+from flowgrpo_ray.view.compared import comparison
 from flowgrpo_ray.view.guard import Guard
 from flowgrpo_ray.view.page import SCRIPTS, STYLE, TYPES, asset, served_page
 from flowgrpo_ray.view.report import (
     FILES,
     Shot,
-    as_written,
     describe_run,
     find_shots,
     find_sources,
     rows_of,
     shown,
     shown_picture,
-    spread,
 )
 
-DEEPEST = 3  # folders below the root in which runs are looked for
-SPARK = 60  # points of the small curve in the list of runs
 SINCE = r"^([0-9a-f]{8}(\.\d{1,9}){3})?$"
-
-
-# --- run folders
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a run has written here, if only that it starts."""
-    return any((folder / name).is_file() for name in (METRICS, LIVE, ".lock"))
-
-
-def find_runs(root: Path) -> dict[str, Path]:
-    """Every run folder below `root`, or `root` itself, by the name that the page gives it."""
-    if is_run(root):
-        return {root.resolve().name: root}
-    return {path.relative_to(root).as_posix(): path for path in _runs_below(root, DEEPEST)}
-
-
-def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
-    """Follows no link, so that every name stays below the root."""
-    if not os.access(folder, os.R_OK | os.X_OK):  # other people's
-        return
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.is_symlink() or not path.is_dir():
-            continue
-        if is_run(path):
-            yield path
-        elif depth > 1:
-            yield from _runs_below(path, depth - 1)
 
 
 class Feed:
@@ -91,10 +59,10 @@ class Feed:
         is what the last answer said, or empty. ``reset``: the lists are whole, the old are void."""
         folder = self._folder
         with self._lock:
-            self._refresh("metrics", _mark(folder / METRICS))
-            self._refresh("timings", _mark(folder / TIMINGS))
+            self._refresh("metrics", mark_of(folder / METRICS))
+            self._refresh("timings", mark_of(folder / TIMINGS))
             pictures = sorted((folder / SAMPLES).glob("*.*"))
-            self._refresh("samples", tuple((path.name, _mark(path)) for path in pictures))
+            self._refresh("samples", tuple((path.name, mark_of(path)) for path in pictures))
             notes = [note for notes in self._notes.values() for note in notes]
             sources = find_sources(folder, notes)
             data = describe_run(folder, self._lists["metrics"], self._lists["timings"], notes)
@@ -121,72 +89,20 @@ class Feed:
     def _read(self, key: str, notes: list[str]) -> list[Row]:
         if key == "samples":
             shots = find_shots(self._folder, notes)
-            return [shown(sidecar, self._address(picture)) for picture, sidecar in shots]
+            return [
+                shown(sidecar, picture_address(self._name, picture)) for picture, sidecar in shots
+            ]
         try:
             return rows_of(self._folder / {"metrics": METRICS, "timings": TIMINGS}[key])
         except RunFolderError as error:
             notes.append(str(error))
             return self._lists[key]
 
-    def _address(self, picture: Path) -> str:
-        version = picture.stat().st_mtime_ns  # so that a browser may keep it
-        return "/picture?" + urlencode({"run": self._name, "shot": picture.stem, "v": version})
 
-
-def _mark(path: Path) -> tuple[int, int] | None:
-    """Changes when the file does; ``None`` if it is not there."""
-    try:
-        stat = path.stat()
-    except OSError:  # not there, or a link in a circle
-        return None
-    return stat.st_mtime_ns, stat.st_size
-
-
-def brief(folder: Path, name: str) -> Row:
-    """One line of the list of runs."""
-    marks = [_mark(folder / file) for file in (METRICS, SUMMARY)]
-    try:
-        with as_written(folder):
-            known = dict(_brief(folder, tuple(marks)))
-        live = read_json(folder / LIVE)
-    except (RunFolderError, ValueError) as error:
-        return {"name": name, "state": "unreadable", "message": str(error)}
-    now = time.time()
-    state = state_of(live, known.pop("summary"), now)
-    live = live or {}
-    times = [mark[0] / 1e9 for mark in (*marks, _mark(folder / LIVE)) if mark]
-    return {
-        **known,
-        "name": name,
-        "state": state,
-        "stage": live.get("stage") if state in ACTIVE else None,
-        "message": live.get("message"),
-        "iterations": live.get("iterations"),
-        "age": now - max(times, default=folder.stat().st_mtime),
-    }
-
-
-@lru_cache(maxsize=512)
-def _brief(folder: Path, _marks: tuple[object, ...]) -> Row:
-    """What changes with the rows only: small, so that many runs can be held."""
-    rows = rows_of(folder / METRICS)
-    train = [row for row in rows if row.get("kind") == "train"]
-    evals = [row.get("rewards") or {} for row in rows if row.get("kind") == "eval"]
-    curve = [(row.get("reward") or {}).get("mean") for row in train]
-    held_out = [
-        {
-            "name": name,
-            "values": [(row.get(name) or {}).get("mean") for row in (evals[0], evals[-1])],
-        }
-        for name in (evals[0] if evals else {})
-    ]
-    return {
-        "summary": read_json(folder / SUMMARY),
-        "iteration": train[-1]["iteration"] if train else 0,
-        "reward": curve[-1] if curve else None,
-        "spark": spread(curve, SPARK),
-        "held_out": held_out,
-    }
+def picture_address(name: str, picture: Path) -> str:
+    """Of a run's picture; another one when the picture changes, so that a browser may keep it."""
+    version = picture.stat().st_mtime_ns
+    return "/picture?" + urlencode({"run": name, "shot": picture.stem, "v": version})
 
 
 # --- the server
@@ -224,8 +140,15 @@ def build_app(root: Path, token: str, names: frozenset[str]) -> FastAPI:
 
     @app.get("/runs")
     def runs() -> JSONResponse:
-        lines = [brief(folder, name) for name, folder in find_runs(root).items()]
-        return JSONResponse({"root": str(root.resolve()), "only": is_run(root), "runs": lines})
+        return JSONResponse(overview(root))
+
+    @app.get("/compare")
+    def compare(run: Annotated[list[str], Query()], since: str = "") -> JSONResponse:
+        there = find_runs(root)
+        chosen = {name: there[name] for name in run if name in there}
+        document = comparison(chosen, picture_address)
+        document["missing"] = [name for name in run if name not in there]
+        return JSONResponse({"since": since} if document["since"] == since else document)
 
     @app.get("/run")
     def news(run: str, since: Annotated[str, Query(pattern=SINCE)] = "") -> JSONResponse:
@@ -239,7 +162,7 @@ def build_app(root: Path, token: str, names: frozenset[str]) -> FastAPI:
         for path, sidecar in _grids(folder):
             if path.stem == shot and _stays(path, folder):
                 with as_written(folder):
-                    content, kind = _content(path, _mark(path), tuple(sidecar["tile"]), tile)
+                    content, kind = _content(path, mark_of(path), tuple(sidecar["tile"]), tile)
                 kept = {"Cache-Control": "private, max-age=86400, immutable"}
                 return Response(content, media_type=kind, headers=kept)
         raise HTTPException(404, f"no picture {shot!r} of {run!r}")

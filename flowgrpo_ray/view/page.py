@@ -19,7 +19,7 @@ from typing import Any
 STYLE = "page.css"
 SCRIPTS = (
     *("dom.js", "numbers.js", "scale.js", "chart.js", "pictures.js"),
-    *("run.js", "stages.js", "runs.js", "main.js"),
+    *("run.js", "stages.js", "runs.js", "compare.js", "main.js"),
 )
 TYPES = {".css": "text/css", ".js": "text/javascript"}
 
@@ -43,7 +43,7 @@ def served_page() -> str:
     return _filled(title="Flow-GRPO runs", head=style, scripts="\n".join(scripts))
 
 
-def whole_page(data: Mapping[str, Any]) -> str:
+def whole_page(data: Mapping[str, Any], title: str) -> str:
     """One file with everything inside. `<` is escaped, so no text of a run can end a script."""
     style, code = asset(STYLE), "\n".join(asset(name) for name in SCRIPTS)
     policy = (
@@ -52,7 +52,7 @@ def whole_page(data: Mapping[str, Any]) -> str:
     )
     document = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     return _filled(
-        title=html.escape(f"{data['name']} · run report"),
+        title=html.escape(title),
         head=f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         f"<style>{style}</style>",
         scripts=f'<script type="application/json" id="run-data">{document}</script>\n'

@@ -9,13 +9,15 @@ from __future__ import annotations
 import base64
 import io
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
 from flowgrpo_ray.common.errors import RunFolderError
 from flowgrpo_ray.common.files import write_atomic
+from flowgrpo_ray.run.brief import spread
+from flowgrpo_ray.run.folder import resume_command
+from flowgrpo_ray.run.found import as_written
+from flowgrpo_ray.run.settings import weights_of
 from flowgrpo_ray.run.state import LIVE, OBJECTIVE, leads_out, read_json, state_of
 from flowgrpo_ray.run.tracking import (
     METRICS,
@@ -52,23 +54,11 @@ FILES = {
 def write_report(folder: str | Path) -> Path:
     """Write report.html into a run folder, finished or not, and return its path."""
     with as_written(Path(folder)):
-        page = whole_page(report_data(folder))
+        data = report_data(folder)
+        page = whole_page(data, f"{data['name']} · run report")
     path = Path(folder) / REPORT
     write_atomic(path, page.encode())
     return path
-
-
-@contextmanager
-def as_written(folder: Path) -> Iterator[None]:
-    """Within it, rows that hold something else than a run writes are a ``RunFolderError``: anyone
-    may have written them, and they are not looked at one by one."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
-        raise RunFolderError(
-            f"{folder}: its rows or pictures are not those of a run ({type(error).__name__}: "
-            f"{error}). Restore its files"
-        ) from error
 
 
 def report_data(folder: str | Path) -> Row:
@@ -119,6 +109,8 @@ def describe_run(folder: Path, metrics: list[Row], timings: list[Row], notes: li
         "live": live,
         "headline": _headline(summary or {}, train, evals, timings, gate),
         "rewards": _reward_names(summary or {}, train, evals),
+        "weights": weights_of(folder),
+        "resume": resume_command(folder),
         "watch": _watch(folder, evals),
         "spec": _text(folder / SPEC, notes),
         "summary": summary,
@@ -315,19 +307,12 @@ def _embedded(shots: list[Shot], notes: list[str]) -> list[Row]:
         notes.append(
             f"Images are scaled down to {LARGEST_TILE} pixels; {SAMPLES}/ holds them as generated."
         )
-    return [shown(sidecar, _data_address(picture, sidecar)) for picture, sidecar in chosen]
+    return [shown(sidecar, data_address(picture, sidecar)) for picture, sidecar in chosen]
 
 
-def _data_address(picture: Path, sidecar: Row) -> str:
+def data_address(picture: Path, sidecar: Row) -> str:
     content, kind = shown_picture(picture, sidecar)
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def spread(items: list, most: int) -> list:
-    """At most `most` of the items, evenly spaced, the first and the last among them."""
-    if len(items) <= most:
-        return items
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def _files(folder: Path) -> list[Row]:

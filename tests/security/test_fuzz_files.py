@@ -40,6 +40,7 @@ from flowgrpo_ray.common.types import LearnerState
 from flowgrpo_ray.policies.bagel_weights import opened
 from flowgrpo_ray.policies.lora_file import PEFT_CONFIG, PEFT_WEIGHTS, LoraFile, read_lora
 from flowgrpo_ray.rewards.loading import read_weights
+from flowgrpo_ray.run.brief import brief
 from flowgrpo_ray.run.checkpoint import (
     NUMBERS,
     Progress,
@@ -49,10 +50,11 @@ from flowgrpo_ray.run.checkpoint import (
     save_checkpoint,
 )
 from flowgrpo_ray.run.folder import RunFolder
+from flowgrpo_ray.run.found import find_runs
 from flowgrpo_ray.run.scoring import find_images, plan_batches
 from flowgrpo_ray.spec.file import load_spec
 from flowgrpo_ray.spec.sections import ModelSpec
-from flowgrpo_ray.view.monitor import Feed, brief, find_runs
+from flowgrpo_ray.view.monitor import Feed
 from flowgrpo_ray.view.report import as_written, write_report
 
 SECONDS = 2.0  # of this process, for one file

@@ -88,11 +88,11 @@ def drawn(browser: Browser, chart: str, series: str) -> list[tuple[float, float]
 
 
 def test_from_the_list_to_a_run_without_a_fault(page: Browser):
-    names = page.look("[...document.querySelectorAll('.runs .who b')].map(b => b.textContent)")
+    names = page.look("[...document.querySelectorAll('.who a')].map(a => a.textContent)")
     assert sorted(names) == ["lost", "more/failed", "starting", RUN]
     assert names[0] == "lost", "what needs a person comes first"
     page.look(
-        f"[...document.querySelectorAll('.runs a')].find(a => a.href.includes('{RUN}')).click()"
+        f"[...document.querySelectorAll('.who a')].find(a => a.href.includes('{RUN}')).click()"
     )
     page.wait("run")
     assert page.look("byId('header').querySelector('h1').textContent") == RUN
@@ -520,7 +520,7 @@ def test_a_real_run_from_its_start_to_its_end(tmp_path: Path, browser: Browser):
             start_new_session=True,
         )
         try:
-            browser.wait("document.querySelector('.runs a')")
+            browser.wait("document.querySelector('.who a')")
             assert "starting" in browser.look("byId('runs-list').textContent")
             browser.open(served.address + "?run=small")
             browser.wait("run.state === 'running' && run.live.workers.length === 1")

@@ -3,6 +3,8 @@
 // {name, color, kind, points} with kind line, dots or bar and points {it, y, low?, high?, spread?};
 // a mark is {kind, name, from, to, says} with kind best or diverging. The legend is the read-out, and
 // all charts share one cursor. A chart lives as long as the page: new data is drawn into it.
+// Of several runs (own) a chart's points are by iteration or, with `time`, by seconds, and a series
+// that is `near` is read at its latest point up to the cursor.
 
 const charts = new Map();
 // Only charts near the window are drawn; of the others it is noted that they must be.
@@ -86,7 +88,7 @@ class Chart {
       ...named(spec.marks).map((mark) => el("span", {}, el("span", { class: `swatch ${mark.kind}` }), mark.name, el("b", {}, mark.says))),
     );
     const time = shown != null && spec.wall && view.wall ? `${seconds(clock(shown))}, ` : "";
-    this.at.textContent = shown == null ? "" : `${time}iteration ${count(shown)}`;
+    this.at.textContent = shown == null ? "" : `${time}${moment_(shown, spec)}`;
     const [first, last] = [spec.iterations[0], spec.iterations.at(-1)];
     const told = { label: spec.title, valuemin: first, valuemax: last, valuenow: shown ?? last, valuetext: describe(spec, shown) };
     for (const [name, value] of Object.entries(told)) this.plot.setAttribute(`aria-${name}`, value);
@@ -137,7 +139,8 @@ class Chart {
 
   // Every number of the chart as a table, none of them binned.
   list() {
-    const columns = this.spec.series.flatMap((one) => {
+    const spec_ = this.spec;
+    const columns = spec_.series.flatMap((one) => {
       const rows = new Map((one.exact ?? one.points).map((point) => [point.it, point]));
       const column = (name, key) => ({ name, rows, key });
       const spread = spreads(one) ? [column("± spread", "spread")] : [];
@@ -149,7 +152,7 @@ class Chart {
       const value = rows.get(it)?.[key];
       return isNumber(value) ? el("data", { value }, number(value)) : "–";
     };
-    show(this.values, table(["Iteration", ...columns.map(({ name }) => name)], its.map((it) => [count(it), ...columns.map((one) => cell(one, it))])));
+    show(this.values, table([spec_.time ? "Seconds" : "Iteration", ...columns.map(({ name }) => name)], its.map((it) => [spec_.time ? number(it) : count(it), ...columns.map((one) => cell(one, it))])));
   }
 }
 
@@ -206,7 +209,7 @@ function curve(one, { x, y, width }) {
   }
   const path = points.map((point, i) => (isNumber(point.y) ? (isNumber(points[i - 1]?.y) ? "L" : "M") + pair(point.it, point.y) : ""));
   const dense = seen.length > width;
-  const stroke = { stroke: one.color, "stroke-width": dotted ? 1.2 : dense ? 1 : 1.8, "stroke-dasharray": dotted ? "2 4" : null };
+  const stroke = { stroke: one.color, "stroke-width": dotted ? 1.2 : dense ? 1 : 1.8, "stroke-dasharray": dotted ? "2 4" : one.dash };
   pieces.push(svg("path", { d: path.join(""), fill: "none", "stroke-linejoin": "round", "data-series": one.name, ...stroke }));
   if (dotted || seen.length === 1)
     pieces.push(...seen.map((p) => svg("circle", { class: "dot", r: seen.length > 30 ? 2.6 : 3.6, cx: x(p.it), cy: y(p.y), fill: one.color, "data-series": one.name })));
@@ -218,6 +221,7 @@ function pointAt(one, iteration, spec) {
   if (iteration == null) return one.points.findLast((point) => isNumber(point.y));
   if (one.kind === "bar") return one.points.find((point) => Math.abs(point.it - iteration) <= (spec.binned ?? 1) / 2);
   const place = lastUpTo(one.places, iteration);
+  if (one.near && one.kind === "line") return one.points[place];
   if (one.kind === "dots") return one.points.slice(0, place + 1).findLast((point) => isNumber(point.y));
   return one.places[place] === iteration ? one.points[place] : undefined;
 }
@@ -230,7 +234,7 @@ function reading(one, iteration, spec, brief) {
   if (!point || !isNumber(point.shown ?? point.y)) return "–";
   const apart = iteration != null && one.kind === "dots";
   const spread = isNumber(point.spread) && !(brief && apart) ? ` ± ${number(point.spread)}` : "";
-  return `${number(point.shown ?? point.y)}${spread}${apart ? ` at ${count(point.it)}` : ""}`;
+  return `${number(point.shown ?? point.y)}${spread}${apart ? ` at ${spec.time ? seconds(point.it) : count(point.it)}` : ""}`;
 }
 
 function hit(one, iteration, { x, y }) {
@@ -239,8 +243,11 @@ function hit(one, iteration, { x, y }) {
   return [svg("circle", { class: "dot", r: 4, cx: x(point.it), cy: y(point.y), fill: one.color })];
 }
 
+// Where a chart is read: at an iteration or, where its own points are by time, at a second.
+const moment_ = (at_, spec) => (spec.time ? seconds(at_) : `iteration ${count(at_)}`);
+
 const describe = (spec, iteration) =>
-  `${iteration == null ? "latest" : `iteration ${iteration}`}: ${spec.series.map((one) => `${one.name} ${reading(one, iteration, spec)}`).join(", ")}` +
+  `${iteration == null ? "latest" : moment_(iteration, spec)}: ${spec.series.map((one) => `${one.name} ${reading(one, iteration, spec)}`).join(", ")}` +
   named(spec.marks).map((mark) => `; ${mark.name} ${mark.says}`).join("");
 
 // Marks of one kind together, for the legend.

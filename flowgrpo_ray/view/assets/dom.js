@@ -8,6 +8,7 @@ const view = {
   right: null, // on the right; null is always the newest
   mode: "pairs", // or "wipe", "row"
   wipe: 50, // per cent
+  size: null, // of a pair of pictures, in pixels
   reward: null,
   filter: "all",
   all: false,

@@ -7,7 +7,7 @@ let address_ = new URLSearchParams(location.search).get("run"); // the run's nam
 function renderRun(document_, embedded) {
   const before = run;
   const changed = take(document_);
-  byId("runs-view").hidden = true;
+  byId("runs-view").hidden = byId("compare-view").hidden = true;
   byId("run-view").hidden = byId("nav").hidden = false;
   renderHeader(embedded);
   if (changed.rows) for (const part of [renderRewards, renderRatio, renderUpdate, renderTime]) part();
@@ -57,6 +57,11 @@ function tell(error) {
 }
 
 async function refresh() {
+  if (asked.length) {
+    byId("home").hidden = false;
+    const entries = [...asked.map((name) => ["run", name]), ["since", compared?.since ?? ""]];
+    return renderCompare(await ask("/compare", entries), false);
+  }
   if (address_ == null) {
     const list = await ask("/runs", {});
     if (!list.only) {
@@ -88,8 +93,10 @@ async function poll() {
 }
 
 const inside = byId("run-data");
-if (inside) renderRun(JSON.parse(inside.textContent), true);
-else {
+if (inside) {
+  const document_ = JSON.parse(inside.textContent);
+  (document_.compared ? renderCompare : renderRun)(document_, true);
+} else {
   poll();
   document.addEventListener("visibilitychange", () => document.hidden || poll());
 }

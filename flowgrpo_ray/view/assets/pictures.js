@@ -16,17 +16,27 @@ function decode(address) {
   return decoded.get(address);
 }
 
-// Pictures are fetched and drawn when they come near the window, or when the page is printed.
+// Pictures are drawn when they come near the window, or when the page is printed: then all of them,
+// those too that are left out on the screen.
 const nearby = new IntersectionObserver((entries) => entries.forEach((one) => one.isIntersecting && paint(one.target)), { rootMargin: "400px" });
 const waiting = new Map(); // canvas -> {shot, index}
-addEventListener("beforeprint", () => [...waiting.keys()].forEach(paint));
+addEventListener("beforeprint", () => {
+  const { all } = view;
+  if (run && !all) {
+    choose("all")(true);
+    addEventListener("afterprint", () => choose("all")(all), { once: true });
+  }
+  [...waiting.keys()].forEach(paint);
+});
 
 function paint(canvas) {
   const wanted = waiting.get(canvas);
   if (!wanted) return;
   waiting.delete(canvas);
   nearby.unobserve(canvas);
-  decode(wanted.shot.image).promise.then(
+  const { picture: ready, promise } = decode(wanted.shot.image);
+  if (ready) return crop(canvas, ready, wanted);
+  promise.then(
     (picture) => crop(canvas, picture, wanted),
     () => canvas.replaceWith(empty("picture unreadable")),
   );
@@ -83,6 +93,8 @@ const controls = {
   wipe: el("input", { type: "range", min: 0, max: 100, step: 1, "aria-label": "Divider between left and right", input: () => wipeTo(Number(controls.wipe.value)) }),
 };
 controls.rightLabel = el("label", {}, el("span", { class: "muted" }, "Right"), controls.right, controls.says);
+controls.size = el("input", { type: "range", min: 120, max: 640, step: 8, value: 208, "aria-label": "Size of the pictures", input: () => sizeTo(Number(controls.size.value)) });
+controls.sizeLabel = el("label", {}, el("span", { class: "muted" }, "Size"), controls.size);
 controls.wipeLabel = el("label", {}, el("span", { class: "muted" }, "Divider"), controls.wipe);
 
 function wipeTo(share) {
@@ -91,11 +103,16 @@ function wipeTo(share) {
   byId("samples-cards").style.setProperty("--wipe", `${view.wipe}%`);
 }
 
+function sizeTo(pixels) {
+  view.size = pixels;
+  byId("samples-cards").style.setProperty("--size", `${pixels}px`);
+}
+
 let drawnCards = "";
 function renderSamples() {
   const lead = byId("samples-lead");
   if (!shots().length) {
-    lead.textContent = "No evaluation images yet.";
+    lead.textContent = waits("the first evaluation: it draws held-out prompts before any training", "There are no evaluation images.");
     for (const id of ["samples-controls", "samples-cards"]) byId(id).replaceChildren();
     byId("samples-all").hidden = true;
     drawnCards = "";
@@ -113,7 +130,12 @@ function renderSamples() {
   fillControls(rewards, pairs, right);
   const row = view.mode === "row" ? shots().map((shot) => shot.image) : [];
   const wanted = JSON.stringify([left.image, right?.image, run.sources?.image, row, view.mode, view.reward, view.all, kept.map((pair) => pair.i)]);
-  if (wanted !== drawnCards) drawCards(kept, left, right);
+  if (wanted !== drawnCards) {
+    drawCards(kept, left, right);
+    // Ready before they come near, so that printing finds them.
+    const needed = view.mode === "row" ? shots() : [left, right].filter(Boolean);
+    for (const shot of run.sources ? [run.sources, ...needed] : needed) decode(shot.image);
+  }
   drawnCards = wanted;
   const more = byId("samples-all");
   more.hidden = kept.length <= FIRST_CARDS;
@@ -144,6 +166,7 @@ function fillControls(rewards, pairs, right) {
       compared && view.mode === "wipe" && controls.wipeLabel,
       rewards.length > 1 && controls.reward.set(rewards.map((name) => ({ value: name, label: name })), view.reward),
       several && controls.filter.set(changes(pairs), view.filter),
+      controls.sizeLabel,
     ].filter(Boolean),
   );
   wipeTo(view.wipe);

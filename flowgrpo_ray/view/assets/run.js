@@ -49,7 +49,7 @@ function renderHeader(embedded) {
     el("h1", {}, run.name),
     el("p", { class: "status" }, chip(run.state), el("span", { class: "muted" }, doing())),
     alerts(),
-    head.rewards.length ? el("div", { class: "headline" }, head.rewards.map(move)) : empty("No evaluation yet."),
+    head.rewards.length ? el("div", { class: "headline" }, head.rewards.map(move)) : empty(waits("the first evaluation, of the model before training", "The run ended before its first evaluation.")),
     el("p", { class: "lead" }, held),
     definitions(facts(head)),
     run.notes.length ? el("ul", { class: "notes" }, run.notes.map((note) => el("li", {}, note))) : null,
@@ -108,14 +108,19 @@ function left(iterations) {
   return duration(iterations * each * (whole / trained));
 }
 
+// What an empty part says: what a run that goes on waits for, or how it is.
+const waits = (what, otherwise) => (active() || run.state === "unknown" ? `Waits for ${what}.` : otherwise);
+const started = (what) => waits(what, "The run ended before its first iteration.");
+
 const alert_ = (kind, title, ...lines) => el("div", { class: `alert ${kind}`, role: "note" }, el("p", {}, el("b", {}, title)), lines.filter(Boolean).map((text) => el("p", {}, text)));
 
 function alerts() {
   const found = [];
-  if (run.state === "failed") found.push(alert_("", "The run failed", live("message") ?? "It did not say why."));
+  const resume = run.resume && ["Find the cause, then continue from the last checkpoint: ", el("code", {}, run.resume)];
+  if (run.state === "failed") found.push(alert_("", "The run failed", live("message") ?? "It did not say why.", resume));
   if (run.state === "lost") {
     const quiet = `Not heard of for ${duration(run.now - live("updated"))}: the driver, process ${live("pid")} on ${live("host")}, was probably killed.`;
-    found.push(alert_("", "The run is lost", quiet, "Read the end of its output and its logs; continue from the last checkpoint with --resume."));
+    found.push(alert_("", "The run is lost", quiet, "Read the end of its output and of its logs.", resume));
   }
   return [...found, ...run.watch.filter((watched) => watched.spans.length).map(alertOf)];
 }
@@ -129,7 +134,8 @@ function alertOf(watched) {
     ? `Over-optimization since iteration ${count(last.from)}`
     : `Over-optimization in iterations ${spans.join(", ")}, no longer at the end`;
   const more = watched.diverging && earlier ? ` Earlier in iterations ${earlier}.` : "";
-  const before = watched.export && ["The model from before is written by ", el("code", {}, watched.export)];
+  const none = watched.diverging && !watched.export && "No checkpoint is from before: in the next run lower checkpoint.every, or end it in time with --set watch.action=stop.";
+  const before = watched.export ? ["The model from before is written by ", el("code", {}, watched.export)] : none;
   return alert_(watched.diverging ? "" : "past", title, `${last.says}.${more}`, before);
 }
 
@@ -170,7 +176,17 @@ function renderRewards() {
     return panel(name, training(get), { ...measured, kind: "dots" });
   });
   if (run.rewards.length > 1 && run.train.length) panels.push(panel("weighted total", training((row) => row.reward)));
-  place(byId("rewards-charts"), panels.length ? panels : [empty("No rewards yet.")]);
+  place(byId("rewards-charts"), panels.length ? panels : [empty(started("the first evaluation and the first iteration"))]);
+  place(byId("header-chart"), panels.length ? [trainedChart(training)] : []);
+}
+
+// What is trained: the one reward of a weight, or their weighted total.
+function trainedChart(training) {
+  const trained = run.rewards.filter((name) => run.weights[name]);
+  const one = trained.length === 1 ? trained[0] : run.rewards.length === 1 ? run.rewards[0] : null;
+  const get = (row) => (one ? row.rewards?.[one] : row.reward);
+  const measured = line("held-out", COLORS[1], run.evals, (row) => get(row)?.mean, (row) => ({ spread: get(row)?.std }));
+  return chart({ id: "trained", title: one ? `${one}, which is trained` : "Weighted total, which is trained", unit: "reward", wall: true, height: 300, series: [training(get), { ...measured, kind: "dots" }].filter((one) => one.points.some((point) => isNumber(point.y))) });
 }
 
 // ---- ratio -----------------------------------------------------------------------------------------
@@ -193,7 +209,7 @@ function renderRatio() {
   const good = gate === 0 && (apart || gates === run.train.length);
   const all = apart ? `${gates === 1 ? "the one iteration" : `the ${count(gates)} iterations`} whose samples are of the weights it trained` : gates === 1 ? "the one iteration" : `all ${count(gates)} iterations`;
   const verdict = byId("ratio-verdict");
-  if (!run.train.length) verdict.textContent = "No training iteration yet.";
+  if (!run.train.length) verdict.textContent = started("the first iteration: the ratio is taken before its first update");
   else if (gate == null) verdict.textContent = "The gate was not recorded.";
   else verdict.textContent = good ? `The gate is exactly 0 in ${all}.` : `The gate is at most ${number(gate)}, recorded in ${count(gates)} of ${plural(run.train.length, "iteration")}.`;
   verdict.className = `verdict ${good ? "" : "open"}`;
@@ -248,7 +264,7 @@ function stepTable(steps) {
 // ---- learning --------------------------------------------------------------------------------------
 
 function renderUpdate() {
-  if (!run.train.length) return place(byId("update-charts"), [empty("No training iteration yet.")]);
+  if (!run.train.length) return place(byId("update-charts"), [empty(started("the first iteration"))]);
   const norms = (row) => known([row.grad_norm ?? []].flat());
   const ends = (row) => (norms(row).length > 1 ? { low: Math.min(...norms(row)), high: Math.max(...norms(row)) } : {});
   const without = run.train.map((row) => ({ it: row.iteration, parts: [at(row, "groups.no_spread"), at(row, "groups.dropped")] }));

@@ -43,11 +43,11 @@ function range(spec) {
 function measure(spec, width) {
   const height = spec.height || 200;
   const [right, top, bottom] = [12, 20, 36];
-  const wall = Boolean(spec.wall && view.wall && run.clock.values.length);
-  const where = (it) => (wall ? clock(it) : it);
+  const wall = spec.own ? spec.time : Boolean(spec.wall && view.wall && run.clock.values.length);
+  const where = (it) => (wall && !spec.own ? clock(it) : it);
   const bar = spec.binned || 1;
   const half = spec.series.some((one) => one.kind === "bar") ? bar / 2 : 0;
-  const last = Math.max(spec.iterations.at(-1), run.last);
+  const last = Math.max(spec.iterations.at(-1), spec.own ? 0 : run.last);
   let [start, end] = [where(Math.min(spec.iterations[0], half ? 1 : 0)) - half, where(last) + half];
   if (start === end) [start, end] = [start - 0.5, end + 0.5];
   const [low, high] = range(spec);

@@ -12,7 +12,7 @@ function renderTime() {
   renderVerdict(recent.filter((row) => row.bottleneck));
   show(byId("time-ledger"), kinds.length ? ledger(kinds, recent.length) : null);
   if (rows.length) place(byId("time-charts"), timeCharts(rows, kinds.map(({ kind }) => kind)));
-  else place(byId("time-charts"), [empty(starts.length ? "No iteration timed yet." : "No times recorded yet.")]);
+  else place(byId("time-charts"), [empty(started(starts.length ? "the first iteration; the start is below" : "the end of the start, and the first iteration"))]);
   show(byId("time-tables"), kinds.length ? ledgerTable(kinds) : null, rows.length ? slowestTable(rows) : null, starts.map(startTable));
   show(byId("time-recent"), recent.length ? recentTable(recent) : null);
 }
