@@ -152,3 +152,15 @@ class Browser:
         """A screenshot, of the window or of all the page."""
         answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(answer["data"]))
+
+
+def values_of(browser: Browser, chart: str) -> dict[str, list[float | None]]:
+    """Every column of a chart's table of values, as bound in the document."""
+    script = """(id => { const one = charts.get(id); if (one.values.hidden) one.turn();
+        const names = [...one.values.querySelectorAll("th")].map(cell => cell.textContent);
+        const rows = [...one.values.querySelectorAll("tbody tr")].map(row => [...row.cells].map(
+            (cell, i) => i ? cell.querySelector("data")?.value ?? null : cell.textContent));
+        return [names, rows] })"""
+    names, rows = browser.look(f"{script}({chart!r})")
+    number = [[None if cell is None else float(cell.replace(",", "")) for cell in r] for r in rows]
+    return {name: [row[i] for row in number] for i, name in enumerate(names)}

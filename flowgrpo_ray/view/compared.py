@@ -54,13 +54,14 @@ def curves(folder: Path, _marks: tuple[object, ...]) -> Row:
     train = [row for row in metrics if row["kind"] == "train"]
     evals = [row for row in metrics if row["kind"] == "eval"]
     names = dict.fromkeys(name for row in [*evals[:1], *train] for name in row["rewards"])
-    clock, paces, elapsed = {}, {}, 0.0
+    elapsed, paces = 0.0, {}
+    clock = {0: 0.0}
     for row in timings:
         if row["kind"] == "start":
             continue
         elapsed += row.get("seconds") or 0.0
-        clock[row["iteration"]] = elapsed
         if row["kind"] == "train":
+            clock[row["iteration"]] = elapsed
             paces[row["iteration"]] = row.get("images_per_second")
     return {
         "iterations": [row["iteration"] for row in train],
@@ -72,8 +73,11 @@ def curves(folder: Path, _marks: tuple[object, ...]) -> Row:
         "kl": [row.get("kl") for row in train],
         "pace": [paces.get(row["iteration"]) for row in train],
         "evals": [
-            {"iteration": row["iteration"], "seconds": clock.get(row["iteration"], 0.0)}
-            | {"rewards": row["rewards"]}
+            {
+                "iteration": row["iteration"],
+                "seconds": clock.get(row["iteration"]),  # when its weights were made
+                "rewards": row["rewards"],
+            }
             for row in evals
         ],
     }
@@ -83,12 +87,10 @@ def write_comparison(folders: Mapping[str, Path], path: Path) -> None:
     """One file that holds the page of a comparison, its pictures too, and asks for nothing."""
     data = comparison(folders, lambda name, picture: str(picture))
     for line in data["runs"]:
-        line["samples"] = [
-            {**shot, "image": _inside(folders[line["name"]], shot)}
-            for shot in spread(line["samples"], MOST_COLUMNS)
-        ]
+        shots = spread(line["samples"], MOST_COLUMNS)
+        line["samples"] = [{**shot, "image": _inside(shot)} for shot in shots]
     write_atomic(path, whole_page(data, f"{len(data['runs'])} runs compared").encode())
 
 
-def _inside(folder: Path, shot: Row) -> str:
+def _inside(shot: Row) -> str:
     return data_address(Path(shot["image"]), {**shot, "tile": shot["original_tile"]})

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import Browser, needs_browser
+from browser import Browser, needs_browser, values_of
 from monitors import RUN, Served, make_runs
 from PIL import Image
 from ports import own_port
@@ -53,18 +53,6 @@ def page(browser: Browser, served: Served) -> Browser:
     browser.open(served.entrance, ready="!byId('runs-view').hidden")
     browser.forget()
     return browser
-
-
-def values_of(browser: Browser, chart: str) -> dict[str, list[float | None]]:
-    """Every column of a chart's table of values, as bound in the document."""
-    script = """(id => { const one = charts.get(id); if (one.values.hidden) one.turn();
-        const names = [...one.values.querySelectorAll("th")].map(cell => cell.textContent);
-        const rows = [...one.values.querySelectorAll("tbody tr")].map(row => [...row.cells].map(
-            (cell, i) => i ? cell.querySelector("data")?.value ?? null : cell.textContent));
-        return [names, rows] })"""
-    names, rows = browser.look(f"{script}({chart!r})")
-    number = [[None if cell is None else float(cell.replace(",", "")) for cell in r] for r in rows]
-    return {name: [row[i] for row in number] for i, name in enumerate(names)}
 
 
 def drawn(browser: Browser, chart: str, series: str) -> list[tuple[float, float]]:

@@ -37,8 +37,8 @@ dials.sized = el("label", {}, el("span", { class: "muted" }, "Size"), dials.size
 
 function renderCompare(document_, embedded) {
   if (!document_.runs) return; // nothing is new
-  const unreadable = document_.runs.filter((one) => !one.curves);
-  compared = { ...document_, embedded, runs: document_.runs.filter((one) => one.curves) };
+  const unreadable = document_.runs.filter(({ state }) => state === "unreadable");
+  compared = { ...document_, embedded, runs: document_.runs.filter(({ state }) => state !== "unreadable") };
   byId("runs-view").hidden = byId("run-view").hidden = true;
   byId("compare-view").hidden = false;
   compared.lacks = [...unreadable.map((one) => `${one.name} is not readable: ${one.message}`), ...document_.missing.map((name) => `${name} is no longer there.`)];

@@ -10,8 +10,8 @@ function renderRun(document_, embedded) {
   byId("runs-view").hidden = byId("compare-view").hidden = true;
   byId("run-view").hidden = byId("nav").hidden = false;
   renderHeader(embedded);
-  if (changed.rows) for (const part of [renderRewards, renderRatio, renderUpdate, renderTime]) part();
-  if (changed.samples) renderSamples();
+  if (changed.rows || before?.state !== run.state) for (const part of [renderRewards, renderRatio, renderUpdate, renderTime]) part();
+  if (changed.samples || before?.state !== run.state) renderSamples();
   renderCluster();
   renderSources(embedded);
   byId("nav").querySelector("[href='#cluster']").hidden = !run.live;
