@@ -19,8 +19,10 @@ from flowgrpo_ray.common.paths import runs_root
 from flowgrpo_ray.run.brief import brief
 from flowgrpo_ray.run.found import find_runs, is_run
 from flowgrpo_ray.run.overview import compared, overview
+from flowgrpo_ray.view.console import printable
 
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead")]
+NONE = "–"
 FEW = 4  # keys that the table of runs shows; `compare` shows all
 
 
@@ -66,18 +68,16 @@ def list_runs(
     if not found["runs"]:
         console.print(f"no run below {root}", soft_wrap=True, highlight=False, markup=False)
         return
-    tables = [
-        [_summary(run, found["keys"][:keys]) for run in found["runs"]]
-        for keys in range(min(FEW, len(found["keys"])), -1, -1)
-    ]
-    fits = next((lines for lines in tables if _fits(console, lines)), None)
-    if fits is None:
-        _blocks(console, tables[0], "run")
-    shown = len(tables) - 1 - tables.index(fits or tables[0])
+    keys = found["keys"][:FEW]
+    tables = [keys[:most] for most in range(len(keys), -1, -1)]
+    fits = (few for few in tables if _fits(console, [_summary(run, few) for run in found["runs"]]))
+    shown = next(fits, None)
+    if shown is None:
+        shown = keys
+        _blocks(console, [_summary(run, keys) for run in found["runs"]])
     for name, group in found["groups"].items():
-        told = _group(name, group)
-        console.print(told, highlight=False, markup=False)
-    if more := len(found["keys"]) - shown:
+        console.print(Text(_group(name, group)))
+    if more := len(found["keys"]) - len(shown):
         console.print(f"{more} more keys differ: see --json, or compare RUN RUN", highlight=False)
 
 
@@ -106,12 +106,12 @@ def compare(
     lines = [_summary(run, found["keys"]) for run in found["runs"]]
     names = dict.fromkeys(name for line in lines for name in line)
     turned = [
-        {"": name} | {line["run"]: line.get(name, "–") for line in lines}
+        {"": name} | {line["run"]: line.get(name, NONE) for line in lines}
         for name in names
         if name != "run"
     ]
     if not _fits(console, turned):
-        _blocks(console, lines, "run")
+        _blocks(console, lines)
     if html:
         console.print(f"{html} written", soft_wrap=True, highlight=False, markup=False)
 
@@ -120,11 +120,9 @@ def _folders(chosen: Sequence[Path]) -> dict[str, Path]:
     """By name: the folder's, or the path as it was given where two have one name."""
     for path in chosen:
         if not is_run(path):
-            below = find_runs(path) if path.is_dir() else {}
-            hint = f": {', '.join(list(below)[:5])}" if below else ""
-            raise RunFolderError(
-                f"{path} is not a run folder{hint and '; there are runs in it'}{hint}"
-            )
+            below = ", ".join(list(find_runs(path))[:5]) if path.is_dir() else ""
+            hint = f"; in it are {below}" if below else ""
+            raise RunFolderError(f"{path} is not a run folder: give one that a run wrote to{hint}")
     names = [path.resolve().name for path in chosen]
     return {
         str(path) if names.count(name) > 1 else name: path
@@ -136,13 +134,13 @@ def _folders(chosen: Sequence[Path]) -> dict[str, Path]:
 
 
 def _summary(run: Mapping[str, Any], keys: Sequence[str]) -> dict[str, str]:
-    """A run's line: what each column says."""
+    """A run's line: what each column says; nothing of what has no value."""
+    line = {"run": run["name"], "state": run["state"]}
     if run["state"] == "unreadable":
-        return {"run": run["name"], "state": f"unreadable: {run['message']}"}
+        return line | {"message": run["message"]}
     done, wanted = run["iteration"], run["iterations"]
-    line = {"run": run["name"]}
     line |= {key: _value(run["values"].get(key)) for key in keys}
-    line |= {"state": run["state"], "iterations": f"{done}/{wanted}" if wanted else str(done)}
+    line |= {"iterations": f"{done}/{wanted}" if wanted else str(done)}
     line |= {"images/s": _number(run["images_per_second"])}
     line |= {"time": _hours(run["seconds"]), "GPU time": _hours(run["gpu_seconds"])}
     for name, reward in run["rewards"].items():
@@ -151,7 +149,8 @@ def _summary(run: Mapping[str, Any], keys: Sequence[str]) -> dict[str, str]:
         best = f", best {_number(reward['best'])} at {reward['best_iteration']}"
         line[name] = moved + (best if reward["best"] not in (None, after, before) else "")
     over = [f"{name} ({when})" for name, when in run["watch"].items()]
-    return line | ({"over-optimized": ", ".join(over)} if over else {})
+    line |= {"over-optimized": ", ".join(over) or NONE}
+    return {name: value for name, value in line.items() if value != NONE or name in keys}
 
 
 def _group(name: str, group: Mapping[str, Any]) -> str:
@@ -166,37 +165,36 @@ def _group(name: str, group: Mapping[str, Any]) -> str:
 
 def _fits(console: Console, lines: Sequence[Mapping[str, str]]) -> bool:
     """Prints a table if the terminal is wide enough for it."""
-    names = list(dict.fromkeys(name for line in lines for name in line))
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    names = list(dict.fromkeys(name for line in lines for name in line))
     for name in names:
-        table.add_column(Text(name), no_wrap=True)
+        table.add_column(Text(printable(name)), no_wrap=True)
     for line in lines:
-        table.add_row(*(Text(line.get(name, "–")) for name in names))
-    fits = (
-        console.measure(table, options=console.options.update(width=10**6)).maximum <= console.width
-    )
-    if fits:
-        console.print(table)
-    return fits
+        table.add_row(*(Text(printable(line.get(name, NONE))) for name in names))
+    wide = console.options.update(width=10**6)
+    if console.measure(table, options=wide).maximum > console.width:
+        return False
+    console.print(table)
+    return True
 
 
-def _blocks(console: Console, lines: Sequence[Mapping[str, str]], first: str) -> None:
+def _blocks(console: Console, lines: Sequence[Mapping[str, str]]) -> None:
     """What a table would show, a block for each of its lines."""
     for line in lines:
-        rest = [f"  {name}: {value}" for name, value in line.items() if name != first]
-        told = "\n".join([line[first], *rest])
-        console.print(told, soft_wrap=True, highlight=False, markup=False)
+        name, *rest = line.items()
+        told = [name[1], *(f"  {key}: {value}" for key, value in rest)]
+        console.print(Text("\n".join(map(printable, told))), soft_wrap=True)
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return NONE if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def _hours(seconds: float | None) -> str:
     if seconds is None:
-        return "–"
+        return NONE
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
 def _value(value: object) -> str:
-    return value if isinstance(value, str) else "–" if value is None else json.dumps(value)
+    return value if isinstance(value, str) else NONE if value is None else json.dumps(value)

@@ -12,6 +12,7 @@ from flowgrpo_ray.run.found import find_runs, is_run
 from flowgrpo_ray.run.tracking import Row
 
 OTHERWISE = {"name", "seed"}  # keys that runs of one group may differ in
+LARGEST = 1e150  # the square of a larger number is none
 
 
 def overview(root: Path) -> Row:
@@ -62,7 +63,7 @@ def mean_of(runs: Sequence[Row]) -> Row:
 
 
 def _spread(values: Sequence[float | None]) -> Row:
-    seen = [value for value in values if value is not None]
+    seen = [value for value in values if value is not None and abs(value) < LARGEST]
     return {
         "mean": fmean(seen) if seen else None,
         "std": stdev(seen) if len(seen) > 1 else None,

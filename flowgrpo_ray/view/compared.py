@@ -63,7 +63,7 @@ def curves(folder: Path, _marks: tuple[object, ...]) -> Row:
         if row["kind"] == "train":
             clock[row["iteration"]] = elapsed
             paces[row["iteration"]] = row.get("images_per_second")
-    return {
+    found = {
         "iterations": [row["iteration"] for row in train],
         "seconds": [clock.get(row["iteration"]) for row in train],
         "rewards": {
@@ -81,6 +81,8 @@ def curves(folder: Path, _marks: tuple[object, ...]) -> Row:
             for row in evals
         ],
     }
+    json.dumps(found, allow_nan=False)  # a ValueError here is told as damage of the folder
+    return found
 
 
 def write_comparison(folders: Mapping[str, Path], path: Path) -> None:

@@ -54,6 +54,7 @@ from flowgrpo_ray.run.found import find_runs
 from flowgrpo_ray.run.scoring import find_images, plan_batches
 from flowgrpo_ray.spec.file import load_spec
 from flowgrpo_ray.spec.sections import ModelSpec
+from flowgrpo_ray.view.compared import comparison
 from flowgrpo_ray.view.monitor import Feed
 from flowgrpo_ray.view.report import as_written, write_report
 
@@ -378,6 +379,8 @@ def read_all(run: Path) -> None:
         json.dumps(told, allow_nan=False)
         with contextlib.suppress(RunFolderError), as_written(run):  # as the endpoint does
             json.dumps(Feed(run, "run").news(""), allow_nan=False)
+        beside = comparison({"run": run, "again": run}, lambda name, path: path.name)
+        json.dumps(beside, allow_nan=False)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "timings.jsonl"])
