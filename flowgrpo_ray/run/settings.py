@@ -37,7 +37,7 @@ def settings(folder: Path) -> tuple[dict[str, Any], str | None]:
 
 @lru_cache(maxsize=4096)
 def _section(text: str) -> dict[str, Any]:
-    value = parse_yaml(text, SPEC) if text.strip() else None
+    value = parse_yaml(text, text.partition(":")[0]) if text.strip() else None
     return dict(_flat(value or {}))
 
 

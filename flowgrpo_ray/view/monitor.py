@@ -128,9 +128,8 @@ def build_app(root: Path, token: str, names: frozenset[str]) -> FastAPI:
             raise HTTPException(404, f"no run {run!r} below {root}")
         return folder
 
-    @app.get("/")
-    def page() -> HTMLResponse:
-        return HTMLResponse(served_page())
+    app.get("/")(lambda: HTMLResponse(served_page()))
+    app.get("/runs")(lambda: JSONResponse(overview(root)))
 
     @app.get("/assets/{name}")
     def part(name: str) -> Response:
@@ -138,17 +137,9 @@ def build_app(root: Path, token: str, names: frozenset[str]) -> FastAPI:
             raise HTTPException(404, f"no file {name!r}")
         return Response(asset(name), media_type=TYPES[Path(name).suffix])
 
-    @app.get("/runs")
-    def runs() -> JSONResponse:
-        return JSONResponse(overview(root))
-
     @app.get("/compare")
     def compare(run: Annotated[list[str], Query()], since: str = "") -> JSONResponse:
-        there = find_runs(root)
-        chosen = {name: there[name] for name in run if name in there}
-        document = comparison(chosen, picture_address)
-        document["missing"] = [name for name in run if name not in there]
-        return JSONResponse({"since": since} if document["since"] == since else document)
+        return JSONResponse(_beside(root, run, since))
 
     @app.get("/run")
     def news(run: str, since: Annotated[str, Query(pattern=SINCE)] = "") -> JSONResponse:
@@ -182,6 +173,14 @@ def _grids(folder: Path) -> Iterator[Shot]:
     yield from find_shots(folder, [])
     if (sources := find_sources(folder, [])) is not None:
         yield sources
+
+
+def _beside(root: Path, names: list[str], since: str) -> Row:
+    """The runs of these names compared, unless nothing has changed `since`."""
+    there = find_runs(root)
+    found = comparison({name: there[name] for name in names if name in there}, picture_address)
+    found["missing"] = [name for name in names if name not in there]
+    return {"since": since} if found["since"] == since else found
 
 
 def _stays(path: Path, folder: Path) -> bool:
