@@ -37,9 +37,11 @@ LONGEST = (
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """FLUX.2-dev is klein with another encoder: of the tests over all families its own are slow."""
+    """FLUX.2-dev is klein with another encoder, Qwen-Image-Edit is Qwen-Image with more tokens: of
+    the tests over all families theirs are slow."""
+    own = {"flux2_dev": "test_flux2_policy.py", "qwen_image_edit": "test_qwen_image_edit_policy.py"}
     for item in items:
-        if "flux2_dev" in item.name and item.path.name != "test_flux2_policy.py":
+        if any(name in item.name and item.path.name != file for name, file in own.items()):
             item.add_marker(pytest.mark.slow)
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))

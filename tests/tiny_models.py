@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import math
 import pickle
 import shutil
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -57,6 +59,17 @@ TEMPLATE_WORDS += [
         *("text", "spatial", "relationships", "of", "objects", "and", "background"),
     )
 ]
+# Of the templates of Qwen-Image-Edit as well, whose length is 64.
+EDIT_WORDS = ["'s", "color", " (", "),"]
+EDIT_WORDS += [
+    f" {word}"
+    for word in (
+        *("key", "features", "input", "then", "explain", "how", "user", "instruction", "should"),
+        *("alter", "or", "modify", "Generate", "a", "new", "that", "meets", "requirements"),
+        *("while", "maintaining", "consistency", "with", "original", "where", "appropriate"),
+    )
+]
+VISION = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
 CHAT = (  # of Qwen3, without a thought
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -150,7 +163,27 @@ def build_flux(
 
 
 def build_qwen_image(folder: Path) -> None:
-    from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+    from diffusers import QwenImagePipeline
+
+    QwenImagePipeline(**_qwen_image_parts()).save_pretrained(folder)
+
+
+def build_qwen_image_edit(folder: Path, *, plus: bool = False) -> None:
+    """With ``plus`` as 2511, whose images to change are seen at noise level 0."""
+    from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    cls = QwenImageEditPlusPipeline if plus else QwenImageEditPipeline
+    pipe: Any = cls(**_qwen_image_parts(zero_cond_t=plus), processor=None)
+    pipe.save_pretrained(folder)
+    Qwen2VLImageProcessorPil().save_pretrained(folder / "processor")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["processor"] = ["transformers", "Qwen2VLProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def _qwen_image_parts(**of_network: Any) -> dict[str, Any]:
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(0)
@@ -161,21 +194,22 @@ def build_qwen_image(folder: Path) -> None:
         num_attention_heads=2,
         joint_attention_dim=32,
         axes_dims_rope=(4, 6, 6),
+        **of_network,
     )
     _strengthen(network)
-    QwenImagePipeline(
-        scheduler=_scheduler(
+    return {
+        "scheduler": _scheduler(
             use_dynamic_shifting=True,
             shift=1.0,
             max_image_seq_len=8192,
             max_shift=0.9,
             shift_terminal=0.02,
         ),
-        vae=AutoencoderKLQwenImage(base_dim=4, num_res_blocks=1),
-        text_encoder=Qwen2_5_VLForConditionalGeneration(_qwen_config(len(tokenizer))),
-        tokenizer=tokenizer,
-        transformer=network,
-    ).save_pretrained(folder)
+        "vae": AutoencoderKLQwenImage(base_dim=4, num_res_blocks=1),
+        "text_encoder": Qwen2_5_VLForConditionalGeneration(_qwen_config(tokenizer)),
+        "tokenizer": tokenizer,
+        "transformer": network,
+    }
 
 
 def build_flux2(folder: Path, *, is_distilled: bool = False) -> None:
@@ -279,16 +313,18 @@ def qwen_tokenizer() -> Any:
     tokenizer = Qwen2Tokenizer(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[])
     tokenizer.add_tokens([AddedToken(name, special=True) for name in SPECIAL])
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in TEMPLATE_WORDS])
+    tokenizer.add_tokens([AddedToken(name, special=True) for name in VISION])
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in EDIT_WORDS])
     return tokenizer
 
 
-def _qwen_config(vocabulary: int) -> Any:
+def _qwen_config(tokenizer: Any) -> Any:
     from transformers import Qwen2_5_VLConfig
 
     layers = {"hidden_size": 32, "intermediate_size": 64}
     text = {
         **layers,
-        "vocab_size": vocabulary,
+        "vocab_size": len(tokenizer),
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
@@ -301,7 +337,9 @@ def _qwen_config(vocabulary: int) -> Any:
         "eos_token_id": 0,
     }
     vision = {**layers, "depth": 1, "num_heads": 2, "out_hidden_size": 32}
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    names = ("vision_start_token_id", "image_token_id", "vision_end_token_id", "video_token_id")
+    ids = dict(zip(names, tokenizer.convert_tokens_to_ids([*VISION]), strict=True))
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
 
 
 def build_z_image(folder: Path) -> None:
@@ -379,10 +417,16 @@ def _scheduler(**more: Any) -> Any:
 
 
 def load_pipe(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The pipeline in ``folder``."""
+    """The pipeline in ``folder``; its processor, if it has one, without videos, for which
+    transformers needs torchvision."""
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+    family = family_of(json.loads((folder / "model_index.json").read_text())["_class_name"])
+    more: dict[str, Any] = {}
+    if (folder / "processor").is_dir():
+        policy: Any = load_policy(MODELS[family or ""].spec(folder), CPU, frozenset())
+        more["processor"] = policy.load_processor()
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **more)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -398,6 +442,8 @@ def pipeline_images(
 ) -> Any:
     """Of the pipelines of diffusers; see ``TinyModel``."""
     guided: dict[str, Any] = {"guidance_scale": guidance}
+    if type(pipe).__name__.startswith("QwenImageEdit"):
+        return _qwen_edited(pipe, prompts, noise, steps, guidance, size, output)
     if type(pipe).__name__ == "QwenImagePipeline":
         guided = {"true_cfg_scale": guidance}
         if guidance > 1:
@@ -407,12 +453,9 @@ def pipeline_images(
     if type(pipe).__name__.startswith("Flux2"):
         return flux2_images(pipe, prompts, noise, steps, guidance, size, output)
     packs = hasattr(pipe, "_pack_latents")
-    if count := MODELS[family_of(type(pipe).__name__) or ""].sources:
-        guided["image"] = [
-            Image.fromarray(image) for p in prompts for image in sources_of(p, count, size)
-        ]
     if type(pipe).__name__ == "FluxKontextPipeline":
-        guided |= {"max_area": math.prod(size), "_auto_resize": False}
+        images = [image for p in prompts for image in image_for("flux_kontext", p, size)["image"]]
+        guided |= {"image": images, "max_area": math.prod(size), "_auto_resize": False}
     made = pipe(
         prompt=list(prompts),
         latents=pipe._pack_latents(noise, *noise.shape) if packs else noise,
@@ -426,6 +469,54 @@ def pipeline_images(
     if output != "latent":
         return np.stack([np.asarray(image) for image in made])
     return pipe._unpack_latents(made, *size, 8).reshape(noise.shape) if packs else made
+
+
+def image_for(family: str, prompt: str, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """The argument of the pipeline's call that names the images which a prompt changes, if any."""
+    model = MODELS[family]
+    if not model.sources:
+        return {}
+    images = [Image.fromarray(i) for i in sources_of(prompt, model.sources, size or model.size)]
+    return {"image": images[0] if family == "qwen_image_edit" else images}
+
+
+def _qwen_edited(
+    pipe: Any,
+    prompts: Sequence[str],
+    noise: torch.Tensor,
+    steps: int,
+    guidance: float,
+    size: tuple[int, int],
+    output: str,
+) -> Any:
+    """As ``pipeline_images``, one by one, as the pipelines change one image at a time. They show
+    their autoencoders a megapixel; here that is as much as is drawn."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
+
+    family = family_of(type(pipe).__name__) or ""
+    area = math.prod(size)
+    made: list[Any] = []
+    with (
+        patch.object(edit_plus, "VAE_IMAGE_SIZE", area),
+        patch.object(edit, "calculate_dimensions", lambda _, ratio: (*size[::-1], ratio)),
+    ):
+        for prompt, start in zip(prompts, noise.split(1), strict=True):
+            (drawn,) = pipe(
+                prompt=prompt,
+                **image_for(family, prompt, size),
+                latents=pipe._pack_latents(start, *start.shape),
+                height=size[0],
+                width=size[1],
+                num_inference_steps=steps,
+                true_cfg_scale=guidance,
+                negative_prompt=" " if guidance > 1 else None,
+                output_type=output,
+            ).images
+            made.append(drawn if output == "latent" else np.asarray(drawn))
+    if output != "latent":
+        return np.stack(made)
+    return pipe._unpack_latents(torch.stack(made), *size, 8).reshape(noise.shape)
 
 
 def flux2_images(
@@ -484,6 +575,16 @@ MODELS = {
         partial(build_flux, pipeline="FluxKontextPipeline"), "flux_kontext", 1.0, 4.0, sources=1
     ),
     "qwen_image": _row(build_qwen_image, "qwen_image", 1.0, 4.0),
+    "qwen_image_edit": _row(
+        build_qwen_image_edit, "qwen_image_edit", 1.0, 4.0, sources=1, size=(64, 96)
+    ),
+    "qwen_image_edit_plus": _row(
+        partial(build_qwen_image_edit, plus=True),
+        "qwen_image_edit_plus",
+        *(1.0, 4.0),
+        sources=2,
+        size=(64, 96),
+    ),
     "z_image": _row(build_z_image, "z_image", 1.0, 3.0),
     "flux2": _row(build_flux2, "flux2", 1.0, 4.0),
     "flux2_dev": _row(build_flux2_dev, "flux2_dev", 1.0, 4.0),

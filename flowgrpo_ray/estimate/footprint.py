@@ -31,29 +31,12 @@ from flowgrpo_ray.estimate.memory import (
     reward_parts,
 )
 from flowgrpo_ray.estimate.parallel import choose, presumed_nodes, unmeasured, ways
+from flowgrpo_ray.estimate.published import ARCHITECTURES, PUBLISHED
 from flowgrpo_ray.policies import policy_class
 from flowgrpo_ray.policies.base import DTYPES, Configs, Policy
 from flowgrpo_ray.policies.kernels import cast_by_autocast
 from flowgrpo_ray.spec.sections import ModelSpec
 from flowgrpo_ray.spec.training import TrainingSpec
-
-ARCHITECTURES = Path(__file__).parent / "architectures"
-QWEN3_4B, QWEN3_8B = 4_022_468_096, 8_190_735_360
-CLIP_L, CLIP_BIG_G, T5_XXL = 123_060_480, 694_659_840, 4_762_310_656
-PUBLISHED = {  # hub ids whose configs are in ARCHITECTURES, with their text encoders' parameters
-    "stabilityai/stable-diffusion-3.5-medium": CLIP_L + 768 * 768 + CLIP_BIG_G + T5_XXL,
-    "black-forest-labs/FLUX.1-dev": CLIP_L + T5_XXL,
-    "black-forest-labs/FLUX.1-Kontext-dev": CLIP_L + T5_XXL,
-    "Qwen/Qwen-Image": 8_292_166_656,
-    "Tongyi-MAI/Z-Image": QWEN3_4B,
-    "Tongyi-MAI/Z-Image-Turbo": QWEN3_4B,
-    "black-forest-labs/FLUX.2-klein-4B": QWEN3_4B,
-    "black-forest-labs/FLUX.2-klein-base-4B": QWEN3_4B,
-    "black-forest-labs/FLUX.2-klein-9B": QWEN3_8B,
-    "black-forest-labs/FLUX.2-klein-base-9B": QWEN3_8B,
-    "black-forest-labs/FLUX.2-dev": 24_011_361_280,
-    "ByteDance-Seed/BAGEL-7B-MoT": 0,
-}
 
 
 @dataclass(frozen=True)

@@ -199,11 +199,17 @@ class Policy(ABC):
         """
         return [{**condition, **self._negative} for condition in self._encoded(prompts)]
 
+    @property
+    def compared(self) -> str | None:
+        """The prompt that guidance leads away from, where it compares two."""
+        if self.passes(self.guidance) == 1:
+            return None
+        given = self.model.negative_prompt
+        return self.negative_prompt if given is None else given
+
     @cached_property
     def _negative(self) -> Condition:
-        given = self.model.negative_prompt
-        text = self.negative_prompt if given is None else given
-        if self.passes(self.guidance) == 1 or text is None:
+        if (text := self.compared) is None:
             return {}
         (found,) = self._encoded([text])
         return {f"{NEGATIVE}{name}": array for name, array in found.items()}

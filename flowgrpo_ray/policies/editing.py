@@ -26,14 +26,18 @@ class EditingPolicy(PackedPolicy):
     pipeline's autoencoder encodes them: the mode of its distribution, scaled, in
     ``decoder_dtype``."""
 
-    def load_source_encoder(self) -> Any:
-        return self.load_autoencoder()
+    def load_readers(self) -> dict[str, Any]:
+        return {"vae": self.load_autoencoder()}
 
     @torch.no_grad()
     def encode_edit(self, prompt: str, sources: Images) -> Condition:
-        (text,) = self.encode_batch([prompt])
         latents = torch.cat([self.source_latents(image) for image in sources])
-        return {**text, SOURCES: as_array(latents), **self._negative}
+        return {SOURCES: as_array(latents), **self.read(prompt, sources)}
+
+    def read(self, prompt: str, sources: Images) -> Condition:
+        """What the text encoders make of a prompt, alone or with its images."""
+        (text,) = self.encode_batch([prompt])
+        return {**text, **self._negative}
 
     def source_latents(self, image: np.ndarray) -> Tensor:
         """``[1, C, h, w]`` of one image ``[H, W, 3]``."""

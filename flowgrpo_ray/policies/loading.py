@@ -43,7 +43,7 @@ def from_pretrained(
         options["dtype"] = dtype
     if model.revision is not None:
         options["revision"] = model.revision
-    if subfolder != "scheduler":  # which has no weights
+    if subfolder not in ("scheduler", "processor"):  # which have no weights
         options["use_safetensors"] = True  # never the pickled files that may lie beside them
     try:
         if subfolder is None:

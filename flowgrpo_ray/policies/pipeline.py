@@ -44,6 +44,7 @@ class PipelinePolicy(Policy):
     thinks: ClassVar[bool | None] = None  # as its chat template is told; None: there is none
     call_arguments = ("guidance_scale={guidance}",)
     config_files = ("transformer/config.json", "vae/config.json")
+    left_out: ClassVar[dict[str, None]] = {}  # parts that export does not load to write them
 
     vae: Any
 
@@ -58,20 +59,20 @@ class PipelinePolicy(Policy):
                 f"model.max_sequence_length = {self.model.max_sequence_length}: {self.pipeline} "
                 f"takes at most {self.max_tokens} tokens"
             )
-        given = {"transformer": None, "vae": self.load_source_encoder()}
+        given = {"transformer": None, **self.load_readers()}
         self.encoder = from_pretrained(
             _diffusers(self.pipeline), self.model, None, dtype=self.encoder_dtype, **given
         ).to(self.device)
         self.encoder.set_progress_bar_config(disable=True)
 
-    def load_source_encoder(self) -> Any:
-        """The autoencoder, where prompts name images that it encodes."""
-        return None
+    def load_readers(self) -> dict[str, Any]:
+        """Parts that encoding needs, if not as the pipeline itself would load them."""
+        return {"vae": None}
 
     def drop_encoder(self) -> None:
         del self.encoder
 
-    def reading(self) -> Reading:
+    def reading(self) -> Reading | None:
         return Reading(self.model.max_sequence_length, self.max_tokens, self.load_tokens)
 
     def load_tokens(self) -> Tokens:
@@ -185,6 +186,7 @@ class PipelinePolicy(Policy):
             None,
             dtype=self.dtype,
             transformer=self.network.to(self.dtype),
+            **self.left_out,
         ).save_pretrained(folder)
 
 

@@ -85,13 +85,17 @@ class QwenImagePolicy(PackedPolicy):
         """One pass of the network: the velocity as tokens ``[b, h w / 4, 4 C]``."""
         with self.autocast():
             return self.network(
-                hidden_states=self.pack(x),
+                hidden_states=self.tokens(x, condition),
                 timestep=self.timestep(x, sigma),
                 encoder_hidden_states=condition[of].to(self.dtype),
                 encoder_hidden_states_mask=condition.get(f"{of}_mask"),
-                img_shapes=[[(1, x.shape[2] // 2, x.shape[3] // 2)]] * len(x),
+                img_shapes=[self.shapes(x, condition)] * len(x),
                 return_dict=False,
             )[0]
+
+    def shapes(self, x: Tensor, condition: dict[str, Tensor]) -> list[tuple[int, ...]]:
+        """Frames, rows and columns of each image that a sample's tokens are of."""
+        return [(1, x.shape[2] // 2, x.shape[3] // 2)]
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Images:

@@ -57,7 +57,7 @@ class SD3Policy(PipelinePolicy):
             width = SimpleNamespace(joint_attention_dim=config["joint_attention_dim"])
             self.encoder.transformer = SimpleNamespace(config=width)
 
-    def reading(self) -> Reading:
+    def reading(self) -> Reading | None:
         if self.has_t5:
             return super().reading()
         clip = read_config(self.model, "text_encoder/config.json")["max_position_embeddings"]

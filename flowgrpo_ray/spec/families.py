@@ -27,6 +27,13 @@ FAMILIES = {
     "qwen_image": Family(
         "flowgrpo_ray.policies.qwen_image:QwenImagePolicy", ("QwenImagePipeline",)
     ),
+    "qwen_image_edit": Family(
+        "flowgrpo_ray.policies.qwen_image_edit:QwenImageEditPolicy", ("QwenImageEditPipeline",)
+    ),
+    "qwen_image_edit_plus": Family(
+        "flowgrpo_ray.policies.qwen_image_edit:QwenImageEditPlusPolicy",
+        ("QwenImageEditPlusPipeline",),
+    ),
     "z_image": Family("flowgrpo_ray.policies.z_image:ZImagePolicy", ("ZImagePipeline",)),
     "flux2": Family("flowgrpo_ray.policies.flux2:Flux2Policy", ("Flux2KleinPipeline",)),
     "flux2_dev": Family("flowgrpo_ray.policies.flux2:Flux2DevPolicy", ("Flux2Pipeline",)),

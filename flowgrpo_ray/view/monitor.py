@@ -12,6 +12,7 @@ import os
 import secrets
 import socket
 import threading
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
@@ -66,7 +67,7 @@ class Feed:
             notes = [note for notes in self._notes.values() for note in notes]
             sources = find_sources(folder, notes)
             data = describe_run(folder, self._lists["metrics"], self._lists["timings"], notes)
-            data["sources"] = sources and shown(sources[1], self._address(sources[0]))
+            data["sources"] = sources and shown(sources[1], picture_address(self._name, sources[0]))
             age, *counts = since.split(".")
             whole = age != self._age or len(counts) != len(self._lists)
             for key, count in zip(self._lists, counts, strict=not whole):

@@ -76,7 +76,7 @@ def report_data(folder: str | Path) -> Row:
     shots = find_shots(folder, notes)
     samples = _embedded(shots, notes)
     found = find_sources(folder, notes)
-    sources = shown(found[1], _data_address(*found)) if found else None
+    sources = shown(found[1], data_address(*found)) if found else None
     data = describe_run(folder, metrics, timings, notes)
     lists = {"metrics": metrics, "timings": timings, "samples": samples}
     return {**data, **lists, "sources": sources}

@@ -217,9 +217,10 @@ def test_tokens_of_the_images_to_change_are_counted(family: str):
     inputs = [x, *condition.values()]
     run = lambda: policy.velocity(x, 0.6, condition)  # noqa: E731
     real = measure(run, policy.network, inputs, backward=False)
-    assert found == real if family == "flux_kontext" else found.forward > real.forward
-    plain = footprint.costs(spec, skeleton(spec), configs_of(spec), 0).evaluated
-    assert plain.forward < found.forward
+    if family == "flux_kontext":
+        assert found == real
+    else:  # the longest prompts, and their marks
+        assert real.forward < found.forward < 1.5 * real.forward
 
 
 # --- who holds what
