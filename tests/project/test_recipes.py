@@ -199,6 +199,19 @@ PUBLISHED = {
         gpus=8,
         size=(384, 384),
     ),
+    "flux-kontext-pickscore": replace(
+        FLUX,
+        model=("flux_kontext", "black-forest-labs/FLUX.1-Kontext-dev"),
+        steps=(10, 20),
+        guidance=2.5,
+        micro_batch=1,
+        groups=(16, 48),
+        window=("random", 1, (1, 4)),
+        std="group",
+        ema=(0.9, 4),
+        gpus=8,
+        size=(384, 384),
+    ),
     "bagel-pickscore-full": BAGEL,
     "bagel-pickscore-lora": replace(BAGEL, lora=BAGEL_LORA, window=("random", 2, (0, 7)), gpus=8),
     "sd35-guard-ocr": replace(GUARD, rewards={"ocr": 1}, objective=("grpo_guard", 2e-6)),
@@ -261,9 +274,29 @@ NFT_GUIDED = {  # of Flow-Factory, by the spec's keys
         "evaluation.steps": 40,
     }
 }
+NFT_EDITING = {  # of Edit-R1, by the spec's keys
+    "model.path": "Qwen/Qwen-Image-Edit-2509",
+    "tuning.rank": 32,
+    "tuning.alpha": 64,
+    "sampling.size": (512, 512),
+    "sampling.steps": 6,
+    "sampling.solver": "dpm2",
+    "sampling.guidance": 1,
+    "sampling.group_size": 12,
+    "sampling.groups": 24,
+    "sampling.micro_batch": 3,
+    "objective.beta": 1,
+    "objective.updates": 1,
+    "objective.reference": 1e-4,
+    "objective.decay.flat": 0,
+    "objective.decay.rate": 0.001,
+    "objective.decay.cap": 0.5,
+    "evaluation.steps": 15,
+}
+EDITING = ("flux-kontext-pickscore", "qwen-image-edit-nft-judge")  # whose prompts name images
 OWN = {"sd35-ocr-geneval-pickscore": 32}  # of nobody's but ours, with their GPUs
 NFT_OF_FLUX2 = "flux2-klein-nft-pickscore"
-EIGHT = [*NFT, *NFT_GUIDED, NFT_OF_FLUX2]
+EIGHT = [*NFT, *NFT_GUIDED, NFT_OF_FLUX2, "qwen-image-edit-nft-judge"]
 GPUS = {name: row.gpus for name, row in PUBLISHED.items()} | OWN | dict.fromkeys(EIGHT, 8)
 
 
@@ -355,6 +388,14 @@ def test_the_numbers_of_nft_with_guidance_are_the_published_ones(name: str):
     assert trained(spec) == {"pickscore": 1}
 
 
+def test_the_numbers_of_nft_that_edits_are_the_published_ones():
+    spec = load_spec("qwen-image-edit-nft-judge")
+    assert {key: attrgetter(key)(spec) for key in NFT_EDITING} == NFT_EDITING
+    assert trained(spec) == {"edit": 1}
+    judge = spec.rewards["edit"].options
+    assert (judge["answer"], judge["low"], judge["high"]) == ("digits", 0, 5)
+
+
 def test_the_numbers_of_nft_on_flux2_are_the_published_ones():
     spec = load_spec("flux2-klein-nft-pickscore")
     sampling, objective, tuning = spec.sampling, spec.objective, spec.tuning
@@ -401,7 +442,11 @@ def test_the_sets_and_the_counts_fit(name: str):
     steps = spec.sampling.steps
     plan = plan_iteration(spec, 1, 10_000, tuple(k / steps for k in range(steps, -1, -1)))
     assert len(plan.units) == spec.sampling.units
-    if name not in TINY:
+    if name in EDITING:
+        (one,) = spec.prompts.sets.values()
+        assert (one.file, one.evaluate) == ("prompts/edit-train.jsonl", "prompts/edit-test.jsonl")
+        assert policy_class(spec.model.family).sources.start == 1
+    elif name not in TINY:
         task = next(r for r in ("ocr", "geneval", "pickscore") if r in name or r in spec.rewards)
         for one in spec.prompts.sets.values():
             of = one.name or task
