@@ -26,6 +26,7 @@ from flowgrpo_ray.spec.training import TrainingSpec
 
 IMAGES = ("image", "images")  # keys of a line
 MASK = "mask"
+KEYS = 'keys "image", "images" and "mask"'
 Size = tuple[int, int]  # height, width
 
 
@@ -55,7 +56,7 @@ def with_sources(
             named.append([folder / expand(name) for name in _named(prompt.metadata)])
             check_count(len(named[-1]), allowed, who)
         except ValueError as error:
-            raise PromptError(f"{key}: prompt {number} and its images: {error}") from error
+            raise PromptError(f"{key}: prompt {number}, {KEYS}: {error}") from error
     check_alike((len(paths) for paths in named), key)
     found = _look_at({path: n for n, paths in enumerate(named, 1) for path in paths}, key)
     whole: list[Prompt] = []
@@ -66,7 +67,7 @@ def with_sources(
             if images and MASK in metadata:
                 metadata[MASK] = _mask(metadata[MASK], folder, found[paths[0]][1])
         except ValueError as error:
-            raise PromptError(f"{key}: prompt {number} and its images: {error}") from error
+            raise PromptError(f"{key}: prompt {number}, {KEYS}: {error}") from error
         whole.append(replace(prompt, metadata=metadata, images=images))
     return whole
 
@@ -76,10 +77,7 @@ def check_count(count: int, allowed: range, who: str) -> None:
     if count not in allowed:
         few, most = allowed[0], allowed[-1]
         wanted = f"{few} to {most}" if few < most else f"{few}"
-        raise ValueError(
-            f'{count} source images (keys "image" and "images"); {who} takes {wanted} with each '
-            "prompt"
-        )
+        raise ValueError(f"{count} source images; {who} takes {wanted} with each prompt")
 
 
 def requests_for(

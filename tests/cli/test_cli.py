@@ -373,7 +373,7 @@ MISTAKES = {
     ),
     "an image for a model that takes none": (
         ["sample", "tiny-ocr", "a sign", "--image", "no.png"],
-        '--image: 1 source images (keys "image" and "images"); family \'sd3\' takes 0 with each',
+        "--image: 1 source images; family 'sd3' takes 0 with each",
     ),
     "unknown option": (["plan", "tiny-ocr", "--sett", "a=1"], "--sett"),
     "unknown command": (["trian", "tiny-ocr"], "trian"),

@@ -46,7 +46,7 @@ def test_an_edit_is_drawn_from_its_source_and_scored_beside_it(monkeypatch, tmp_
     np.testing.assert_array_equal(found["preservation"], expected)
     assert np.isfinite(found["sign_colour"]).all()
 
-    with pytest.raises(PromptError, match=r"--image: 0 source images .* takes 1 to 2 with each"):
+    with pytest.raises(PromptError, match=r"--image: 0 source images; .* takes 1 to 2 with each"):
         requests_for(spec, [SIGN], [])
     with pytest.raises(PromptError, match=r"--image: .*No such file"):
         requests_for(spec, [SIGN], [tmp_path / "no.png"])

@@ -61,16 +61,16 @@ def test_what_a_digest_of_prompts_depends_on(tmp_path: Path):
 BAD = [
     (
         [{"prompt": "a"}],
-        r"1 .* images: 0 source images .*; family 'x' takes 1 to 2 with each prompt",
+        r"prompt 1, keys .*: 0 source images; family 'x' takes 1 to 2 with each prompt",
     ),
-    ([{"prompt": "a", "images": ["r.png"] * 3}], "1 .* images: 3 source images"),
+    ([{"prompt": "a", "images": ["r.png"] * 3}], "prompt 1, keys .*: 3 source images"),
     (
         [{"prompt": "a", "image": "r.png", "images": ["r.png"]}],
-        "1 .* images: it has both keys",
+        "prompt 1, keys .*: it has both keys",
     ),
     (
         [{"prompt": "a", "images": "r.png"}],
-        "1 .* images: \"image\" is the path of a file, .*'r.png'",
+        "prompt 1, keys .*: \"image\" is the path of a file, .*'r.png'",
     ),
     ([{"prompt": "a", "image": 3}], r"a list of paths, not \[3\]"),
     (
@@ -86,18 +86,18 @@ BAD = [
     ([{"prompt": "a", "image": "r.gif"}], "prompt 1: its source image: .*r.gif' is no"),
     (
         [{"prompt": "a", "image": "r.png", "mask": [0, 0, 49, 2]}],
-        '1 .* images: "mask" is .* 48x32',
+        'prompt 1, keys .*: "mask" is .* 48x32',
     ),
     (
         [{"prompt": "a", "image": "r.png", "mask": [0, 2, 3, 2]}],
-        '1 .* images: "mask" is',
+        'prompt 1, keys .*: "mask" is',
     ),
-    ([{"prompt": "a", "image": "r.png", "mask": {"x": 1}}], '1 .* images: "mask" is'),
+    ([{"prompt": "a", "image": "r.png", "mask": {"x": 1}}], 'prompt 1, keys .*: "mask" is'),
     (
         [{"prompt": "a", "image": "r.png", "mask": "small.png"}],
         r"small.png' is 5x4 and the .*48x32",
     ),
-    ([{"prompt": "a", "image": "r.png", "mask": "no.png"}], "1 .* images: .*no.png"),
+    ([{"prompt": "a", "image": "r.png", "mask": "no.png"}], "prompt 1, keys .*: .*no.png"),
 ]
 
 
