@@ -116,10 +116,10 @@ def _named(metadata: Mapping[str, Any]) -> list[str]:
     one, several = (metadata.get(key) for key in IMAGES)
     if one is not None and several is not None:
         raise ValueError('it has both keys, "image" and "images": write one of them')
-    names: Any = [one] if one is not None else several or []
+    names = [one] if one is not None else several or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f'"image" is the path of a file, "images" a list of paths, not {names!r}')
-    return names
+    return [str(name) for name in names]
 
 
 def _look_at(paths: Mapping[Path, int], key: str) -> dict[Path, tuple[Source, Size]]:
