@@ -96,8 +96,7 @@ def requests_for(
 
 def files_of(prompt: Prompt) -> list[str]:
     """Paths of its images and mask, as its line has them."""
-    mask = prompt.metadata.get(MASK)
-    files = _named(prompt.metadata)
+    files, mask = _named(prompt.metadata), prompt.metadata.get(MASK)
     if isinstance(mask, str) and not mask.startswith(PNG_URL):
         files = [*files, mask]
     return files
@@ -119,7 +118,7 @@ def _named(metadata: Mapping[str, Any]) -> list[str]:
     names = [one] if one is not None else several or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f'"image" is the path of a file, "images" a list of paths, not {names!r}')
-    return [str(name) for name in names]
+    return names
 
 
 def _look_at(paths: Mapping[Path, int], key: str) -> dict[Path, tuple[Source, Size]]:
