@@ -28,15 +28,22 @@ FAMILIES = {
         "flowgrpo_ray.policies.qwen_image:QwenImagePolicy", ("QwenImagePipeline",)
     ),
     "qwen_image_edit": Family(
-        "flowgrpo_ray.policies.qwen_image_edit:QwenImageEditPolicy", ("QwenImageEditPipeline",)
+        "flowgrpo_ray.policies.qwen_image_edit:QwenImageEditPolicy",
+        ("QwenImageEditPipeline",),
+        sources=range(1, 2),
     ),
     "qwen_image_edit_plus": Family(
         "flowgrpo_ray.policies.qwen_image_edit:QwenImageEditPlusPolicy",
         ("QwenImageEditPlusPipeline",),
+        sources=range(1, 4),
     ),
     "z_image": Family("flowgrpo_ray.policies.z_image:ZImagePolicy", ("ZImagePipeline",)),
-    "flux2": Family("flowgrpo_ray.policies.flux2:Flux2Policy", ("Flux2KleinPipeline",)),
-    "flux2_dev": Family("flowgrpo_ray.policies.flux2:Flux2DevPolicy", ("Flux2Pipeline",)),
+    "flux2": Family(
+        "flowgrpo_ray.policies.flux2:Flux2Policy", ("Flux2KleinPipeline",), sources=range(5)
+    ),
+    "flux2_dev": Family(
+        "flowgrpo_ray.policies.flux2:Flux2DevPolicy", ("Flux2Pipeline",), sources=range(7)
+    ),
     "bagel": Family("flowgrpo_ray.policies.bagel:BagelPolicy", index="llm_config.json"),
 }
 
