@@ -52,7 +52,7 @@ async def trainer(settings: Sequence[str], *simulated: type) -> AsyncIterator[An
     spec = load_spec("tiny-ocr", list(settings))
     with tempfile.TemporaryDirectory() as root:
         folder = RunFolder.claim(Path(root), spec, resume=False)
-        recorder = RunRecorder(folder.path, tensorboard=False)
+        recorder = RunRecorder(folder.path)
         with ray_session(spec, folder.logs):
             from flowgrpo_ray.cluster.crew import Kinds
             from flowgrpo_ray.cluster.driver import Trainer

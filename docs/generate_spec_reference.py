@@ -43,7 +43,6 @@ MEANINGS = {
     "optimizer.eps": "of AdamW",
     "ema.decay": "largest; `(1 + n) / (10 + n)` is used while it is smaller, after n updates",
     "evaluation.micro_batch": "images per forward",
-    "tracking.tensorboard": "mirror the rows to TensorBoard event files",
 }
 
 Schema = Mapping[str, Any]

@@ -161,7 +161,7 @@ def make_run(
 ) -> Path:
     """A run folder as the driver leaves it, of a run that learns to write digits."""
     rng = np.random.default_rng(3)
-    recorder = RunRecorder(folder, tensorboard=False)
+    recorder = RunRecorder(folder)
     phases = {"import": 2.1, "ray": 8.0, "actors": 12.0, "models": 5.4, "rewards": 3.5}
     recorder.log_timing({"kind": "start", "seconds": 31.0, "phases": phases})
 

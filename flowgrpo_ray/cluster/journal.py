@@ -25,7 +25,7 @@ from flowgrpo_ray.common.types import Edit, MicrobatchStats, StepStats, WeightsT
 from flowgrpo_ray.run.checkpoint import Progress
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.metrics import Scores, eval_row, means_by_set, train_row
-from flowgrpo_ray.run.tracking import RunRecorder, StartClock, save_samples, save_sources
+from flowgrpo_ray.run.tracking import RunRecorder, StartClock, save_sources
 from flowgrpo_ray.run.watch import Divergence, Watch, describe, export_of_best
 from flowgrpo_ray.spec.prompts import Prompt
 from flowgrpo_ray.spec.training import TrainingSpec
@@ -210,7 +210,8 @@ class Journal:
         asked = [prompt.request(self._spec.sampling.size) for prompt in prompts[:shown]]
         if edits := [request for request in asked if isinstance(request, Edit)]:
             save_sources(self._folder.path, np.stack([pictures(edit) for edit in edits]))
-        save_samples(self._folder.path, iteration, images, texts, of_images)
+        tracked = self._spec.tracking.pictures
+        self._recorder.log_samples(iteration, images, texts, of_images, tracked)
         self._record_time("eval", iteration, time.perf_counter() - self._began)
         self._display.evaluation(iteration, means | means_by_set(row))
 

@@ -18,6 +18,7 @@ from flowgrpo_ray.cluster.session import joined, probe, ray_session
 from flowgrpo_ray.common.errors import RunFolderError
 from flowgrpo_ray.estimate import store
 from flowgrpo_ray.estimate.preflight import check_access, check_environments, check_run
+from flowgrpo_ray.run import trackers
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.tracking import SUMMARY, Mirror, RunRecorder, StartClock
 from flowgrpo_ray.spec.prompts import Prompt, prompts_digest
@@ -76,11 +77,13 @@ def train(
         ending.callback(folder.release)
         live = ending.enter_context(Live(folder, spec, display))
         saved = _continued(folder, [*prompts, *held_out]) if resume else None
-        recorder = _recorder(folder, spec, saved, live)
+        followers = trackers.start(spec, folder.path, live.note)
+        recorder = ending.enter_context(RunRecorder(folder.path, followers, live.note))
+        _go_back(recorder, spec, saved, live)
         live.stage("joining the Ray cluster" if joined() else "starting Ray")
         if not joined() and (too_small := store.told(spec)):
             live.note(too_small)
-        with ray_session(spec, folder.logs), contextlib.closing(recorder):
+        with ray_session(spec, folder.logs):
             clock.lap("ray")
             from flowgrpo_ray.cluster.driver import Trainer
 
@@ -108,16 +111,14 @@ def _continued(folder: RunFolder, prompts: Sequence[Prompt]) -> Saved | None:
     return saved
 
 
-def _recorder(
-    folder: RunFolder, spec: TrainingSpec, saved: Saved | None, display: Display
-) -> RunRecorder:
+def _go_back(
+    recorder: RunRecorder, spec: TrainingSpec, saved: Saved | None, display: Display
+) -> None:
     """The run's rows, back where the checkpoint was saved."""
-    recorder = RunRecorder(folder.path, spec.tracking.tensorboard, spec.tracking.wandb)
-    (folder.path / SUMMARY).unlink(missing_ok=True)
+    (recorder.folder / SUMMARY).unlink(missing_ok=True)
     recorder.rewind(saved[1].iteration if saved else None, spec.evaluation.every)
     if saved:
-        display.note(f"resuming {folder.path} after iteration {saved[1].iteration}")
-    return recorder
+        display.note(f"resuming {recorder.folder} after iteration {saved[1].iteration}")
 
 
 def _run(trainer: Trainer, begun: Begun) -> Progress:

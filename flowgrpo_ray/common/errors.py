@@ -48,6 +48,10 @@ class ContractError(FlowGrpoError):
     """The run would no longer be on-policy: weights or importance ratios do not agree."""
 
 
+class TrackingError(FlowGrpoError):
+    """A tracker could not be told something; the run folder has it, and the run goes on."""
+
+
 def token_refused(address: str, cause: Exception) -> ClusterError:
     """The error for a person whose token a Ray cluster does not take."""
     return ClusterError(

@@ -20,7 +20,7 @@ def import_class(what: str, name: str, builtin: Mapping[str, str]) -> type:
     if not all(map(str.isidentifier, [*module_name.split("."), class_name])):
         raise SpecError(
             f"unknown {what} {name!r}{nearest(name, builtin)}; "
-            f"built in: {', '.join(builtin)}; your own class: 'module:Class'"
+            f"built in: {', '.join(builtin) or 'none'}; your own class: 'module:Class'"
         )
     try:
         module = importlib.import_module(module_name)

@@ -1,11 +1,10 @@
-"""What a run writes down: one JSON line per row, mirrored to TensorBoard and Weights & Biases.
+"""What a run writes down: one JSON line per row, and pictures; trackers are told both.
 
 `metrics.jsonl` holds what the seed decides, so a resumed run writes the same bytes as one that
 never stopped; `timings.jsonl` holds what the clock says. Iterations count from 1: row N is written
 before the checkpoint of iteration N, and evaluation 0 comes before any training.
 """
 
-import importlib
 import io
 import json
 import math
@@ -14,15 +13,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
-from flowgrpo_ray.common.errors import RunFolderError, SpecError
+from flowgrpo_ray.common.errors import RunFolderError, TrackingError
 from flowgrpo_ray.common.files import write_atomic
 from flowgrpo_ray.common.strict_json import parse
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from flowgrpo_ray.run.trackers.base import Tracker
 
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
@@ -36,16 +37,30 @@ Mirror = Callable[[str, Row], None]  # of a file's name and a row
 
 
 class RunRecorder:
-    """Appends rows to a run folder. Holds no file open: a row is on disk when `log` returns."""
+    """Appends rows to a run folder. Holds no file open: a row is on disk when `log` returns.
+
+    `trackers` are told what was written, and ended on leaving; `tell` is told when one fails.
+    """
 
     def __init__(
-        self, folder: str | Path, tensorboard: bool = True, wandb: str | None = None
+        self,
+        folder: str | Path,
+        trackers: "Sequence[Tracker]" = (),
+        tell: Callable[[str], None] = print,
     ) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._tensorboard = _TensorBoard(self.folder / "tensorboard") if tensorboard else None
-        self._wandb = _start_wandb(wandb, self.folder) if wandb else None
+        self._trackers, self._tell = trackers, tell
+        self._failing: set[Tracker] = set()
         self.mirrors: list[Mirror] = []  # see each row as well, once it is on disk
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: object, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tell_trackers(lambda tracker: tracker.finish(failed=error is not None))
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a `train` or `eval` row to metrics.jsonl; a number that is not finite is null."""
@@ -73,8 +88,7 @@ class RunRecorder:
                 or row["iteration"] + (drop_evaluation and row.get("kind") == "eval") <= iteration
             ]
             write_atomic(path, b"".join(line + b"\n" for line in kept))
-        if self._tensorboard:
-            self._tensorboard.forget_from(iteration + 1)
+        self._tell_trackers(lambda tracker: tracker.rewind(iteration))
 
     def rewind(self, iteration: int | None, evaluation_every: int) -> None:
         """Back to the checkpoint of `iteration`, or to before the first row: what came after it
@@ -96,12 +110,38 @@ class RunRecorder:
         text = json.dumps(_plain(summary), indent=2, allow_nan=False)
         write_atomic(self.folder / SUMMARY, text.encode() + b"\n")
 
-    def close(self) -> None:
-        """Finish the mirrors; the JSON files need no closing."""
-        if self._tensorboard:
-            self._tensorboard.close()
-        if self._wandb:
-            self._wandb.finish()
+    def log_samples(
+        self,
+        iteration: int,
+        images: "np.ndarray",
+        prompts: Sequence[str],
+        scores: "Mapping[str, np.ndarray]",
+        tracked: int,
+    ) -> None:
+        """Write an evaluation's samples (`save_samples`); show the first `tracked` to trackers."""
+        save_samples(self.folder, iteration, images, prompts, scores)
+        count = min(tracked, len(images)) if self._trackers else 0
+        if not count:
+            return
+        from flowgrpo_ray.run.trackers.base import Picture
+
+        shown = [
+            Picture(images[i], prompts[i], {name: _plain(of[i]) for name, of in scores.items()})
+            for i in range(count)
+        ]
+        self._tell_trackers(lambda tracker: tracker.pictures(shown, iteration))
+
+    def _tell_trackers(self, say: "Callable[[Tracker], None]") -> None:
+        """To each; one that fails is noted when it begins to."""
+        for tracker in self._trackers:
+            try:
+                say(tracker)
+            except TrackingError as error:
+                if tracker not in self._failing:
+                    self._tell(f"{error}. What it misses is in {self.folder}")
+                self._failing.add(tracker)
+            else:
+                self._failing.discard(tracker)
 
     def _append(
         self, name: str, row: Mapping[str, Any], kinds: tuple[str, ...], prefix: str
@@ -122,10 +162,7 @@ class RunRecorder:
         for mirror in self.mirrors:
             mirror(name, plain)
         values = dict(scalars(plain, prefix + row["kind"]))
-        if self._tensorboard:
-            self._tensorboard.add(values, plain["iteration"])
-        if self._wandb:
-            self._wandb.log({**values, "iteration": plain["iteration"]})
+        self._tell_trackers(lambda tracker: tracker.log(values, plain["iteration"]))
 
 
 class StartClock:
@@ -151,11 +188,12 @@ class StartClock:
 
 
 def scalars(row: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    """Flatten a row to `train/reward/mean`-like names; a list of numbers becomes its mean."""
+    """Flatten a row to `train/reward/mean`-like names, without spaces; a list of numbers becomes
+    its mean."""
     for key, value in row.items():
         if key in ("kind", "iteration", "window", "digest", "per_step", PER_PROMPT):
             continue
-        name = f"{prefix}/{key}"
+        name = f"{prefix}/{key}".replace(" ", "_")
         if isinstance(value, Mapping):
             yield from scalars(value, name)
         elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -277,59 +315,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     raise TypeError(f"a row holds numbers, text, lists and mappings, not {type(value).__name__}")
-
-
-class _TensorBoard:
-    """Scalars as event files, by the tensorboard package alone: no torch, no tensorflow.
-
-    protobuf makes its message classes at import, so the type checker cannot see them.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._open: Any = None
-
-    def add(self, values: Mapping[str, float], step: int) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-
-        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        self._write(step, summary=Summary(value=points))
-
-    def forget_from(self, step: int) -> None:
-        """Make readers drop what earlier event files hold from `step` on."""
-        from tensorboard.compat.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-
-        if self._folder.exists():
-            self._write(step, session_log=SessionLog(status=SessionLog.START))
-
-    def close(self) -> None:
-        if self._open:
-            self._open.close()
-
-    def _write(self, step: int, **content: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        if self._open is None:
-            self._open = EventFileWriter(str(self._folder))
-        self._open.add_event(Event(wall_time=time.time(), step=step, **content))
-        self._open.flush()
-
-
-def _start_wandb(project: str, folder: Path) -> Any:
-    """Start or continue the run whose id the folder keeps."""
-    try:
-        wandb: ModuleType = importlib.import_module("wandb")
-    except ImportError as cause:
-        raise SpecError(
-            f"wandb: {project!r} asks for Weights & Biases, which is not installed. "
-            "Install it with `pip install wandb`, or set wandb to null."
-        ) from cause
-    kept = folder / "wandb-run-id.txt"
-    known = kept.read_text().strip() if kept.exists() else None
-    run = wandb.init(project=project, name=folder.name, dir=str(folder), id=known, resume="allow")
-    write_atomic(kept, f"{run.id}\n".encode())
-    # The x axis is ours: wandb's own step refuses to go back, as a resumed run has to.
-    run.define_metric("iteration")
-    run.define_metric("*", step_metric="iteration")
-    return run

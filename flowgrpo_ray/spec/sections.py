@@ -295,7 +295,34 @@ class CheckpointSpec(Strict):
 
 
 class TrackingSpec(Strict):
-    """Where metrics go beside ``metrics.jsonl``."""
+    """Who is told rows and evaluation pictures, which the run folder holds in any case."""
 
-    tensorboard: bool = True
-    wandb: str | None = Field(default=None, description="Weights & Biases project")
+    tensorboard: bool = Field(default=True, description="event files in the run folder")
+    wandb: str | None = Field(default=None, min_length=1, description="Weights & Biases project")
+    mlflow: str | None = Field(
+        default=None, min_length=1, description="MLflow experiment, at `MLFLOW_TRACKING_URI`"
+    )
+    trackio: str | None = Field(default=None, min_length=1, description="Trackio project")
+    kind: str | None = Field(
+        default=None, pattern=":", description="a tracker of your own, by its import path"
+    )
+    options: dict[str, Any] = Field(
+        default={}, description="arguments of the class that `kind` names"
+    )
+    group: str | None = Field(
+        default=None, min_length=1, description="runs that belong together, such as several seeds"
+    )
+    tags: tuple[str, ...] = Field(default=(), description="to find the run by")
+    notes: str | None = Field(default=None, description="what the run is for")
+    pictures: int = Field(
+        default=16, ge=0, description="of each evaluation, at most evaluation.grid"
+    )
+
+    @model_validator(mode="after")
+    def _options_of_a_kind(self) -> Self:
+        if self.options and not self.kind:
+            raise ValueError(
+                f"options = {self.options!r} are those of a tracker of your own: name its class "
+                "in kind"
+            )
+        return self

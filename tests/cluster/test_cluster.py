@@ -65,7 +65,7 @@ def make_trainer(spec: TrainingSpec, root: Path) -> Any:
 
     prompts, held_out = load_prompt_sets(spec)
     folder = RunFolder.claim(root, spec, resume=False)
-    recorder = RunRecorder(folder.path, tensorboard=False)
+    recorder = RunRecorder(folder.path)
     clock = StartClock(time.perf_counter())
     return Trainer(spec, prompts, held_out, folder, recorder, SilentDisplay(), clock)
 

@@ -66,7 +66,7 @@ def train_on_ray(spec: TrainingSpec, root: Path) -> Path:
     from flowgrpo_ray.cluster.driver import Trainer
 
     folder = RunFolder.claim(root, spec, resume=False)
-    recorder = RunRecorder(folder.path, tensorboard=False)
+    recorder = RunRecorder(folder.path)
     clock = StartClock(time.perf_counter())
     trainer = Trainer(spec, *load_prompt_sets(spec), folder, recorder, Mock(), clock)
     asyncio.run(asyncio.wait_for(trainer.train(), 240))

@@ -221,6 +221,23 @@ def test_the_reward_of_the_docs_scores(folder: Path):
         check_run(load_spec("tiny-ocr", wrong))
 
 
+def test_the_tracker_of_the_docs_is_told(folder: Path):
+    from flowgrpo_ray.run import trackers
+    from flowgrpo_ray.run.tracking import RunRecorder
+
+    (part,) = [b for b in PARTS if "my_trackers:Lines" in b.text]
+    own = yaml.safe_dump({"tensorboard": False, **yaml.safe_load(part.text)["tracking"]})
+    spec, notes = load_spec("tiny-ocr", [f"tracking={own}"]), []
+    with RunRecorder(folder / "run", trackers.start(spec, folder, notes.append)) as recorder:
+        recorder.log({"kind": "train", "iteration": 1, "loss": 0.5})
+        image = np.full((1, 4, 6, 3), 9, np.uint8)
+        recorder.log_samples(1, image, ["a sign"], {"ocr": np.ones(1)}, tracked=8)
+    assert notes == ["rows in all-runs.jsonl"]
+    rows = (folder / "all-runs.jsonl").read_text("utf-8")
+    assert rows == '{"run": "tiny-ocr", "iteration": 1, "train/loss": 0.5}\n'
+    assert (folder / "tiny-ocr-1-0.png").exists()
+
+
 def outputs() -> Iterator[tuple[Block, str, str]]:
     """Each command of a console block with what the page shows below it."""
     for block in BLOCKS:

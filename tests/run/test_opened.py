@@ -24,10 +24,9 @@ EVAL = {"kind": "eval", "iteration": 0, "rewards": {"ocr": {"mean": 0.5}}}
 @pytest.fixture
 def run(tmp_path: Path) -> flowgrpo_ray.Run:
     (tmp_path / "spec.yaml").write_text(dump_spec(load_spec("tiny-ocr")))
-    recorder = RunRecorder(tmp_path, tensorboard=False)
+    recorder = RunRecorder(tmp_path)
     for row in (EVAL, *TRAIN):
         recorder.log(row)
-    recorder.close()
     return flowgrpo_ray.Run(tmp_path)
 
 

@@ -61,7 +61,7 @@ IMPORTERS = {
     "policies/__init__.py": 1,  # of families.FAMILIES
     "policies/pipeline.py": 1,  # the module of a class of diffusers
     "rewards/paddle_reader.py": 1,  # 'paddleocr'
-    "run/tracking.py": 1,  # 'wandb'
+    "run/trackers/base.py": 1,  # of the services built in
 }
 JSON_READERS = {"common/strict_json.py": 1, "cluster/telemetry.py": 1}  # the second reads Ray's own
 

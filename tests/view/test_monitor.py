@@ -256,7 +256,7 @@ def test_only_what_is_new_is_sent(tmp_path: Path):
     again = feed.news(first["since"])
     assert not again["reset"]
     assert [again[key] for key in ("metrics", "timings", "samples")] == [[], [], []]
-    recorder = RunRecorder(folder, tensorboard=False)
+    recorder = RunRecorder(folder)
     row = train_row(4, 0.5, np.random.default_rng(0))
     recorder.log(row)
     with (folder / "timings.jsonl").open("a") as file:
@@ -274,7 +274,7 @@ def test_a_run_that_went_back_to_a_checkpoint_is_sent_anew(tmp_path: Path):
     folder = make_run(tmp_path / "run", iterations=5, prompts=2, finished=False)
     feed = Feed(folder, "run")
     since = feed.news("")["since"]
-    recorder = RunRecorder(folder, tensorboard=False)
+    recorder = RunRecorder(folder)
     recorder.truncate(3)
     recorder.log_timing(timing_row(4, 9.0, WORK))
     recorder.log_timing(timing_row(5, 9.0, WORK))

@@ -244,7 +244,7 @@ def test_the_page_follows_a_run_and_keeps_the_readers_place(
     page: Browser, served: Served, root: Path
 ):
     folder = make_run(root / "going", iterations=6, every=3, prompts=12, finished=False)
-    recorder = RunRecorder(folder, tensorboard=False)
+    recorder = RunRecorder(folder)
     try:
         write_live(folder, "running", iteration=6)
         page.open(served.address + "?run=going")
@@ -448,7 +448,7 @@ def test_a_long_run_is_drawn_with_few_points_and_read_with_all(
     page: Browser, served: Served, root: Path
 ):
     folder = root / "long"
-    recorder = RunRecorder(folder, tensorboard=False)
+    recorder = RunRecorder(folder)
     rng = np.random.default_rng(0)
     rows = [train_row(i, i / 2000, rng) for i in range(1, 2001)]
     times = [timing_row(i, 2.0, WORK) for i in range(1, 2001)]

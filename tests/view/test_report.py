@@ -86,7 +86,7 @@ def test_samples_keep_their_pixels(run: Path):
 
 @needs_browser
 def test_wall_time_adds_iterations_and_evaluations(tmp_path: Path, browser: Browser):
-    recorder = RunRecorder(tmp_path, tensorboard=False)
+    recorder = RunRecorder(tmp_path)
     recorder.log({"kind": "train", "iteration": 1})
     recorder.log_timing({"kind": "start", "seconds": 31.0, "phases": {}})
     recorder.log_timing({"kind": "eval", "iteration": 0, "seconds": 1.5})
@@ -99,7 +99,7 @@ def test_wall_time_adds_iterations_and_evaluations(tmp_path: Path, browser: Brow
 
 
 def test_text_of_the_run_is_inert(tmp_path: Path):
-    recorder = RunRecorder(tmp_path, tensorboard=False)
+    recorder = RunRecorder(tmp_path)
     recorder.log({"kind": "eval", "iteration": 0, "rewards": {"ocr": {"mean": 0.5, "std": 0.1}}})
     images = np.zeros((1, 8, 8, 3), np.uint8)
     save_samples(tmp_path, 0, images, [HOSTILE], {"ocr": [0.5]})
@@ -149,9 +149,7 @@ def test_hostile_text_is_shown_as_text(tmp_path: Path, browser: Browser):
     save_samples(folder, 2, images, [HOSTILE, "x"], {HOSTILE: [0.5, 1.0]})
     save_samples(folder, 0, images, [HOSTILE, "x"], {HOSTILE: [0.5, 1.0]})
     (folder / "spec.yaml").write_text(f"name: {HOSTILE}\n")
-    RunRecorder(folder, tensorboard=False).write_summary(
-        {"name": HOSTILE, "eval_before": {HOSTILE: 1}}
-    )
+    RunRecorder(folder).write_summary({"name": HOSTILE, "eval_before": {HOSTILE: 1}})
     write_live(
         folder, "failed", message=HOSTILE, host=HOSTILE, ray={"dashboard": "javascript:alert(1)"}
     )
@@ -243,7 +241,7 @@ def test_damaged_side_files_are_left_out_and_named(tmp_path: Path):
 def watched_run(folder: Path, diverging: str, checkpoints: tuple[int, ...] = ()) -> Path:
     """A character per iteration, each evaluated: "." for no reading yet, "-" for a plain one, "d"
     diverging."""
-    recorder = RunRecorder(folder, tensorboard=False)
+    recorder = RunRecorder(folder)
     rng = np.random.default_rng(0)
     for iteration, mark in enumerate(diverging, start=1):
         recorder.log(train_row(iteration, 0.5, rng))
@@ -323,7 +321,7 @@ def test_the_page_draws_the_watch(
 
 @needs_browser
 def test_the_page_draws_steps_and_refills_where_rows_have_them(tmp_path: Path, browser: Browser):
-    recorder = RunRecorder(tmp_path, tensorboard=False)
+    recorder = RunRecorder(tmp_path)
     rng = np.random.default_rng(0)
     for iteration in (1, 2, 3):
         row = train_row(iteration, 0.5, rng)
@@ -435,7 +433,7 @@ def test_a_report_says_how_a_run_ended(tmp_path: Path):
 
 
 def test_large_samples_are_scaled_down_and_said_so(tmp_path: Path):
-    RunRecorder(tmp_path, tensorboard=False).log({"kind": "train", "iteration": 1})
+    RunRecorder(tmp_path).log({"kind": "train", "iteration": 1})
     images = np.zeros((3, 512, 384, 3), np.uint8)
     save_samples(tmp_path, 0, images, ["a", "b", "c"], {"ocr": [0, 1, 0]})
     data = report_data(tmp_path)
