@@ -102,14 +102,14 @@ class Tracker:
         """The run has ended, with an error or without one; it may be resumed later."""
 
 
-def library(name: str, key: str, package: str) -> Any:
+def library(name: str, package: str) -> Any:
     """The module of a service; ``SpecError`` where it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as cause:
         raise SpecError(
-            f"tracking.{key}: {name} cannot be imported: {cause}. Install it with "
-            f"`pip install {package}`, or set tracking.{key} to null"
+            f"tracking.{name} needs the package {package}: {cause}. Install it with pip, or set "
+            "that key to null"
         ) from cause
 
 

@@ -23,7 +23,7 @@ class MlflowTracker(Tracker):
         # A training run waits for each answer: two tries again, where MLflow would make seven.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         self._experiment = experiment
-        self._mlflow: Any = library("mlflow", SERVICE, "mlflow-skinny")
+        self._mlflow: Any = library(SERVICE, "mlflow-skinny")
         self._client: Any = None
         self._id = ""
         self._unsent: list[Any] = []

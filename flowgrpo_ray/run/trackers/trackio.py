@@ -15,7 +15,7 @@ class TrackioTracker(Tracker):
 
     def __init__(self, project: str) -> None:
         self._project = project
-        self._trackio: Any = library("trackio", SERVICE, "trackio")
+        self._trackio: Any = library(SERVICE, "trackio")
         self._run: Any = None
 
     def start(self, run: TrackedRun) -> str:

@@ -20,7 +20,7 @@ class WandbTracker(Tracker):
 
     def __init__(self, project: str) -> None:
         self._project = project
-        self._wandb: Any = library("wandb", "wandb", "wandb")
+        self._wandb: Any = library("wandb", "wandb")
         self._run: Any = None
 
     def start(self, run: TrackedRun) -> str | None:
