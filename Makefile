@@ -2,6 +2,7 @@
 #   make quickstart   train the embedded tiny model on this machine and write its report
 #   make test         lint, type-check and test, in ten minutes
 #   make test-slow    the tests that take longer; make test-all both
+#   make docs         the documentation as a site with search, below build/docs
 
 PYTHON ?= $(shell for v in 3.12 3.13 3.11; do command -v python$$v >/dev/null 2>&1 && python$$v -c '' >/dev/null 2>&1 && echo python$$v && break; done || true)
 PYTHON := $(or $(PYTHON),python3)
@@ -13,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 # A second quickstart gets a folder of its own.
 NAME ?= tiny-ocr$(if $(wildcard runs/tiny-ocr),-$(shell date +%m%d-%H%M%S))
 
-.PHONY: quickstart test test-slow test-all install clean
+.PHONY: quickstart test test-slow test-all docs install clean
 
 quickstart: install
 	@$(BIN)/flowgrpo-ray train tiny-ocr --set name=$(NAME)
@@ -29,6 +30,10 @@ test-slow: install
 	@$(PYTEST) -m 'slow and not gpu'
 
 test-all: test test-slow
+
+docs: install
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[docs]'
+	@$(BIN)/python docs/build_site.py
 
 install: $(VENV)/installed
 

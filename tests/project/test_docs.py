@@ -297,6 +297,46 @@ def test_the_objective_of_the_docs_trains(folder: Path):
         load_spec("tiny-ocr-nft", [*own, "objective.hing=1"])
 
 
+# --- from the authors' scripts
+
+# Of base.py, and what grpo.py adds for images.
+THERE = """
+activation_checkpointing allow_tf32 dataset debug eval_freq fsdp_optimizer_offload logdir
+mixed_precision num_checkpoint_limit num_epochs per_prompt_stat_tracking pretrained.model
+pretrained.revision prompt_fn prompt_fn_kwargs resolution resume_from reward_fn run_name
+sample.eval_guidance_scale sample.eval_num_steps sample.global_std sample.guidance_scale
+sample.kl_reward sample.mini_num_image_per_prompt sample.noise_level sample.num_batches_per_epoch
+sample.num_image_per_prompt sample.num_steps sample.same_latent sample.sde_type
+sample.sde_window_range sample.sde_window_size sample.test_batch_size sample.train_batch_size
+save_dir save_freq seed train.adam_beta1 train.adam_beta2 train.adam_epsilon
+train.adam_weight_decay train.adv_clip_max train.batch_size train.beta train.cfg train.clip_range
+train.clip_range_gt train.clip_range_lt train.ema train.gradient_accumulation_steps
+train.learning_rate train.lora_path train.max_grad_norm train.num_inner_epochs train.sft
+train.timestep_fraction train.timestep_shift train.use_8bit_adam use_lora
+"""
+
+
+def test_keys_of_the_authors_scripts_lead_to_keys_of_the_spec():
+    text = (ROOT / "docs" / "from-flow-grpo.md").read_text("utf-8")
+    rows = [row.split("|")[1:-1] for row in re.findall(r"^\|.*", text, re.M)]
+    assert {name for row in rows if len(row) == 3 for name in code(row[0])} == set(THERE.split())
+    recipes = {name for row in rows if len(row) == 2 for name in code(row[1])}
+    assert recipes
+    assert recipes <= set(recipe_names())
+    known, section = set[str](), ""
+    for line in load_script(GENERATOR).render().splitlines():
+        if heading := re.fullmatch(r"### `(.*)`", line):
+            section = f"{heading[1]}."
+        elif row := re.match(r"\| `(\w+)` \|", line):
+            known.add(section + row[1])
+    told = [name for row in rows if len(row) == 3 for name in code(row[1])]
+    # In the last column names with a dot are keys of ours too.
+    told += [name for row in rows if len(row) == 3 for name in code(row[2]) if "." in name]
+    endings = {".txt", ".jsonl"}
+    assert not set(told) - known - endings
+    assert len(told) > 50
+
+
 # --- what is generated or listed
 
 
