@@ -16,7 +16,7 @@ from flowgrpo_ray.common.types import LearnerState
 from flowgrpo_ray.run.checkpoint import Progress, list_checkpoints, load_checkpoint
 from flowgrpo_ray.run.state import OBJECTIVE, leads_out
 from flowgrpo_ray.run.tracking import METRICS
-from flowgrpo_ray.spec.file import dump_spec, load_spec
+from flowgrpo_ray.spec.file import dump_spec, flat_keys, load_spec
 from flowgrpo_ray.spec.training import TrainingSpec
 
 
@@ -120,17 +120,8 @@ def resume_command(folder: Path) -> str | None:
 
 def difference(held: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
     """The first key that differs in parts of two specs, for an error."""
-    old, new = _flat(held), _flat(asked)
+    old, new = flat_keys(held), flat_keys(asked)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             return f"{key} is {old.get(key)!r} there and {new.get(key)!r} here"
     return None
-
-
-def _flat(value: object, prefix: str = "") -> dict[str, object]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, object] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    return flat

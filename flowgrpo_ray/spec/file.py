@@ -168,6 +168,16 @@ def dump_spec(spec: TrainingSpec) -> str:
     return head + yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def flat_keys(value: object, prefix: str = "") -> dict[str, Any]:
+    """A spec, or a part of one, by dotted keys; a list is one value."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= flat_keys(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """The value in ``text``; ``SpecError``, which names ``source``, for what is not plain YAML."""
     try:

@@ -31,6 +31,8 @@ def undisturbed(
 
 
 def test_a_run_leaves_what_it_promises(undisturbed: tuple[Command, str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     command, output = undisturbed
     run = command.run
     summary = json.loads((run / "summary.json").read_text())
@@ -45,6 +47,9 @@ def test_a_run_leaves_what_it_promises(undisturbed: tuple[Command, str]) -> None
     assert len({row["weights"]["digest"] for row in trained}) == ITERATIONS, "weights move"
     for path in ("spec.yaml", "report.html", "samples/iteration-000000.png", "tensorboard"):
         assert (run / path).exists(), path
+    shown = EventAccumulator(str(run / "tensorboard"), {"images": 0}).Reload()
+    assert [event.step for event in shown.Images("eval/pictures/07")] == [0, 3, 6, ITERATIONS]
+    assert not [tag for tag in shown.Tags()["scalars"] if " " in tag]
     assert list((run / "logs").rglob("gcs_server*")), "Ray's logs are kept"
     assert "report.html" in output
     assert len(output.splitlines()) < 40, f"noisy console:\n{output}"

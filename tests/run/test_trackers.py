@@ -245,6 +245,28 @@ def test_mlflow_that_cannot_be_reached_is_told(tmp_path: Path):
         trackers.start(spec_with("tracking.mlflow=signs"), tmp_path, print)
 
 
+def test_mlflow_is_told_again_what_it_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri(f"file:{tmp_path}/mlruns")
+    notes: list[str] = []
+    followers = trackers.start(spec_with("tracking.mlflow=signs"), tmp_path, print)
+
+    def down(*_: object, **__: object) -> None:
+        raise mlflow.MlflowException("nobody answers")
+
+    with RunRecorder(tmp_path, followers, notes.append) as recorder:
+        with monkeypatch.context() as outage:
+            outage.setattr(mlflow.MlflowClient, "log_batch", down)
+            recorder.log(row(1))
+            recorder.log(row(2))
+        recorder.log(row(3))
+    assert notes == [f"MLflow cannot be told: nobody answers. What it misses is in {tmp_path}"]
+    known = (tmp_path / "mlflow-run-id.txt").read_text().strip()
+    points = mlflow.MlflowClient().get_metric_history(known, "train/reward/mean")
+    assert sorted((p.step, p.value) for p in points) == [(1, 0.25), (2, 0.5), (3, 0.75)]
+
+
 def test_trackio_has_spec_rows_and_pictures_of_one_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -8,7 +8,7 @@ service's library is imported when a spec asks for it, in its own file here and 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from flowgrpo_ray.common.errors import SpecError
@@ -31,7 +31,7 @@ def start(spec: TrainingSpec, folder: Path, tell: Callable[[str], None]) -> list
     ``SpecError`` where one cannot be had; those that were started before it are ended then.
     """
     run = TrackedRun(folder, spec.model_dump(mode="json"))
-    trackers = list(_asked_for(spec.tracking))
+    trackers = _asked_for(spec.tracking)
     with contextlib.ExitStack() as started:
         for tracker in trackers:
             where = tracker.start(run)
@@ -42,7 +42,7 @@ def start(spec: TrainingSpec, folder: Path, tell: Callable[[str], None]) -> list
     return trackers
 
 
-def _asked_for(tracking: TrackingSpec) -> Sequence[Tracker]:
+def _asked_for(tracking: TrackingSpec) -> list[Tracker]:
     found: list[Tracker] = []
     if tracking.tensorboard:
         found.append(TensorBoardTracker())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.files import write_atomic
+from flowgrpo_ray.spec.file import flat_keys
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +42,7 @@ class TrackedRun:
 
     def flat(self) -> dict[str, Any]:
         """The spec by dotted keys; a list is one value."""
-        return dict(_flat(self.spec, ""))
+        return flat_keys(self.spec)
 
     def known_id(self, service: str) -> str | None:
         """What ``keep_id`` has kept, in this attempt at the run or in one before it."""
@@ -111,13 +112,3 @@ def library(name: str, package: str) -> Any:
             f"tracking.{name} needs the package {package}: {cause}. Install it with pip, or set "
             "that key to null"
         ) from cause
-
-
-def _flat(value: Any, key: str) -> list[tuple[str, Any]]:
-    if not isinstance(value, Mapping):
-        return [(key, value)]
-    return [
-        item
-        for name, inner in value.items()
-        for item in _flat(inner, f"{key}.{name}" if key else str(name))
-    ]

@@ -68,8 +68,8 @@ class TensorBoardTracker(Tracker):
         self._add(step, summary=Summary(value=[Summary.Value(**value) for value in values]))
 
     def _introduce(self) -> None:
-        """The spec for the tabs HParams and Text; its digest of them is the run's name, so that
-        no two runs are taken for repetitions of one."""
+        """The spec, for the tabs HParams and Text. The name as trial id: two runs of one spec are
+        two rows there."""
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
         plain = {
