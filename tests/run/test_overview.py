@@ -36,7 +36,7 @@ def watch(diverging: bool) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    recorder = RunRecorder(tmp_path / "run", tensorboard=False)
+    recorder = RunRecorder(tmp_path / "run")
     rng = np.random.default_rng(0)
     recorder.log_timing({"kind": "start", "seconds": 30.0, "phases": {}})
     recorder.log(eval_row(0, 0.2, 0.9))
@@ -82,7 +82,7 @@ def test_a_line_is_the_numbers_of_the_rows(folder: Path):
 
 def test_a_line_follows_its_files(folder: Path):
     assert brief(folder, "a")["rewards"]["ocr"]["after"] == 0.6
-    recorder = RunRecorder(folder, tensorboard=False)
+    recorder = RunRecorder(folder)
     recorder.log(eval_row(150, 0.8, 0.4, **watch(True)))
     line = brief(folder, "a")
     assert (line["rewards"]["ocr"]["after"], line["watch"]) == (0.8, {"sign_colour": "now"})

@@ -200,7 +200,7 @@ def test_the_comparison_follows_its_runs(page: Browser, served: Served, root: Pa
     assert "gone is no longer there" in page.look("byId('compare-who').textContent")
     row = next(r for r in read_rows(root / "a0" / "metrics.jsonl") if r["kind"] == "train")
     page.look("window.kept = charts.get('compare ocr, training').plot; scrollTo(0, 500)")
-    RunRecorder(root / "d0", tensorboard=False).log({**row, "iteration": 9})
+    RunRecorder(root / "d0").log({**row, "iteration": 9})
     page.wait("compared.runs[1].curves.iterations.length === 9")
     last = values_of(page, "compare ocr, training")["d0"][-1]
     assert last == row["rewards"]["ocr"]["mean"]
