@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from flowgrpo_ray.common.errors import ClusterError
@@ -20,16 +22,16 @@ def probe_cluster(address: str, source: str) -> None:
     """``ClusterError`` unless a Ray head answers at ``address``, which ``source`` gave."""
     if address == "auto":
         return
-    if "://" in address:
+    if "://" in address or address == "local":
         raise ClusterError(
             f"{source} = {address!r} is not the address of a cluster's head: write HOST:6379, what "
             "ray start --address takes, on a machine of the cluster; a run from elsewhere is "
-            "submitted (flowgrpo-ray submit)"
+            f"submitted (flowgrpo-ray submit). Without {source} a run starts a Ray of its own"
         )
-    if fault := _silence(f"//{address}"):
+    if fault := _silence(f"//{address}", _is_no_head):
         raise ClusterError(
             f"{source} = {address!r}: no cluster answers there within {PROBE_S:g} s ({fault}). "
-            f"Start one (ray start --head), name another, or leave {source} out"
+            f"Start one (ray start --head), name another (HOST:6379), or leave {source} out"
         )
 
 
@@ -56,8 +58,8 @@ def probe_jobs(address: str | None) -> None:
         )
 
 
-def _silence(url: str) -> str | None:
-    """Why nothing answers at the host and port of ``url``."""
+def _silence(url: str, wrong: Callable[[socket.socket], str | None] = lambda _: None) -> str | None:
+    """Why nothing answers at the host and port of ``url``, or what is ``wrong`` with what does."""
     try:
         parts = urlsplit(url)
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
@@ -65,8 +67,30 @@ def _silence(url: str) -> str | None:
         return str(error)
     if not parts.hostname or not port:
         return "it has no host and port"
-    try:
-        socket.create_connection((parts.hostname, port), PROBE_S).close()
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
+    found: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            with socket.create_connection((parts.hostname, port), PROBE_S) as connection:
+                found.append(wrong(connection))
+        except OSError as error:
+            found.append(error.strerror or str(error))
+
+    asking = threading.Thread(target=ask, daemon=True)  # a resolver of names has no time limit
+    asking.start()
+    asking.join(PROBE_S)
+    return found[0] if found else "timed out"
+
+
+# The greeting of HTTP/2, on which gRPC is built: preface, empty settings (RFC 9113, 3.4 and 6.5).
+SETTINGS = 4  # of a frame, its fourth byte
+GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, SETTINGS, 0, 0, 0, 0, 0))
+
+
+def _is_no_head(connection: socket.socket) -> str | None:
+    """Why what answers is no head of a cluster: that greets back with its settings."""
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return None
+    connection.sendall(GREETING)
+    frame = connection.recv(9)
+    return None if frame[3:4] == bytes([SETTINGS]) else "what listens there is no Ray head"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 
 import pytest
 
@@ -27,6 +28,7 @@ def closed():
     [
         ("http://127.0.0.1:8265", "is not the address of a cluster's head: write HOST:6379"),
         ("ray://127.0.0.1:10001", "is not the address of a cluster's head: write HOST:6379"),
+        ("local", "is not the address of a cluster's head.*Without RAY_ADDRESS a run starts"),
         ("head", "no cluster answers there .*it has no host and port"),
         ("head:one", "no cluster answers there .*Port could not be cast"),
         ("no.such.host.invalid:6379", "no cluster answers there within 3 s"),
@@ -78,7 +80,34 @@ def test_an_empty_variable_names_no_cluster(monkeypatch):
 
 
 def test_whoever_listens_is_asked_further():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        probe_cluster(address, "RAY_ADDRESS")
-        probe_jobs(f"http://{address}")
+    """A head greets as gRPC does: an HTTP server, or one that says nothing, is none."""
+    answers = (b"\0\0\0\4\0\0\0\0\0", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"")
+    for answer in answers:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def greet(server: socket.socket = server, answer: bytes = answer) -> None:
+                with server.accept()[0] as connection:
+                    assert connection.recv(100).startswith(b"PRI * HTTP/2.0")
+                    connection.sendall(answer)
+
+            listener = threading.Thread(target=greet)
+            listener.start()
+            address = f"127.0.0.1:{server.getsockname()[1]}"
+            if answer == answers[0]:
+                probe_cluster(address, "RAY_ADDRESS")
+            else:
+                with pytest.raises(ClusterError, match="what listens there is no Ray head"):
+                    probe_cluster(address, "RAY_ADDRESS")
+            listener.join()
+            probe_jobs(f"http://{address}")
+
+
+def test_names_that_nobody_resolves_take_three_seconds(monkeypatch):
+    monkeypatch.setattr(addresses, "PROBE_S", 0.1)
+    resolved, closed = threading.Event(), socket.socket()
+    monkeypatch.setattr(
+        addresses.socket, "create_connection", lambda *_: resolved.wait() and closed
+    )
+    with pytest.raises(ClusterError, match="timed out"):
+        probe_cluster("head:6379", "RAY_ADDRESS")
+    resolved.set()  # and not before: it was not waited for
