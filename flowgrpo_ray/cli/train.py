@@ -44,24 +44,26 @@ def train(
 
     Ctrl-C finishes the iteration and saves; Ctrl-C again stops at once. Continue with --resume.
     """
-    from flowgrpo_ray.cluster.run import train as run_training
-    from flowgrpo_ray.run.tracking import TIMINGS, read_rows
-    from flowgrpo_ray.view.console import RunDisplay, ledger_table, summary_table
-
-    resolved = load_spec(spec, overrides or [])
-    runs = runs_root(runs)
-    if in_job():
-        console.print(f"run folder: {runs / resolved.name}", soft_wrap=True, highlight=False)
-    if validate is not None:
-        resolved = _validation_run(resolved, validate, runs, resume)
+    runs, resolved = runs_root(runs), None
     try:
+        from flowgrpo_ray.cluster.run import train as run_training
+        from flowgrpo_ray.run.tracking import TIMINGS, read_rows
+        from flowgrpo_ray.view.console import RunDisplay, ledger_table, summary_table
+
+        resolved = load_spec(spec, overrides or [])
+        if in_job():
+            console.print(
+                f"run folder: {runs / resolved.name}", soft_wrap=True, markup=False, highlight=False
+            )
+        if validate is not None:
+            resolved = _validation_run(resolved, validate, runs, resume)
         with RunDisplay(resolved, console) as display:
             outcome = run_training(resolved, runs, resume=resume, display=display, started=STARTED)
     except KeyboardInterrupt:
-        console.print("interrupted; continue from the last checkpoint with --resume")
+        _say_what_is_left(_again(spec, overrides, runs), resolved and runs / resolved.name)
         raise typer.Exit(130) from None
     if outcome.stopped:
-        _say_how_to_continue(spec, overrides, runs, resolved, outcome)
+        _say_how_to_continue(_again(spec, overrides, runs), outcome)
         return
     if validate is not None:
         raise typer.Exit(_judge(resolved, outcome))
@@ -72,30 +74,46 @@ def train(
     done, images = outcome.summary["iterations"], outcome.summary["images"]
     seconds = outcome.summary["seconds"]
     console.print(f"{done} iterations, {images:,} images, {seconds:.0f} s from the command to here")
-    console.print(f"report: {outcome.folder / 'report.html'}", soft_wrap=True)
+    console.print(f"report: {outcome.folder / 'report.html'}", soft_wrap=True, markup=False)
     console.print(
         f"next:   flowgrpo-ray sample {outcome.folder} 'blue sign \"246\"' 'pink sign \"582\"'"
         if resolved.model.path == "builtin:tiny-sd3"
         else f"next:   flowgrpo-ray export {outcome.folder} --out {resolved.name}-export",
         soft_wrap=True,
+        markup=False,
         highlight=False,
     )
 
 
-def _say_how_to_continue(
-    spec: str, overrides: list[str] | None, runs: Path, resolved: TrainingSpec, outcome: Outcome
-) -> None:
-    """What is kept of a run that was stopped, and the command that goes on with it."""
-    again = f"flowgrpo-ray train {spec}{_as_options(overrides)} --runs {runs} --resume"
+def _again(spec: str, overrides: list[str] | None, runs: Path) -> str:
+    """The command that goes on with a run, or begins it again."""
     if in_job():
-        again = "the same submission (a plain ray job submit wants --resume with train)"
+        return "the same submission (a plain ray job submit wants --resume with train)"
+    return f"flowgrpo-ray train {spec}{_as_options(overrides)} --runs {runs} --resume"
+
+
+def _say_what_is_left(again: str, folder: Path | None) -> None:
+    """Of a run that was interrupted: its newest checkpoint, or that there is none."""
+    from flowgrpo_ray.run.checkpoint import checkpoint_iteration, list_checkpoints
+
+    kept = list_checkpoints(folder / "checkpoints") if folder else []
+    says = "interrupted; nothing is saved yet, begin again"
+    if kept:
+        says = f"interrupted; saved is iteration {checkpoint_iteration(kept[-1])}, continue"
+    console.print(f"{says} with\n  {again}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _say_how_to_continue(again: str, outcome: Outcome) -> None:
+    """What is kept of a run that was stopped, and the command that goes on with it."""
     if outcome.diverged:
         again += " --set watch.action=report"
         says = f"stopped by the watch: {outcome.diverged}"
         console.print(says, soft_wrap=True, markup=False, highlight=False)
     done = outcome.summary["iterations"]
     saved = f"stopped after iteration {done}, saved" if done else "stopped before iteration 1"
-    console.print(f"{saved}; continue with\n  {again}", soft_wrap=True, highlight=False)
+    console.print(
+        f"{saved}; continue with\n  {again}", soft_wrap=True, markup=False, highlight=False
+    )
 
 
 def _validation_run(spec: TrainingSpec, iterations: int, runs: Path, resume: bool) -> TrainingSpec:
@@ -121,7 +139,9 @@ def _judge(spec: TrainingSpec, outcome: Outcome) -> int:
     file = outcome.folder / "validation.json"
     file.write_text(json.dumps(found.as_json(), indent=2) + "\n", encoding="utf-8")
     console.print(verdict_table(found))
-    console.print(f"kept in {file}; curves: {outcome.folder / 'report.html'}", soft_wrap=True)
+    console.print(
+        f"kept in {file}; curves: {outcome.folder / 'report.html'}", soft_wrap=True, markup=False
+    )
     return 0 if found.ok else 1
 
 

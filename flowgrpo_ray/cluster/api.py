@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -108,6 +109,8 @@ def _beside_any_loop(work: Callable[[], T], interrupts: Sequence[Callable[[], No
             try:
                 return done.result()
             except KeyboardInterrupt:
-                if done.done() or not interrupts:
+                if done.done():
                     raise
+                while not interrupts and not done.done():  # it has hardly begun
+                    time.sleep(0.01)
                 interrupts[0]()

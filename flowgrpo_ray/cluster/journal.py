@@ -70,7 +70,7 @@ class Journal:
         self.watch = self._watch_again()
         self.diverged: Divergence | None = None  # why the watch ended the run
         self._stages = StageReader(spec)
-        self._starting = True
+        self.starting = True  # until the first iteration
         self._furthest = 0  # iteration
         self._began = 0.0  # the iteration or evaluation at hand
 
@@ -87,10 +87,10 @@ class Journal:
 
     def begin(self) -> None:
         """The first iteration is next; a run that went back was started before."""
-        if self._starting:
+        if self.starting:
             warnings = {"warnings": self._crew.warnings} if self._crew.warnings else {}
             self._recorder.log_timing(self._clock.row() | warnings)
-        self._starting = False
+        self.starting = False
 
     def go_back(self, progress: Progress | None) -> None:
         """Forget what came after a checkpoint, or after the start."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowgrpo_ray.cluster import machine
+from flowgrpo_ray.cluster.interrupts import Interrupts
 from flowgrpo_ray.cluster.live import Display, Live
 from flowgrpo_ray.cluster.session import joined, probe, ray_session
 from flowgrpo_ray.common.errors import RunFolderError
-from flowgrpo_ray.estimate import store
-from flowgrpo_ray.estimate.preflight import check_access, check_environments, check_run
+from flowgrpo_ray.estimate.preflight import (
+    check_access,
+    check_encodings,
+    check_environments,
+    check_run,
+)
 from flowgrpo_ray.run import trackers
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.tracking import SUMMARY, Mirror, RunRecorder, StartClock
@@ -58,19 +63,36 @@ def train(
     begun: Begun = None,
 ) -> Outcome:
     """Train ``spec`` in ``root/<name>``. SIGINT or SIGTERM once finishes the iteration and
-    checkpoints; twice stops at once (``KeyboardInterrupt``).
+    checkpoints; twice, or before the first iteration, it ends the run (``KeyboardInterrupt``).
 
     ``started`` is when the command began (``time.perf_counter``), for the start-up phases. ``seen``
-    is told each row, and of which file; ``begun`` the function that does what a signal does, from
-    any thread: in one that is not the main thread no signal comes.
+    is told each row, and of which file; ``begun``, before anything, the function that does what a
+    signal does, from any thread: in one that is not the main thread no signal comes.
     """
     clock = StartClock(time.perf_counter() if started is None else started)
     clock.lap("import")
+    with Interrupts() as interrupts:
+        if begun:
+            begun(interrupts.interrupt)
+        return _trained(spec, root, resume, display, clock, seen, interrupts)
+
+
+def _trained(
+    spec: TrainingSpec,
+    root: Path,
+    resume: bool,
+    display: Display,
+    clock: StartClock,
+    seen: Mirror | None,
+    interrupts: Interrupts,
+) -> Outcome:
+    """``train`` under ``interrupts``."""
     probe()
     prompts, held_out = check_run(spec)
     if not joined():  # the machines of a cluster may have what this one lacks
         check_environments(spec)
         check_access(spec.model)
+        check_encodings()
     folder = RunFolder.claim(root, spec, resume=resume)
     spec = spec.with_linear(folder.read_spec().cluster.cpu_linear)  # what an earlier attempt took
     with contextlib.ExitStack() as ending:
@@ -81,9 +103,11 @@ def train(
         recorder = ending.enter_context(RunRecorder(folder.path, followers, live.note))
         _go_back(recorder, spec, saved, live)
         live.stage("joining the Ray cluster" if joined() else "starting Ray")
-        if not joined() and (too_small := store.told(spec)):
-            live.note(too_small)
+        for note in () if joined() else machine.notes(spec):
+            live.note(note)
+        interrupts.hold()
         with ray_session(spec, folder.logs):
+            interrupts.check()
             clock.lap("ray")
             from flowgrpo_ray.cluster.driver import Trainer
 
@@ -92,7 +116,7 @@ def train(
             live.follow(trainer)
             if seen:
                 recorder.mirrors.append(seen)
-            progress = _run(trainer, begun)
+            progress = _run(trainer, interrupts)
         summary = _summary(spec, progress, trainer.floors)
         recorder.write_summary(summary)
         write_report(folder.path)
@@ -121,12 +145,12 @@ def _go_back(
         display.note(f"resuming {recorder.folder} after iteration {saved[1].iteration}")
 
 
-def _run(trainer: Trainer, begun: Begun) -> Progress:
+def _run(trainer: Trainer, interrupts: Interrupts) -> Progress:
     """Train; ``RunFolderError`` where the run folder's disk takes no more."""
     from flowgrpo_ray.serving import deploy
 
     try:
-        return asyncio.run(_until_stopped(trainer, begun))
+        return asyncio.run(_until_stopped(trainer, interrupts))
     except OSError as error:
         if error.errno not in DISK:
             raise
@@ -139,35 +163,32 @@ def _run(trainer: Trainer, begun: Begun) -> Progress:
             deploy.remove(trainer.crew.own_rewards)
 
 
-async def _until_stopped(trainer: Trainer, begun: Begun) -> Progress:
-    """Train under signal handlers; installed here because ``ray.init`` replaces SIGTERM's."""
+async def _until_stopped(trainer: Trainer, interrupts: Interrupts) -> Progress:
+    """Train; interrupted once a run finishes its iteration, twice, or as long as it starts, it ends
+    at once."""
     loop = asyncio.get_running_loop()
+    own = threading.current_thread()
     task = asyncio.ensure_future(trainer.train())
 
     def interrupt() -> None:
-        if trainer.stopping:
+        if trainer.stopping or trainer.journal.starting:
             task.cancel()
         else:
             trainer.display.note("stopping after this iteration; once more to stop at once")
             trainer.stop()
 
-    own = threading.current_thread()
-
-    def interrupt_from_anywhere() -> None:
+    def take() -> None:
         if threading.current_thread() is own:
             interrupt()  # at once: before the next iteration begins
+            loop.call_soon_threadsafe(lambda: None)  # wakes it, where a signal met it asleep
         else:
             loop.call_soon_threadsafe(interrupt)
 
-    if own is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, interrupt)
-    if begun:
-        begun(interrupt_from_anywhere)
-    try:
-        return await task
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
+    with interrupts.taken(take):
+        try:
+            return await task
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
 
 
 def _summary(spec: TrainingSpec, progress: Progress, floors: Mapping[int, Floor]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flowgrpo_ray.cluster.janitor import MARK, RAY, janitor, keep_logs
+from flowgrpo_ray.cluster.machine import temporary_root
 from flowgrpo_ray.common.addresses import probe_cluster, ray_address
 from flowgrpo_ray.common.errors import ClusterError, token_refused
 from flowgrpo_ray.estimate.store import store_size
@@ -80,9 +81,11 @@ def _private(spec: TrainingSpec, logs: Path) -> Iterator[None]:
     os.environ.pop("RAY_ADDRESS", None)  # it is empty, if it is there
     import ray
 
+    from flowgrpo_ray.serving.ray_private import own_signals
+
     needed = required_resources(spec)
-    temporary = Path(tempfile.mkdtemp(prefix="flowgrpo-", dir="/tmp"))  # short: it holds sockets
-    with janitor(temporary, logs), _cleared(temporary, logs):
+    temporary = Path(tempfile.mkdtemp(prefix="flowgrpo-", dir=temporary_root()))
+    with own_signals(), janitor(temporary, logs), _cleared(temporary, logs):
         os.environ[MARK] = str(temporary)  # which all that Ray starts inherits
         try:
             ray.init(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.paths import local_path
 from flowgrpo_ray.policies.hub import check_model_files
@@ -27,6 +29,22 @@ def check_environments(spec: TrainingSpec) -> None:
     for reward in spec.rewards.values():
         if reward.environment is not None:
             python_of(reward.environment)
+
+
+def check_encodings() -> None:
+    """``ModelError`` where the encodings of prompts cannot be kept, as below a home folder that is
+    read-only."""
+    from flowgrpo_ray.policies.encodings import FOLDER_VARIABLE, encodings_folder
+
+    folder = encodings_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ModelError(
+            f"encodings cannot be kept in {folder}: {error}. Free space there, or name another "
+            f"folder in the environment variable {FOLDER_VARIABLE}"
+        ) from error
 
 
 def check_model(model: ModelSpec) -> None:

@@ -8,8 +8,9 @@ Serve is imported where it is needed: it takes 0.7 s, and processes that train n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+import functools
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -68,6 +69,22 @@ def http_address() -> tuple[str, int] | None:
         return None
     options = client.http_config
     return options.host or "127.0.0.1", options.port
+
+
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """Within it `ray.init` leaves the handler of SIGTERM as it is, and starts its processes in a
+    process group of their own. Its handler would end this process in the middle of a start, and
+    what a terminal or `timeout` sends to this one's group would end Ray first."""
+    from ray._private import services, utils
+
+    handler, process = utils.set_sigterm_handler, services.ConsolePopen
+    utils.set_sigterm_handler = lambda _: None
+    services.ConsolePopen = functools.partial(process, process_group=0)
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler, services.ConsolePopen = handler, process
 
 
 def stay_on_loopback() -> None:
