@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -47,7 +48,7 @@ app.add_typer(runs_app, name="runs")
 app.command()(compare)
 app.command()(monitor)
 app.command()(train)
-console = Console()
+console = Console(markup=False)  # what is printed may name a file of any name
 
 
 def _tell_version(wanted: bool) -> None:
@@ -249,17 +250,28 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack letters of a prompt
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except FlowGrpoError as error:
-        cause = getattr(error, "cause", None) or error  # Ray wraps what an actor raised
-        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(cause))}", highlight=False)
-        sys.exit(2)
+        _end(str(getattr(error, "cause", None) or error))  # Ray wraps what an actor raised
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _end(f"{error.filename}: {error.strerror}")
+    except SystemExit as end:
+        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)  # of which typer makes status 130
+        raise
 
 
-def _escape(text: str) -> str:
+def _end(message: str) -> NoReturn:
     from rich.markup import escape
 
     from flowgrpo_ray.view.console import printable
 
-    return escape(printable(text))
+    text = escape(printable(message))
+    Console(stderr=True).print(f"[bold red]error:[/] {text}", highlight=False)
+    sys.exit(2)

@@ -37,7 +37,7 @@ def monitor(
     from flowgrpo_ray.view.guard import TOKEN_VARIABLE, choose_token
     from flowgrpo_ray.view.monitor import Monitor
 
-    console = Console()
+    console = Console(markup=False)
     given = os.environ.get(TOKEN_VARIABLE)
     token = choose_token(given)
     server = Monitor(runs_root(runs), host, port, token)

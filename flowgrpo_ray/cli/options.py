@@ -30,7 +30,8 @@ WeightsOption = Annotated[
     Literal["ema", "last"], typer.Option(help="averaged weights, or those of the last update")
 ]
 StepsOption = Annotated[
-    int | None, typer.Option(min=1, help="denoising steps; default: evaluation.steps of the spec")
+    int | None,
+    typer.Option(min=1, max=1000, help="denoising steps; default: evaluation.steps of the spec"),
 ]
 RunsOption = Annotated[
     Path | None,

@@ -16,7 +16,7 @@ env_app = typer.Typer(
     no_args_is_help=True,
     help="Environments of their own, for rewards whose packages conflict with this one.",
 )
-console = Console()
+console = Console(markup=False)  # what is printed may name a file of any name
 
 NameArgument = Annotated[
     str, typer.Argument(metavar="NAME", help="paddleocr, sglang, or a name for your own")
@@ -84,9 +84,7 @@ def _lines(file: Path) -> list[str]:
     """The requirements of a file, without comments."""
     try:
         text = file.read_text("utf-8")
-    except OSError as error:
-        raise RewardEnvironmentError(
-            f"--requirements {file}: cannot be read: {error.strerror}"
-        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RewardEnvironmentError(f"--requirements {file}: cannot be read: {error}") from error
     lines = (line.partition(" #")[0].strip() for line in text.splitlines())
     return [line for line in lines if line and not line.startswith("#")]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from flowgrpo_ray.view.console import printable
@@ -27,7 +28,7 @@ AddressOption = Annotated[
 DeadlineOption = Annotated[
     float, typer.Option("--deadline", min=0, help="seconds to wait until all replicas run")
 ]
-console, progress = Console(), Console(stderr=True)
+console, progress = Console(markup=False), Console(stderr=True)
 
 
 @contextmanager
@@ -88,7 +89,7 @@ def scale(
 
     with _connected(address) as client:
         admin.scale(client, name, replicas, beyond=beyond)
-        with progress.status(f"{name}: waiting for {replicas} replicas"):
+        with progress.status(f"{escape(name)}: waiting for {replicas} replicas"):
             admin.wait_for(client, [name], deadline)
         _show([row for row in admin.status(client) if row.name == name])
 
@@ -100,7 +101,7 @@ def remove(
     """Take a reward away, after it has answered the calls that it has."""
     from flowgrpo_ray.serving import admin
 
-    with _connected(address) as client, progress.status(f"taking {name} away"):
+    with _connected(address) as client, progress.status(f"taking {escape(name)} away"):
         admin.remove(client, name)
     print(f"{name} is removed")
 

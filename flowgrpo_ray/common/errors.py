@@ -3,6 +3,11 @@
 A message names the key or file, the value found there, and what to do about it.
 """
 
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
 
 class FlowGrpoError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -50,6 +55,14 @@ class ContractError(FlowGrpoError):
 
 class TrackingError(FlowGrpoError):
     """A tracker could not be told something; the run folder has it, and the run goes on."""
+
+
+def raised(error: Exception) -> str:
+    """What a class of the user's raised, and where, for a message that has no traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    *_, last = (frame for frame in frames if "importlib" not in frame.filename)
+    where = f" ({Path(last.filename).name}, line {last.lineno})" if last != frames[0] else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 def token_refused(address: str, cause: Exception) -> ClusterError:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from flowgrpo_ray.common.errors import SpecError
+from flowgrpo_ray.common.errors import SpecError, raised
 
 
 def import_class(what: str, name: str, builtin: Mapping[str, str]) -> type:
@@ -24,10 +24,10 @@ def import_class(what: str, name: str, builtin: Mapping[str, str]) -> type:
         )
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # it is the user's code: anything
         raise SpecError(
-            f"{what} {name!r}: cannot import {module_name!r}: {error}. Put the module beside the "
-            "spec, or for one in this folder set PYTHONPATH=$PWD"
+            f"{what} {name!r}: cannot import {module_name!r}: {raised(error)}. Put the module "
+            "beside the spec, or for one in this folder set PYTHONPATH=$PWD"
         ) from error
     found = getattr(module, class_name, None)
     if not inspect.isclass(found):

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from flowgrpo_ray.common.errors import SpecError
+from flowgrpo_ray.common.errors import FlowGrpoError, RewardError, SpecError, raised
 from flowgrpo_ray.common.own_classes import import_class
 from flowgrpo_ray.rewards.options import arguments_of
 
@@ -139,6 +139,10 @@ def build(reward: str, options: Mapping[str, Any] | None = None) -> Reward:
         return resolve(reward)(**arguments)
     except ValueError as error:
         raise SpecError(f"reward {reward!r}: {error}") from error
+    except FlowGrpoError:
+        raise
+    except Exception as error:  # it may be the user's code: anything
+        raise RewardError(f"reward {reward!r} cannot be made: {raised(error)}") from error
 
 
 def prompt_check(

@@ -18,10 +18,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from flowgrpo_ray.common.errors import RewardError, SpecError
+from flowgrpo_ray.common.errors import FlowGrpoError, RewardError, SpecError, raised
 from flowgrpo_ray.rewards import Reward, ask, checked, signs
 
 PROMPTS = 8
+MOST_PIXELS = 4096  # of a side: 80 pictures of 48 MB
 CLEAN, REPEATED = "clean", "text twice"
 WORSE = ("blank grey", "blank white", "noise", "wrong text", "other prompt")
 CHEATS = ("longer word", "page of text", "sideways")
@@ -96,6 +97,11 @@ def calibration_set(size: tuple[int, int]) -> list[Picture]:
         raise SpecError(
             f"pictures of {size[0]} x {size[1]} are too small for legible text: a reward is "
             f"checked with at least {signs.HEIGHT} x {signs.WIDTH} (height, width)"
+        )
+    if max(size) > MOST_PIXELS:
+        raise SpecError(
+            f"pictures of {size[0]} x {size[1]}: a reward is checked with up to {MOST_PIXELS} x "
+            f"{MOST_PIXELS}"
         )
     prompts = signs.make_prompts(PROMPTS, heldout=True, seed=0)
     pictures: list[Picture] = []
@@ -204,7 +210,12 @@ def _timed(
     if sources_of:
         sources = np.stack([sources_of[prompt][None] for prompt in prompts])
     started = time.perf_counter()
-    scores = ask(reward, images, prompts, [{} for _ in prompts], sources)
+    try:
+        scores = ask(reward, images, prompts, [{} for _ in prompts], sources)
+    except FlowGrpoError:
+        raise
+    except Exception as error:  # it may be the user's code: anything
+        raise RewardError(f"it does not score: {raised(error)}") from error
     seconds = time.perf_counter() - started
     try:
         values = checked(scores, len(pictures)).astype(np.float64)

@@ -13,6 +13,7 @@ from flowgrpo_ray import __version__
 from flowgrpo_ray.algorithm.sampling import rollout
 from flowgrpo_ray.algorithm.weights import load_arrays
 from flowgrpo_ray.common.errors import RunFolderError, SpecError
+from flowgrpo_ray.common.files import check_place
 from flowgrpo_ray.common.paths import share_mode
 from flowgrpo_ray.common.types import Images, LearnerState, Request, WeightsTicket, WorkUnit
 from flowgrpo_ray.policies import load_policy
@@ -139,6 +140,7 @@ def export(
         raise SpecError(f"{folder.path} trained the full network; export it with --format pipeline")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"{out} is a file or not empty; export into a new folder")
+    check_place(out, f"--out {out}")
     state, progress = _checkpoint(folder, iteration)
     policy = _trained(spec, state, weights)
     if what == "lora":

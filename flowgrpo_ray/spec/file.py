@@ -218,6 +218,9 @@ def _explain(problem: Any) -> str:
         return f"{key}: unknown key{of_kind}; {_hint(last, _keys_at(parents), 'known keys')}"
     if problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
         return _explain_kind(problem, key)
+    if problem["type"] == "model_type" and (keys := _keys_at(problem["loc"])):
+        value = short(problem["input"])
+        return f"{key}: write it as a mapping, {{{keys[0]}: {value}}}; keys: {', '.join(keys)}"
     meant = SYNONYMS.get(str(problem["input"])) if problem["type"] == "literal_error" else None
     return mistake(key, problem) + (f"; did you mean {meant!r}?" if meant else "")
 

@@ -39,6 +39,7 @@ class ProgressiveWindow(Strict):
     )
 
 
+Pixels = Annotated[int, Field(ge=1)]
 Window = Annotated[AllSteps | RandomWindow | ProgressiveWindow, Field(discriminator="kind")]
 
 
@@ -54,7 +55,7 @@ Solver = Annotated[
 class SamplingSpec(Strict):
     """How the images of an iteration are sampled."""
 
-    size: tuple[int, int] = Field(description="height and width of an image, in pixels")
+    size: tuple[Pixels, Pixels] = Field(description="height and width of an image, in pixels")
     steps: int = Field(ge=2, description="denoising steps in training (Denoising Reduction)")
     guidance: float = Field(
         default=1.0,

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -104,11 +105,25 @@ class LoraTuning(Strict):
         description="endings of layer names, or one regular expression; default: the model's",
     )
 
+    @field_validator("targets")
+    @classmethod
+    def _can_be_matched(cls, targets: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if targets is None:
+            return None
+        if not targets or "" in targets:
+            raise ValueError(f"{list(targets)} names no layers: leave it out for the model's own")
+        if len(targets) == 1:
+            try:
+                re.compile(targets[0])
+            except re.error as error:
+                raise ValueError(f"{targets[0]!r} is no regular expression: {error}") from error
+        return targets
+
 
 Tuning = Annotated[FullTuning | LoraTuning, Field(discriminator="kind")]
 
 
-RewardName = SetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+RewardName = SetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100)]
 
 
 class PromptSet(Strict):
@@ -259,11 +274,14 @@ class WatchSpec(Strict):
     )
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSpec(Strict):
     """AdamW on float32 master weights."""
 
     learning_rate: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: float = Field(default=1e-4, ge=0)
     eps: float = Field(default=1e-8, gt=0)
     grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this norm")
@@ -280,7 +298,7 @@ class EvaluationSpec(Strict):
     """Held-out prompts with fixed noise, deterministic sampling."""
 
     every: int = Field(ge=1, description="iterations between evaluations")
-    steps: int = Field(ge=1, description="denoising steps")
+    steps: int = Field(ge=1, le=1000, description="denoising steps")
     solver: Solver = "euler"
     prompts: int = Field(default=64, ge=1, description="the first N of the held-out file")
     micro_batch: int = Field(default=16, ge=1)

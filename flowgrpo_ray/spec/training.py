@@ -42,7 +42,9 @@ FREE_OF_REWARD = ("replicas", "cpus", "gpus", "resources", "golden", "deadline_s
 class TrainingSpec(Strict):
     """One training run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run folder")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200, description="of the run folder"
+    )
     seed: int = Field(default=0, ge=0, lt=2**63)
     iterations: int = Field(ge=1)
     model: ModelSpec
