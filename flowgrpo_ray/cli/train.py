@@ -32,6 +32,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="continue the run of this name from its checkpoint")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="delete the run of this name, and begin it anew")
+    ] = False,
     runs: RunsOption = None,
     validate: Annotated[
         int | None,
@@ -51,6 +54,8 @@ def train(
         from flowgrpo_ray.view.console import RunDisplay, ledger_table, summary_table
 
         resolved = load_spec(spec, overrides or [])
+        if resume and overwrite:
+            raise SpecError("--resume goes on with a run and --overwrite deletes it: give one")
         if in_job():
             console.print(
                 f"run folder: {runs / resolved.name}", soft_wrap=True, markup=False, highlight=False
@@ -58,7 +63,14 @@ def train(
         if validate is not None:
             resolved = _validation_run(resolved, validate, runs, resume)
         with RunDisplay(resolved, console) as display:
-            outcome = run_training(resolved, runs, resume=resume, display=display, started=STARTED)
+            outcome = run_training(
+                resolved,
+                runs,
+                resume=resume,
+                overwrite=overwrite,
+                display=display,
+                started=STARTED,
+            )
     except KeyboardInterrupt:
         _say_what_is_left(_again(spec, overrides, runs), resolved and runs / resolved.name)
         raise typer.Exit(130) from None

@@ -28,6 +28,7 @@ def train(
     *,
     runs: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     on_iteration: Callable[[Row], object] | None = None,
     on_evaluation: Callable[[Row], object] | None = None,
     quiet: bool = False,
@@ -36,8 +37,8 @@ def train(
 
     `spec` is a spec, its keys as a mapping, a recipe's name or a YAML file; `overrides` are those
     of `--set`, as `"iterations=3"`. The run's folder is made below `runs` (default: FLOWGRPO_RUNS,
-    else `runs`); with `resume` a run that is there goes on. It joins the Ray cluster that
-    RAY_ADDRESS names, or starts one on this machine and ends it.
+    else `runs`); with `resume` a run that is there goes on, with `overwrite` it is deleted first.
+    It joins the Ray cluster that RAY_ADDRESS names, or starts one on this machine and ends it.
 
     `on_iteration` and `on_evaluation` are called in this process with each row of `metrics.jsonl`
     as soon as it is written. One that returns False ends the run after the iteration at hand, with
@@ -55,6 +56,7 @@ def train(
                 resolved,
                 runs_root(Path(runs) if runs is not None else None),
                 resume=resume,
+                overwrite=overwrite,
                 display=called,
                 seen=called.seen,
                 begun=interrupts.append,

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from flowgrpo_ray.run.state import LIVE
 from flowgrpo_ray.spec.training import TrainingSpec
 
 BEAT_S = 1.0
+LOG = "driver.log"
 
 
 class Display(Protocol):
@@ -52,6 +54,7 @@ class Live:
 
     def __init__(self, folder: RunFolder, spec: TrainingSpec, display: Display) -> None:
         self._path, self._display = folder.path / LIVE, display
+        self._log = folder.path / LOG
         self._followed: Followed | None = None
         self._stage = ""
         checkpoint = last_checkpoint(folder.checkpoints)
@@ -116,7 +119,10 @@ class Live:
         self._display.evaluation(iteration, rewards)
 
     def note(self, message: str) -> None:
+        """For the person, and for the driver's log, which keeps every one."""
         self._display.note(message)
+        with suppress(OSError), self._log.open("a", encoding="utf-8") as log:  # a full disk
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
     def _beat(self) -> None:
         while not self._ended:

@@ -25,6 +25,7 @@ from flowgrpo_ray.estimate.preflight import (
 )
 from flowgrpo_ray.run import trackers
 from flowgrpo_ray.run.folder import RunFolder
+from flowgrpo_ray.run.state import read_json
 from flowgrpo_ray.run.tracking import SUMMARY, Mirror, RunRecorder, StartClock
 from flowgrpo_ray.spec.prompts import Prompt, prompts_digest
 from flowgrpo_ray.spec.training import TrainingSpec
@@ -61,6 +62,7 @@ def train(
     started: float | None = None,
     seen: Mirror | None = None,
     begun: Begun = None,
+    overwrite: bool = False,
 ) -> Outcome:
     """Train ``spec`` in ``root/<name>``. SIGINT or SIGTERM once finishes the iteration and
     checkpoints; twice, or before the first iteration, it ends the run (``KeyboardInterrupt``).
@@ -74,34 +76,54 @@ def train(
     with Interrupts() as interrupts:
         if begun:
             begun(interrupts.interrupt)
-        return _trained(spec, root, resume, display, clock, seen, interrupts)
+        probe()
+        sets = check_run(spec)
+        if not joined():  # the machines of a cluster may have what this one lacks
+            check_environments(spec)
+            check_access(spec.model)
+            check_encodings()
+        folder = RunFolder.claim(root, spec, resume=resume, overwrite=overwrite)
+        with contextlib.ExitStack() as ending:
+            ending.callback(folder.release)
+            if resume and (ended := _ended(folder, spec)):
+                display.note(
+                    f"{folder.path} is finished, with all of its {spec.iterations} iterations; to "
+                    f"go on, ask for more: --resume --set iterations={2 * spec.iterations}"
+                )
+                return ended
+            return _trained(spec, folder, sets, resume, display, clock, seen, interrupts)
+
+
+def _ended(folder: RunFolder, spec: TrainingSpec) -> Outcome | None:
+    """How a run ended that has nothing left to do."""
+    summary = read_json(folder.path / SUMMARY)
+    if summary is None or summary["iterations"] < spec.iterations:
+        return None
+    return Outcome(folder.path, summary, stopped=False)
 
 
 def _trained(
     spec: TrainingSpec,
-    root: Path,
+    folder: RunFolder,
+    sets: tuple[list[Prompt], list[Prompt]],
     resume: bool,
     display: Display,
     clock: StartClock,
     seen: Mirror | None,
     interrupts: Interrupts,
 ) -> Outcome:
-    """``train`` under ``interrupts``."""
-    probe()
-    prompts, held_out = check_run(spec)
-    if not joined():  # the machines of a cluster may have what this one lacks
-        check_environments(spec)
-        check_access(spec.model)
-        check_encodings()
-    folder = RunFolder.claim(root, spec, resume=resume)
+    """``train`` in a folder of its own, under ``interrupts``."""
+    prompts, held_out = sets
     spec = spec.with_linear(folder.read_spec().cluster.cpu_linear)  # what an earlier attempt took
     with contextlib.ExitStack() as ending:
-        ending.callback(folder.release)
         live = ending.enter_context(Live(folder, spec, display))
         saved = _continued(folder, [*prompts, *held_out]) if resume else None
         followers = trackers.start(spec, folder.path, live.note)
         recorder = ending.enter_context(RunRecorder(folder.path, followers, live.note))
         _go_back(recorder, spec, saved, live)
+        if resume and saved is None:
+            near = "".join(f"; did you mean --set name={name}?" for name in folder.near()[:1])
+            live.note(f"{folder.path} holds no checkpoint: the run begins{near}")
         live.stage("joining the Ray cluster" if joined() else "starting Ray")
         for note in () if joined() else machine.notes(spec):
             live.note(note)

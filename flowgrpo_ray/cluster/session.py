@@ -57,9 +57,12 @@ def _joined(spec: TrainingSpec) -> Iterator[None]:
     import ray
     from ray.exceptions import AuthenticationError
 
+    from flowgrpo_ray.serving.ray_private import own_signals
+
     probe()
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        with own_signals():
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
     except AuthenticationError as error:
         raise token_refused(os.environ["RAY_ADDRESS"], error) from error
     except ConnectionError as error:
@@ -158,7 +161,8 @@ def check_local_gpus(spec: TrainingSpec) -> int | None:
     if not needed:
         return None
     program = "import torch; print(torch.cuda.device_count())"  # not here: torch takes seconds
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, capture_output=True, check=True, process_group=0)
     have = int(found.stdout)
     if needed > have:
         raise ClusterError(_too_few(spec, "GPU", needed, have))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
@@ -15,9 +17,11 @@ from flowgrpo_ray.common.files import write_atomic
 from flowgrpo_ray.common.types import LearnerState
 from flowgrpo_ray.run.checkpoint import Progress, list_checkpoints, load_checkpoint
 from flowgrpo_ray.run.state import OBJECTIVE, leads_out
-from flowgrpo_ray.run.tracking import METRICS
+from flowgrpo_ray.run.tracking import METRICS, read_rows
 from flowgrpo_ray.spec.file import dump_spec, flat_keys, load_spec
 from flowgrpo_ray.spec.training import TrainingSpec
+
+LOCK = ".lock"
 
 
 class RunFolder:
@@ -36,30 +40,37 @@ class RunFolder:
 
     @property
     def started(self) -> bool:
-        """Whether the run has measured anything, and so may not be begun anew."""
+        """Whether the run has finished an iteration, and so may not be begun anew."""
         metrics = self.path / METRICS
-        return metrics.exists() and metrics.stat().st_size > 0
+        if not metrics.exists():
+            return False
+        return any(row["kind"] == "train" for row in read_rows(metrics))
 
     @property
     def logs(self) -> Path:
         return self.path / "logs"
 
     @classmethod
-    def claim(cls, root: Path, spec: TrainingSpec, *, resume: bool) -> RunFolder:
-        """The folder of a run that is about to train; refuses what would mix two runs."""
+    def claim(
+        cls, root: Path, spec: TrainingSpec, *, resume: bool, overwrite: bool = False
+    ) -> RunFolder:
+        """The folder of a run that is about to train; refuses what would mix two runs, unless it
+        may ``overwrite`` the one that is there."""
         folder = cls(root / spec.name)
-        held = folder.read_spec() if folder.spec_file.exists() else None
+        if overwrite and folder.spec_file.exists():
+            folder._empty()
+        held = folder.read_spec() if folder.spec_file.exists() and folder.started else None
         if held and held.identity() != spec.identity():
             odd = difference(held.essence(), spec.essence())
             odd = odd or "it was written by another version of this program"
             raise RunFolderError(
                 f"{folder.path} already holds another run's spec: {odd}. "
-                "Choose another name (--set name=...)"
+                "Choose another name (--set name=...), or --overwrite"
             )
         if held and not resume and folder.started:
             raise RunFolderError(
-                f"{folder.path} already holds this run: continue it with --resume, or choose "
-                "another name (--set name=...)"
+                f"{folder.path} already holds this run: continue it with --resume, choose another "
+                "name (--set name=...), or --overwrite"
             )
         folder.path.mkdir(parents=True, exist_ok=True)
         for path in folder.path.iterdir():
@@ -96,9 +107,24 @@ class RunFolder:
         found = list_checkpoints(self.checkpoints)
         return load_checkpoint(found[-1]) if found else None
 
+    def near(self) -> list[str]:
+        """Runs beside this one whose names are like its own."""
+        there = (spec.parent.name for spec in self.path.parent.glob("*/spec.yaml"))
+        return difflib.get_close_matches(self.path.name, [n for n in there if n != self.path.name])
+
+    def _empty(self) -> None:
+        """Delete the run, which nobody may be training, but for its lock."""
+        self._lock()
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+        self.release()
+
     def _lock(self) -> None:
         """Kept until this process ends, however it ends."""
-        self._lock_file = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        self._lock_file = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

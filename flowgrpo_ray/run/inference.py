@@ -20,7 +20,12 @@ from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.policies.base import Policy
 from flowgrpo_ray.policies.encodings import EncodingCache
 from flowgrpo_ray.rewards import ask, build, is_over_group
-from flowgrpo_ray.run.checkpoint import Progress, list_checkpoints, load_checkpoint
+from flowgrpo_ray.run.checkpoint import (
+    Progress,
+    checkpoint_iteration,
+    list_checkpoints,
+    load_checkpoint,
+)
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.model_card import Exported, model_card
 from flowgrpo_ray.run.scoring import sources_of
@@ -67,10 +72,15 @@ def _load(spec: TrainingSpec) -> Policy:
 def _checkpoint(folder: RunFolder, iteration: int | None) -> tuple[LearnerState, Progress]:
     found = list_checkpoints(folder.checkpoints)
     if iteration is not None:
-        found = [path for path in found if path.name.endswith(f"-{iteration:06d}")]
+        there = [checkpoint_iteration(path) for path in found]
+        found = [path for path, of in zip(found, there, strict=True) if of == iteration]
+        if there and not found:
+            raise RunFolderError(
+                f"{folder.path} holds no checkpoint of iteration {iteration}; there are: "
+                f"{', '.join(map(str, there))}"
+            )
     if not found:
-        which = "no checkpoint" if iteration is None else f"no checkpoint of iteration {iteration}"
-        raise RunFolderError(f"{folder.path} holds {which} yet; train it first")
+        raise RunFolderError(f"{folder.path} holds no checkpoint yet; train it first")
     return load_checkpoint(found[-1])
 
 

@@ -9,6 +9,9 @@ Serve is imported where it is needed: it takes 0.7 s, and processes that train n
 from __future__ import annotations
 
 import functools
+import importlib
+import signal
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -73,18 +76,29 @@ def http_address() -> tuple[str, int] | None:
 
 @contextmanager
 def own_signals() -> Iterator[None]:
-    """Within it `ray.init` leaves the handler of SIGTERM as it is, and starts its processes in a
-    process group of their own. Its handler would end this process in the middle of a start, and
-    what a terminal or `timeout` sends to this one's group would end Ray first."""
+    """Within it `ray.init` leaves this process's handler of SIGTERM as it is, and starts Ray's in a
+    process group of their own. Its two handlers (the second one, of C++, prints a stack and aborts)
+    would end this process in the middle of a start, and what a terminal or `timeout` sends to the
+    group of this one would end Ray first."""
     from ray._private import services, utils
 
-    handler, process = utils.set_sigterm_handler, services.ConsolePopen
+    raylet: Any = importlib.import_module("ray._raylet")
+    handler, process, core = utils.set_sigterm_handler, services.ConsolePopen, raylet.CoreWorker
+
+    def with_our_handler(*given: Any, **named: Any) -> Any:
+        connected = core(*given, **named)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        return connected
+
     utils.set_sigterm_handler = lambda _: None
     services.ConsolePopen = functools.partial(process, process_group=0)
+    raylet.CoreWorker = with_our_handler
     try:
         yield
     finally:
         utils.set_sigterm_handler, services.ConsolePopen = handler, process
+        raylet.CoreWorker = core
 
 
 def stay_on_loopback() -> None:

@@ -404,7 +404,7 @@ def test_more_gpus_than_there_are_ends_before_ray_starts(run, tmp_path: Path):
 def test_training_over_a_run_asks_for_resume(run, tmp_path: Path):
     folder = RunFolder.claim(tmp_path / "runs", load_spec("tiny-ocr"), resume=False)
     folder.release()
-    (folder.path / "metrics.jsonl").write_text('{"kind": "eval", "iteration": 0}\n')
+    (folder.path / "metrics.jsonl").write_text('{"kind": "train", "iteration": 1}\n')
     status, _, err = run("train", "tiny-ocr")
     assert status == 2
     assert "--resume" in err

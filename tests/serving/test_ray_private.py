@@ -19,6 +19,8 @@ NEEDED = [
     ("ray._private.utils", "set_sigterm_handler", None),
     ("ray._private.services", "ConsolePopen", None),
     ("ray._private.services", "start_ray_process", "ConsolePopen("),
+    ("ray._raylet", "CoreWorker", None),
+    ("ray._private.worker", "connect", "ray._raylet.CoreWorker("),
     ("ray.util.metrics", "Metric._record", "def _record("),
     ("ray.serve.context", "_get_global_client", None),
     ("ray.serve._private.client", "ServeControllerClient.get_serve_details", None),
