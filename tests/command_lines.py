@@ -252,6 +252,7 @@ SOUND = [
     "rewards status --json",
     "rewards scale ocr 2 --beyond --address 127.0.0.1:1",
     "rewards remove ocr",
+    "runs prune --runs empty --checkpoints --delete",
     "prompts fetch ocr --folder {} --source http://127.0.0.1:1 --overwrite",
     "submit spec.yaml --address http://127.0.0.1:1 --runs /runs --stop-wait 5 --wait",
 ]
