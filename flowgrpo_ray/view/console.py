@@ -78,7 +78,8 @@ class RunDisplay:
 
     def note(self, message: str) -> None:
         """Something the person should know, as it is: a prompt in it may hold square brackets."""
-        self.console.print(printable(message), highlight=False, markup=False, soft_wrap=True)
+        whole = not self.console.is_terminal  # which wraps between letters
+        self.console.print(printable(message), highlight=False, markup=False, soft_wrap=whole)
 
 
 @contextlib.contextmanager
