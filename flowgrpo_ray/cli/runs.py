@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from flowgrpo_ray.cli.runs_prune import prune_runs
 from flowgrpo_ray.common.errors import RunFolderError
 from flowgrpo_ray.common.files import check_free
 from flowgrpo_ray.common.paths import runs_root
@@ -39,6 +40,9 @@ runs_app = typer.Typer(
     cls=_ListsByDefault,
     help="Runs below a folder, side by side: `runs [FOLDER]` lists them.",
 )
+
+
+runs_app.command("prune")(prune_runs)
 
 
 @runs_app.callback()

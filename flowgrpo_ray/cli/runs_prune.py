@@ -11,15 +11,7 @@ from flowgrpo_ray.cli.options import RunsOption
 from flowgrpo_ray.common.paths import runs_root
 from flowgrpo_ray.run.prune import leftovers, prune
 
-runs_app = typer.Typer(no_args_is_help=True, help="Run folders.")
 
-
-@runs_app.callback()
-def _group() -> None:
-    """A group even while it has one command."""
-
-
-@runs_app.command("prune")
 def prune_runs(
     runs: RunsOption = None,
     checkpoints: Annotated[
