@@ -629,6 +629,8 @@ def encoded(policy: Policy, prompts: Sequence[str]) -> list[Condition]:
 def sources_of(prompt: str, count: int, size: tuple[int, int]) -> Images:
     """The images ``[count, H, W, 3]`` that a prompt changes here: of its own, and never alike."""
     random = np.random.default_rng(list(prompt.encode()))
+    if not count:
+        return np.empty((0, *size, 3), np.uint8)
     coarse = random.integers(0, 256, (count, 4, 6, 3), np.uint8)
     return np.stack([np.array(Image.fromarray(i).resize(size[::-1])) for i in coarse])
 
