@@ -12,12 +12,16 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from whole_runs import IN_TURNS, ITERATIONS, ONE_WORKER, Chained, Command, final_digests
 
+from flowgrpo_ray import Run
 from flowgrpo_ray.common.paths import builtin_path
+from flowgrpo_ray.rewards.preservation import PreservationReward
 from flowgrpo_ray.run.checkpoint import list_checkpoints
 from flowgrpo_ray.run.tracking import read_rows
+from flowgrpo_ray.tiny import edits
 
 pytestmark = IN_TURNS
 
@@ -118,6 +122,40 @@ def test_nft_is_the_same_run_whatever_dies_and_however_many_sample(tmp_path: Pat
     rows = [row for row in read_rows(last.run / "metrics.jsonl") if row["kind"] == "train"]
     gates = [row["velocity_change"]["gate"] for row in rows]
     assert gates == [0.0] + [None] * (ITERATIONS - 1), "from then on other weights sample"
+
+
+EDIT = {
+    "model": "{family: flux_kontext, path: 'builtin:tiny-kontext', dtype: float32, "
+    "max_sequence_length: 10}",
+    "prompts": "{train: builtin:prompts/tiny-edit-train.jsonl, "
+    "evaluate: builtin:prompts/tiny-edit-heldout.jsonl}",
+    "rewards": "{ocr: {weight: 1, options: {detect: false}}, preservation: {weight: 1}}",
+}
+
+
+@pytest.mark.slow
+def test_edits_are_the_same_whatever_dies_and_keep_their_sources(tmp_path: Path) -> None:
+    """A new worker is sent what the lost one had encoded; rewards get each prompt's own source."""
+    folders = [tmp_path / name for name in ("alone", "disturbed")]
+    alone = Command(folders[0], **EDIT, **ONE_WORKER)
+    alone.finish()
+    disturbed = Command(folders[1], **EDIT)
+    disturbed.wait_for(1)
+    disturbed.lose("ray::RolloutWorker.sample", signal.SIGKILL)
+    disturbed.wait_for(2)
+    disturbed.lose("reward-preservation", signal.SIGKILL)
+    disturbed.finish()
+    assert_same(disturbed.run, alone.run)
+    samples = Run(alone.run).samples()
+    shown = edits.make_edits(*edits.SETS["heldout"], seed=0)[: len(samples.prompts)]
+    assert samples.prompts == [edits.prompt_of(edit.wanted) for edit in shown]
+    sources = np.stack([edits.picture_of(edit) for edit in shown])
+    assert samples.sources is not None
+    np.testing.assert_array_equal(samples.sources[:, 0], sources)
+    kept = PreservationReward()(
+        samples.images, samples.prompts, [{}] * len(shown), sources[:, None]
+    )
+    assert samples.scores["preservation"] == pytest.approx(kept.tolist(), abs=1e-6)
 
 
 @pytest.mark.slow
