@@ -27,7 +27,7 @@ from flowgrpo_ray.rewards import (
 )
 from flowgrpo_ray.run.metrics import mean_and_std
 from flowgrpo_ray.spec.prompts import Prompt, check_needed, check_prompts, load_prompts
-from flowgrpo_ray.spec.sources import names_images, with_sources
+from flowgrpo_ray.spec.sources import with_sources
 
 
 def score(
@@ -104,7 +104,7 @@ def _in_turn(
 def _prompts(file: str, chosen: Mapping[str, Mapping[str, Any]]) -> list[Prompt]:
     """Those of a file, which every chosen reward can score."""
     prompts = load_prompts(file, "PROMPTS")
-    if any(map(takes_sources, chosen)) and any(map(names_images, prompts)):
+    if any(map(takes_sources, chosen)) and any(prompt.names_images for prompt in prompts):
         prompts = with_sources(prompts, file, "PROMPTS", range(1, 17), "a reward")
     for name, options in chosen.items():
         needs = needs_sources(name, options)

@@ -50,8 +50,7 @@ def train(
     runs, resolved = runs_root(runs), None
     try:
         from flowgrpo_ray.cluster.run import train as run_training
-        from flowgrpo_ray.run.tracking import TIMINGS, read_rows
-        from flowgrpo_ray.view.console import RunDisplay, ledger_table, summary_table
+        from flowgrpo_ray.view.console import RunDisplay
 
         resolved = load_spec(spec, overrides or [])
         if resume and overwrite:
@@ -79,6 +78,14 @@ def train(
         return
     if validate is not None:
         raise typer.Exit(_judge(resolved, outcome))
+    _say_what_came_of_it(resolved, outcome)
+
+
+def _say_what_came_of_it(spec: TrainingSpec, outcome: Outcome) -> None:
+    """Of a finished run: rewards before and after, where its time went, and what to do next."""
+    from flowgrpo_ray.run.tracking import TIMINGS, read_rows
+    from flowgrpo_ray.view.console import ledger_table, summary_table
+
     console.print()
     console.print(summary_table(outcome.summary))
     if (ledger := ledger_table(read_rows(outcome.folder / TIMINGS))) is not None:
@@ -89,8 +96,8 @@ def train(
     console.print(f"report: {outcome.folder / 'report.html'}", soft_wrap=True, markup=False)
     console.print(
         f"next:   flowgrpo-ray sample {outcome.folder} 'blue sign \"246\"' 'pink sign \"582\"'"
-        if resolved.model.path == "builtin:tiny-sd3"
-        else f"next:   flowgrpo-ray export {outcome.folder} --out {resolved.name}-export",
+        if spec.model.path == "builtin:tiny-sd3"
+        else f"next:   flowgrpo-ray export {outcome.folder} --out {spec.name}-export",
         soft_wrap=True,
         markup=False,
         highlight=False,

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.common.types import NEGATIVE, Condition, Images
 from flowgrpo_ray.policies.arrays import as_array
 from flowgrpo_ray.policies.base import Configs
@@ -108,7 +109,7 @@ class QwenImageEditPolicy(EditingPolicy, QwenImagePolicy):
             download(self.model, [f"{PROCESSOR}/*"])
         published = model_file(self.model, INDEX).parent / PROCESSOR
         shutil.copytree(published, folder / PROCESSOR, copy_function=shutil.copyfile)
-        index = json.loads((folder / INDEX).read_text())
+        index = parse((folder / INDEX).read_bytes())
         index[PROCESSOR] = read_config(self.model, INDEX)[PROCESSOR]
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 

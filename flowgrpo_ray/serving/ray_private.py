@@ -9,7 +9,6 @@ Serve is imported where it is needed: it takes 0.7 s, and processes that train n
 from __future__ import annotations
 
 import functools
-import importlib
 import signal
 import threading
 from collections.abc import Collection, Iterator, Mapping
@@ -80,9 +79,10 @@ def own_signals() -> Iterator[None]:
     process group of their own. Its two handlers (the second one, of C++, prints a stack and aborts)
     would end this process in the middle of a start, and what a terminal or `timeout` sends to the
     group of this one would end Ray first."""
+    from ray import _raylet  # pyright: ignore[reportAttributeAccessIssue]
     from ray._private import services, utils
 
-    raylet: Any = importlib.import_module("ray._raylet")
+    raylet: Any = _raylet
     handler, process, core = utils.set_sigterm_handler, services.ConsolePopen, raylet.CoreWorker
 
     def with_our_handler(*given: Any, **named: Any) -> Any:

@@ -20,6 +20,7 @@ from flowgrpo_ray.spec.public_prompts import where_from
 
 MOST_BYTES = 2**30  # of a prompt file, which is held in memory
 LONGEST = 2**16  # characters of a prompt and its metadata
+IMAGES = ("image", "images")  # keys of a line that an editing model draws from
 HUB = "hf://"
 ON_HUB = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?/(.+)")
 
@@ -33,9 +34,23 @@ class Prompt:
     set: str = ""  # the name of the one that it belongs to, where there are several
     images: tuple[Source, ...] = ()  # that an editing model changes
 
+    @property
+    def names_images(self) -> bool:
+        """Whether its line has a key that an editing model draws from."""
+        return not self.metadata.keys().isdisjoint(IMAGES)
+
     def request(self, size: tuple[int, int]) -> Request:
         """What a model is asked for, to be drawn at ``size`` (height, width)."""
         return Edit(self.text, self.images, size) if self.images else self.text
+
+
+def check_alike(counts: Iterable[int], key: str) -> None:
+    """``PromptError`` unless all prompts name as many images."""
+    if len(found := sorted(set(counts))) > 1:
+        raise PromptError(
+            f"{key}: some prompts name {found[0]} source images and others {found[-1]}: all "
+            "prompts of a run name as many"
+        )
 
 
 def load_prompts(path: str, key: str) -> list[Prompt]:

@@ -14,8 +14,7 @@ from flowgrpo_ray.common.types import Overlong
 from flowgrpo_ray.rewards import needs_sources, prompt_check, read_check
 from flowgrpo_ray.spec.families import FAMILIES
 from flowgrpo_ray.spec.plan import most_groups
-from flowgrpo_ray.spec.prompt_files import Prompt, load_prompts
-from flowgrpo_ray.spec.sources import IMAGES, check_alike, names_images, with_sources
+from flowgrpo_ray.spec.prompt_files import IMAGES, Prompt, check_alike, load_prompts
 from flowgrpo_ray.spec.training import TrainingSpec
 
 SHOWN = 60  # characters of a long prompt
@@ -71,6 +70,8 @@ def prompts_for(spec: TrainingSpec, file: str, key: str) -> list[Prompt]:
     prompts, family = load_prompts(file, key), spec.model.family
     if (allowed := FAMILIES[family].sources) == range(1):
         return prompts
+    from flowgrpo_ray.spec.sources import with_sources  # which needs Pillow
+
     return with_sources(prompts, file, key, allowed, f"family {family!r}")
 
 
@@ -136,7 +137,7 @@ def check_lengths(spec: TrainingSpec, prompts: Sequence[Prompt], found: Overlong
 
 def unused_images(spec: TrainingSpec, prompts: Sequence[Prompt]) -> str | None:
     """What to tell of prompt lines that name source images, as the family draws from text alone."""
-    naming = sum(map(names_images, prompts))
+    naming = sum(prompt.names_images for prompt in prompts)
     if not naming or FAMILIES[spec.model.family].sources != range(1):
         return None
     return (

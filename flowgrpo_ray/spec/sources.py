@@ -7,7 +7,7 @@ under "mask", where a reward needs it, what of the first one may change.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,18 +21,12 @@ from flowgrpo_ray.common.paths import builtin_path, expand
 from flowgrpo_ray.common.sources import PNG_URL, find_source, mask_url
 from flowgrpo_ray.common.types import Edit, Request, Source
 from flowgrpo_ray.spec.families import FAMILIES
-from flowgrpo_ray.spec.prompt_files import HUB, Prompt
+from flowgrpo_ray.spec.prompt_files import HUB, IMAGES, Prompt, check_alike
 from flowgrpo_ray.spec.training import TrainingSpec
 
-IMAGES = ("image", "images")  # keys of a line
 MASK = "mask"
 KEYS = 'keys "image", "images" and "mask"'
 Size = tuple[int, int]  # height, width
-
-
-def names_images(prompt: Prompt) -> bool:
-    """Whether its line has a key that an editing model draws from."""
-    return not prompt.metadata.keys().isdisjoint(IMAGES)
 
 
 def with_sources(
@@ -44,7 +38,7 @@ def with_sources(
     ``PromptError``, which names the prompts ``key``, for a line that does not, or an image that is
     not there or cannot be read. A mask becomes text that travels with the metadata.
     """
-    if file.startswith(HUB) and any(map(names_images, prompts)):
+    if file.startswith(HUB) and any(prompt.names_images for prompt in prompts):
         raise PromptError(
             f"{key} = {file!r}: source images of a set on the hub are not fetched: download the "
             "whole set (hf download --repo-type dataset) and name its file"
@@ -100,15 +94,6 @@ def files_of(prompt: Prompt) -> list[str]:
     if isinstance(mask, str) and not mask.startswith(PNG_URL):
         files = [*files, mask]
     return files
-
-
-def check_alike(counts: Iterable[int], key: str) -> None:
-    """``PromptError`` unless all prompts name as many images."""
-    if len(found := sorted(set(counts))) > 1:
-        raise PromptError(
-            f"{key}: some prompts name {found[0]} source images and others {found[-1]}: all "
-            "prompts of a run name as many"
-        )
 
 
 def _named(metadata: Mapping[str, Any]) -> list[str]:

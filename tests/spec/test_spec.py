@@ -519,6 +519,13 @@ def claim(root: Path, *overrides: str, resume: bool = False) -> RunFolder:
     return RunFolder.claim(root, spec(*overrides), resume=resume)
 
 
+def begun(root: Path) -> Path:
+    """A run that has finished an iteration; its folder."""
+    claim(root).release()
+    (root / "tiny-ocr" / "metrics.jsonl").write_text('{"kind": "train", "iteration": 1}\n')
+    return root / "tiny-ocr"
+
+
 def refusal(root: Path, *overrides: str, resume: bool = False) -> str:
     with pytest.raises(RunFolderError) as caught:
         claim(root, *overrides, resume=resume)
@@ -527,7 +534,7 @@ def refusal(root: Path, *overrides: str, resume: bool = False) -> str:
 
 
 def test_a_folder_with_another_runs_spec_is_refused(tmp_path: Path):
-    claim(tmp_path).release()
+    begun(tmp_path)
     before = (tmp_path / "tiny-ocr" / "spec.yaml").read_bytes()
     text = refusal(tmp_path, "sampling.eta=0.5", resume=True)
     assert "sampling.eta is 0.8 there and 0.5 here" in text
@@ -537,9 +544,7 @@ def test_a_folder_with_another_runs_spec_is_refused(tmp_path: Path):
 
 def test_a_resumed_run_takes_the_linear_layers_that_it_had(tmp_path: Path):
     """``auto`` is timed once; another choice can still be made."""
-    folder = claim(tmp_path)
-    folder.write_spec(spec().with_linear("onednn"))
-    folder.release()
+    RunFolder(begun(tmp_path)).write_spec(spec().with_linear("onednn"))
     for asked, kept in (("auto", "onednn"), ("torch", "torch"), ("auto", "torch")):
         folder = claim(tmp_path, f"cluster.cpu_linear={asked}", resume=True)
         folder.release()
@@ -566,13 +571,12 @@ def test_onednn_is_for_float32_on_a_cpu(override: str):
 )
 def test_the_difference_told_is_one_that_matters(tmp_path: Path, free: str):
     """Not one of those that a resumed run may change."""
-    claim(tmp_path).release()
+    begun(tmp_path)
     assert "seed is 0 there and 5 here" in refusal(tmp_path, free, "seed=5", resume=True)
 
 
 def test_the_same_run_needs_resume(tmp_path: Path):
-    claim(tmp_path).release()
-    (tmp_path / "tiny-ocr" / "metrics.jsonl").write_text('{"kind": "eval", "iteration": 0}\n')
+    begun(tmp_path)
     assert "--resume" in refusal(tmp_path)
     claim(tmp_path, "iterations=500", "cluster.rollout.count=3", resume=True).release()
     assert RunFolder.existing(tmp_path / "tiny-ocr").read_spec().iterations == 500
