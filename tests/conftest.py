@@ -35,12 +35,23 @@ LONGEST = (
 )
 
 
+SLOW_FAMILIES = ("qwen_image_2", "sana")
+KEPT = (
+    "test_a_replayed_trajectory_has_a_log_ratio_of_exactly_zero[lora-bfloat16-",
+    "test_ode_sampling_is_the_pipelines[alone-",
+)
+
+
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """FLUX.2-dev is klein with another encoder, Qwen-Image-Edit is Qwen-Image with more tokens: of
-    the tests over all families theirs are slow."""
+    the tests over all families theirs are slow; of those of Qwen-Image-2.1 and SANA all but two."""
     own = {"flux2_dev": "test_flux2_policy.py", "qwen_image_edit": "test_qwen_image_edit_policy.py"}
     for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}  # type: ignore[attr-defined]
+        family = params.get("family")
+        if family in SLOW_FAMILIES and not item.name.startswith(tuple(k + family for k in KEPT)):
+            item.add_marker(pytest.mark.slow)
         if any(name in item.name and item.path.name != file for name, file in own.items()):
             item.add_marker(pytest.mark.slow)
     rank = {name: place for place, name in enumerate(LONGEST)}

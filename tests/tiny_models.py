@@ -380,6 +380,115 @@ def build_z_image(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def build_qwen_image_2(folder: Path, *, sample_sigmas: list[float] | None = None) -> None:
+    """Qwen-Image-2.1, of a processor without its parts for pictures, which need torchvision; with
+    ``sample_sigmas`` distilled."""
+    from diffusers import (
+        AutoencoderKLQwenImage21,
+        QwenImage21Pipeline,
+        QwenImage21Transformer2DModel,
+    )
+    from tokenizers import AddedToken
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    from flowgrpo_ray.policies.qwen_image_2_network import Words
+
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|image_pad|>", special=True)])
+    tokenizer.chat_template = CHAT.replace("m.content", "m.content[0].text")
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+    }
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    config = Qwen3VLConfig(
+        text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]}
+    )
+    network = QwenImage21Transformer2DModel(
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        context_in_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+    _strengthen(network)
+    shifting = {"shift": 1.0, "max_image_seq_len": 8192, "max_shift": 0.9}
+    shifting |= {"use_dynamic_shifting": True, "shift_terminal": 0.02}
+    QwenImage21Pipeline(
+        scheduler=_scheduler(**({} if sample_sigmas else shifting)),
+        vae=AutoencoderKLQwenImage21(
+            base_dim=4, decoder_base_dim=4, num_res_blocks=1, dim_mult=[1, 1, 2, 2, 2]
+        ),
+        text_encoder=Qwen3VLForConditionalGeneration(config),
+        processor=Words(tokenizer),  # pyright: ignore[reportArgumentType]
+        transformer=network,
+        sample_sigmas=sample_sigmas,
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder / "processor")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["processor"] = ["transformers", "Qwen3VLProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def build_sana(folder: Path) -> None:
+    from diffusers import (
+        AutoencoderDC,
+        DPMSolverMultistepScheduler,
+        SanaPipeline,
+        SanaTransformer2DModel,
+    )
+    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+    torch.manual_seed(0)
+    symbols = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581"]
+    symbols += [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = GemmaTokenizer(vocab={symbol: i for i, symbol in enumerate(symbols)})
+    text = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+    )
+    network = SanaTransformer2DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=32,
+    )
+    _strengthen(network)
+    vae = AutoencoderDC(
+        latent_channels=8,
+        attention_head_dim=8,
+        encoder_block_out_channels=(8,) * 6,
+        decoder_block_out_channels=(8,) * 6,
+        encoder_layers_per_block=(1,) * 6,
+        decoder_layers_per_block=(1,) * 6,
+        encoder_qkv_multiscales=((),) * 6,
+        decoder_qkv_multiscales=((),) * 6,
+        scaling_factor=0.41407,
+    )
+    scheduler = DPMSolverMultistepScheduler(
+        flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction"
+    )
+    SanaPipeline(tokenizer, Gemma2Model(text), vae, network, scheduler).save_pretrained(folder)
+
+
 def _strengthen(network: torch.nn.Module) -> None:
     """Larger weights than the initial ones, so that prompts and guidance show in the velocity."""
     with torch.no_grad():
@@ -452,6 +561,11 @@ def pipeline_images(
         guided = {"guidance_scale": guidance - 1}
     if type(pipe).__name__.startswith("Flux2"):
         return flux2_images(pipe, prompts, noise, steps, guidance, size, output)
+    if type(pipe).__name__ == "QwenImage21Pipeline":
+        return _qwen_2_images(pipe, prompts, noise, steps, guidance, size, output)
+    if type(pipe).__name__ == "SanaPipeline":
+        guided["use_resolution_binning"] = False
+        _euler(pipe)
     packs = hasattr(pipe, "_pack_latents")
     if type(pipe).__name__ == "FluxKontextPipeline":
         images = [image for p in prompts for image in image_for("flux_kontext", p, size)["image"]]
@@ -553,6 +667,49 @@ def flux2_images(
     return latents if output == "latent" else np.stack([np.asarray(image) for image in made])
 
 
+def _qwen_2_images(
+    pipe: Any,
+    prompts: Sequence[str],
+    noise: torch.Tensor,
+    steps: int,
+    guidance: float,
+    size: tuple[int, int],
+    output: str,
+) -> Any:
+    """As ``pipeline_images``, each prompt alone: in a batch the pipeline moves an image by what its
+    prompt is filled up with. Without its cache, whose last bits are others; on white."""
+    kind = "latent" if output == "latent" else "pt"
+    made = [
+        pipe(
+            [prompt],
+            negative_prompt=[""] if guidance > 1 else None,
+            true_cfg_scale=guidance,
+            latents=pipe._pack_latents(start[None], 1, *start.shape),
+            height=size[0],
+            width=size[1],
+            num_inference_steps=steps,
+            output_type=kind,
+            use_kv_cache=False,
+        ).images
+        for prompt, start in zip(prompts, noise, strict=True)
+    ]
+    found = torch.cat(made)
+    if output == "latent":
+        return found.transpose(1, 2).reshape(noise.shape)
+    colour, alpha = found[:, :3], found[:, 3:]
+    on_white = (colour * alpha + (1 - alpha)).permute(0, 2, 3, 1)
+    return (on_white.float() * 255).round().to(torch.uint8).numpy()
+
+
+def _euler(pipe: Any) -> None:
+    """The pipeline draws in Euler steps with its own shift."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if "flow_shift" in pipe.scheduler.config:
+        shift = pipe.scheduler.config.flow_shift
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+
+
 # --- the table
 
 
@@ -585,9 +742,11 @@ MODELS = {
         sources=2,
         size=(64, 96),
     ),
+    "qwen_image_2": _row(build_qwen_image_2, "qwen_image_2", 1.0, 4.0, size=(64, 96)),
     "z_image": _row(build_z_image, "z_image", 1.0, 3.0),
     "flux2": _row(build_flux2, "flux2", 1.0, 4.0),
     "flux2_dev": _row(build_flux2_dev, "flux2_dev", 1.0, 4.0),
+    "sana": _row(build_sana, "sana", 1.0, 4.5, size=(64, 96)),
     "bagel": _row(build_bagel, "bagel", 1.0, 4.0, pipeline=False),
 }
 PIPELINES = [family for family, model in MODELS.items() if model.pipeline_images]

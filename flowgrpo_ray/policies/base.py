@@ -52,6 +52,8 @@ class Policy(ABC):
     pipeline: ClassVar[str] = ""  # the model's class in diffusers, if it has one
     native_layers: ClassVar[Native] = {}
     call_arguments: ClassVar[tuple[str, ...]] = ()  # of that pipeline's call, for the model card
+    call_takes_length: ClassVar[bool] = True  # as max_sequence_length
+    call_scheduler: ClassVar[str] = ""  # to draw with, if not the pipeline's own
     ways_in: ClassVar[tuple[str, ...]] = ()  # methods of the network that compute, beside forward
     encoded_at_once: ClassVar[int] = ENCODED_AT_ONCE
     negative_prompt: ClassVar[str | None] = ""  # what guidance leads away from; None: no prompt

@@ -6,15 +6,19 @@ place that was looked at and what to do.
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
 from flowgrpo_ray.common.errors import ModelError
+from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.policies.fit import check_config, check_memory, check_tensors, values_in
-from flowgrpo_ray.policies.hub import model_file, read_config, unavailable
+from flowgrpo_ray.policies.hub import download, model_file, read_config, unavailable
 
 if TYPE_CHECKING:
     from flowgrpo_ray.spec.sections import ModelSpec
@@ -58,12 +62,14 @@ def from_pretrained(
 
 
 def load_tokenizer(model: ModelSpec, part: str) -> Any:
-    """The tokenizer that model_index.json names."""
+    """The tokenizer that model_index.json names, or that of the processor which it names."""
     import transformers
 
     match read_config(model, INDEX).get(part):
         case ["transformers", str(name)] if hasattr(transformers, name):
             cls: Any = getattr(transformers, name)
+            if issubclass(cls, transformers.ProcessorMixin):  # whose other parts need torchvision
+                cls = transformers.AutoTokenizer
         case _:
             cls = None
     if cls is None:
@@ -103,8 +109,8 @@ def _text_encoders(
 
     found: dict[str, Any] = {}
     for name, part in read_config(model, INDEX).items():
-        if not isinstance(part, list) or name in given:
-            continue
+        if not isinstance(part, list) or name in given or isinstance(part[0], float):
+            continue  # given, or a setting of the pipeline
         if part[0] is None:  # left out by whoever saved the folder, as SD3's T5
             found[name] = None
             continue
@@ -125,3 +131,14 @@ def _text_encoders(
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             found[name] = from_pretrained(cls, model, name, dtype=dtype)
     return found
+
+
+def write_published(model: ModelSpec, part: str, folder: Path) -> None:
+    """A part of a pipeline that was exported to ``folder`` without it, as it was published."""
+    if model.folder is None:
+        download(model, [f"{part}/*"])
+    published = model_file(model, INDEX).parent / part
+    shutil.copytree(published, folder / part, copy_function=shutil.copyfile)
+    index = parse((folder / INDEX).read_bytes())
+    index[part] = read_config(model, INDEX)[part]
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

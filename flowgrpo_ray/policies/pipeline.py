@@ -242,5 +242,10 @@ def decode(vae: Any, x: Tensor) -> Images:
 def as_images(pixels: Tensor) -> Images:
     """Decoded ``[b, 3, H, W]`` in -1..1 to uint8 ``[b, H, W, 3]``, scaled in the decoder's dtype as
     the pipelines do."""
-    scaled = ((pixels * 0.5 + 0.5).clamp(0, 1).float() * 255).round().byte()
+    return as_bytes((pixels * 0.5 + 0.5).clamp(0, 1))
+
+
+def as_bytes(colours: Tensor) -> Images:
+    """``[b, 3, H, W]`` in 0..1 to uint8 ``[b, H, W, 3]``."""
+    scaled = (colours.float() * 255).round().byte()
     return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()

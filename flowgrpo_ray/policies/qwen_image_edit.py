@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,13 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.common.types import NEGATIVE, Condition, Images
 from flowgrpo_ray.policies.arrays import as_array
 from flowgrpo_ray.policies.base import Configs
 from flowgrpo_ray.policies.editing import SOURCES, EditingPolicy
-from flowgrpo_ray.policies.hub import download, model_file, read_config
-from flowgrpo_ray.policies.loading import INDEX, from_pretrained, load_tokenizer
+from flowgrpo_ray.policies.loading import from_pretrained, load_tokenizer, write_published
 from flowgrpo_ray.policies.qwen_image import QwenImagePolicy
 
 PROCESSOR = "processor"  # the part that makes tokens and patches of prompt and images
@@ -103,15 +99,8 @@ class QwenImageEditPolicy(EditingPolicy, QwenImagePolicy):
         return condition
 
     def save_pipeline(self, folder: Path) -> None:
-        """Its processor as it was published."""
         super().save_pipeline(folder)
-        if self.model.folder is None:
-            download(self.model, [f"{PROCESSOR}/*"])
-        published = model_file(self.model, INDEX).parent / PROCESSOR
-        shutil.copytree(published, folder / PROCESSOR, copy_function=shutil.copyfile)
-        index = parse((folder / INDEX).read_bytes())
-        index[PROCESSOR] = read_config(self.model, INDEX)[PROCESSOR]
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_published(self.model, PROCESSOR, folder)
 
 
 class QwenImageEditPlusPolicy(QwenImageEditPolicy):

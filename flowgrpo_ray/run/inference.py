@@ -159,8 +159,9 @@ def export(
         policy.save_pipeline(out)
     versions = {name: version(name) for name in ("torch", "diffusers", "peft")}
     versions = {"flowgrpo_ray": __version__, **versions}
+    call = (policy.call_takes_length, policy.call_scheduler)
     sources = sources_per_prompt(folder.path) or policy.sources.start
-    exported = Exported(what, weights, policy.call_arguments, progress, versions, sources)
+    exported = Exported(what, weights, policy.call_arguments, progress, versions, *call, sources)
     card = model_card(spec, exported)
     readme = out / "README.md"
     readme.write_text(card, encoding="utf-8")

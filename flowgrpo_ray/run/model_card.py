@@ -26,7 +26,6 @@ IMAGE = """image = pipe(
     height={height},
     width={width},
     num_inference_steps={steps},
-    max_sequence_length={tokens},
     {arguments},
 ).images[0]
 image.save("image.png")
@@ -71,6 +70,8 @@ class Exported:
     arguments: tuple[str, ...]
     progress: Progress  # of its checkpoint
     versions: Mapping[str, str]  # of packages, by name
+    takes_length: bool = True  # the call, as max_sequence_length
+    scheduler: str = ""  # to draw with, of a {shift}, if not the pipeline's own
     sources: int = 0  # how many images each prompt of the run changes
 
 
@@ -183,18 +184,23 @@ def _code(spec: TrainingSpec, exported: Exported) -> str:
     lines.append(f"pipe = DiffusionPipeline.from_pretrained({source}, dtype=torch.{model.dtype})")
     if exported.what == "lora":
         lines.append("pipe.load_lora_weights(place)")
-    if model.shift is not None:
+    if exported.scheduler:
+        shift = model.shift or "pipe.scheduler.config.flow_shift"
+        name = exported.scheduler.partition("(")[0]
+        lines[1] = f"from diffusers import DiffusionPipeline, {name}"
+        lines.append(f"pipe.scheduler = {exported.scheduler.format(shift=shift)}")
+    elif model.shift is not None:
         lines.append("pipe.scheduler = pipe.scheduler.from_config(")
         lines.append(f"    pipe.scheduler.config, shift={model.shift}, use_dynamic_shifting=False")
         lines.append(")")
+    length = (f"max_sequence_length={model.max_sequence_length}",) if exported.takes_length else ()
     images = ("image=source",) if exported.sources else ()
-    arguments = ",\n    ".join((*exported.arguments, *images))
+    arguments = ",\n    ".join((*length, *exported.arguments, *images))
     guidance = spec.sampling.guidance
     size = {"height": spec.sampling.size[0], "width": spec.sampling.size[1]}
     image = IMAGE.format(
         **size,
         steps=spec.evaluation.steps,
-        tokens=model.max_sequence_length,
         arguments=arguments.format(**size, guidance=guidance, beyond_one=guidance - 1),
     )
     if exported.sources:

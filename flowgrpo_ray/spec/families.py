@@ -37,6 +37,9 @@ FAMILIES = {
         ("QwenImageEditPlusPipeline",),
         sources=range(1, 4),
     ),
+    "qwen_image_2": Family(
+        "flowgrpo_ray.policies.qwen_image_2:QwenImage2Policy", ("QwenImage21Pipeline",)
+    ),
     "z_image": Family("flowgrpo_ray.policies.z_image:ZImagePolicy", ("ZImagePipeline",)),
     "flux2": Family(
         "flowgrpo_ray.policies.flux2:Flux2Policy", ("Flux2KleinPipeline",), sources=range(5)
@@ -44,6 +47,7 @@ FAMILIES = {
     "flux2_dev": Family(
         "flowgrpo_ray.policies.flux2:Flux2DevPolicy", ("Flux2Pipeline",), sources=range(7)
     ),
+    "sana": Family("flowgrpo_ray.policies.sana:SanaPolicy", ("SanaPipeline",)),
     "bagel": Family("flowgrpo_ray.policies.bagel:BagelPolicy", index="llm_config.json"),
 }
 
