@@ -444,12 +444,16 @@ def build_sana(folder: Path) -> None:
         SanaPipeline,
         SanaTransformer2DModel,
     )
+    from tokenizers.processors import TemplateProcessing
     from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
     torch.manual_seed(0)
     symbols = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581"]
     symbols += [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = GemmaTokenizer(vocab={symbol: i for i, symbol in enumerate(symbols)})
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        "<bos> $A", special_tokens=[("<bos>", 2)]
+    )
     text = Gemma2Config(
         vocab_size=len(tokenizer),
         hidden_size=32,

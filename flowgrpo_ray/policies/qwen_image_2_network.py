@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
-from transformers import ProcessorMixin
+from transformers import ProcessorMixin, Qwen3VLProcessor
 
 Grids = Sequence[Sequence[tuple[int, int, int]]]  # frames, height and width of each sample's images
 
@@ -123,13 +123,15 @@ def _turn(x: Tensor, rotary: Tensor) -> Tensor:
     return torch.view_as_real(turned).flatten(3).type_as(x)
 
 
-class Words(ProcessorMixin):
+class Words(Qwen3VLProcessor):
     """The pipeline's processor without its parts for pictures, which need torchvision."""
+
+    return_mm_token_type_ids = False
 
     def __init__(self, tokenizer: Any) -> None:
         self.image_token = "<|image_pad|>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        super().__init__(tokenizer, chat_template=tokenizer.chat_template)
+        ProcessorMixin.__init__(self, tokenizer, chat_template=tokenizer.chat_template)
 
     def save_pretrained(self, *_: object, **__: object) -> list[str]:
         """Nothing: whoever saves the pipeline copies the processor's own files."""

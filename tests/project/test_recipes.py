@@ -39,6 +39,12 @@ QWEN_LORA = (
         ATTENTION | {"img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"}
     ),
 )
+QWEN_2_LORA = frozenset(
+    {
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("img_mlp.gate_layer", "img_mlp.proj", "img_mlp.out"),
+    }
+)
 Z_IMAGE_ATTENTION = frozenset(
     {"attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"}
 )
@@ -169,6 +175,15 @@ PUBLISHED = {
         kl=None,
         ema=None,
     ),
+    "qwen-image-2-pickscore": replace(
+        Z_IMAGE,
+        model=("qwen_image_2", "Qwen/Qwen-Image-2.1"),
+        lora=(64, 128, QWEN_2_LORA),
+        steps=(16, 40),
+        guidance=1,
+        micro_batch=4,
+        groups=(16, 48),
+    ),
     "z-image-pickscore": Z_IMAGE,
     "z-image-turbo-pickscore": replace(
         Z_IMAGE,
@@ -293,10 +308,44 @@ NFT_EDITING = {  # of Edit-R1, by the spec's keys
     "objective.decay.cap": 0.5,
     "evaluation.steps": 15,
 }
+NFT_OF_SANA = {  # of Sol-RL, by the spec's keys
+    "sana-nft-pickscore": {
+        "model.path": "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
+        "model.dtype": "bfloat16",
+        "model.max_sequence_length": 300,
+        "tuning.rank": 4,
+        "tuning.alpha": 4,
+        "tuning.targets": None,
+        "sampling.size": (1024, 1024),
+        "sampling.solver": "euler",
+        "sampling.steps": 10,
+        "sampling.guidance": 1,
+        "sampling.group_size": 24,
+        "sampling.groups": 48,
+        "advantages.std": "global",
+        "advantages.clamp": 5,
+        "objective.beta": 1,
+        "objective.updates": 1,
+        "objective.epochs": 1,
+        "objective.decay.flat": 0,
+        "objective.decay.rate": 0.001,
+        "objective.decay.cap": 0.5,
+        "objective.times.count": 9,
+        "objective.times.draw": "steps",
+        "objective.times.within": (0, 1),
+        "objective.reference": 1e-4,
+        "optimizer.learning_rate": 3e-4,
+        "optimizer.weight_decay": 1e-4,
+        "optimizer.grad_norm": 1,
+        "ema.decay": 0.9,
+        "ema.every": 1,
+        "evaluation.steps": 40,
+    }
+}
 EDITING = ("flux-kontext-pickscore", "qwen-image-edit-nft-judge")  # whose prompts name images
 OWN = {"sd35-ocr-geneval-pickscore": 32}  # of nobody's but ours, with their GPUs
 NFT_OF_FLUX2 = "flux2-klein-nft-pickscore"
-EIGHT = [*NFT, *NFT_GUIDED, NFT_OF_FLUX2, "qwen-image-edit-nft-judge"]
+EIGHT = [*NFT, *NFT_GUIDED, *NFT_OF_SANA, NFT_OF_FLUX2, "qwen-image-edit-nft-judge"]
 GPUS = {name: row.gpus for name, row in PUBLISHED.items()} | OWN | dict.fromkeys(EIGHT, 8)
 
 
@@ -394,6 +443,13 @@ def test_the_numbers_of_nft_that_edits_are_the_published_ones():
     assert trained(spec) == {"edit": 1}
     judge = spec.rewards["edit"].options
     assert (judge["answer"], judge["low"], judge["high"]) == ("digits", 0, 5)
+
+
+def test_the_numbers_of_nft_on_sana_are_the_published_ones():
+    ((name, published),) = NFT_OF_SANA.items()
+    spec = load_spec(name)
+    assert {key: attrgetter(key)(spec) for key in published} == published
+    assert trained(spec) == {"pickscore": 1}
 
 
 def test_the_numbers_of_nft_on_flux2_are_the_published_ones():
