@@ -67,18 +67,12 @@ def rotations(
 ) -> Tensor:
     """``[b or 1, text + h w, 1, head / 2]`` complex. A prompt's token has its place on all three
     axes; one of the image has the prompt's length, and its place around the image's middle."""
+    behind = torch.full((1,), text, device=device) if lengths is None else lengths
+    words = torch.arange(text, device=device)[None, :, None].expand(len(behind), -1, 3)
     height, width = (torch.arange(n, device=device) - (n - n // 2) for n in grid)
-    words = torch.arange(text, device=device)[None, :, None].expand(1, text, 3)
-    behind = torch.tensor([text], device=device) if lengths is None else lengths
-    places = torch.stack(torch.meshgrid(height, width, indexing="ij"), -1).reshape(-1, 2)
-    image = torch.cat(
-        [
-            behind[:, None, None].expand(-1, len(places), 1),
-            places.expand(len(behind), -1, 2),
-        ],
-        -1,
-    )
-    positions = torch.cat([words.expand(len(behind), -1, 3), image], 1)
+    places = torch.cartesian_prod(height, width).expand(len(behind), -1, 2)
+    image = torch.cat([behind[:, None, None].expand(-1, places.shape[1], 1), places], -1)
+    positions = torch.cat([words, image], 1)
     angles: list[Tensor] = []
     for axis, dim in enumerate(rope.axes_dim):
         steps = torch.arange(0, dim, 2, device=device).to(torch.float32)
