@@ -38,7 +38,14 @@ from tiny_runs import (
 )
 
 from flowgrpo_ray.algorithm.sampling import rollout
-from flowgrpo_ray.common.types import Condition, Images, LearnerState, Schedule, WeightsTicket
+from flowgrpo_ray.common.types import (
+    Condition,
+    Images,
+    LearnerState,
+    Noising,
+    Schedule,
+    WeightsTicket,
+)
 from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.spec.families import family_of
 from flowgrpo_ray.spec.training import TrainingSpec
@@ -824,12 +831,16 @@ def draw_batch_of(
     *,
     window: range = range(1, 3),
     index: int = 0,
+    noising: Noising | None = None,
 ) -> ModelBatch:
-    """Sample a micro-batch, stochastic in ``window``, and invent advantages for it."""
+    """Sample a micro-batch, stochastic in ``window`` or to be trained where ``noising`` says, and
+    invent advantages for it."""
     samples = tuple(range(index * len(prompts), (index + 1) * len(prompts)))
-    of = unit(schedule_of(policy, window), prompts, samples, index=index)
+    steps = schedule_of(policy, range(0) if noising else window)
+    of = unit(steps, prompts, samples, index=index, noising=noising)
     size = MODELS[policy.model.family].size
-    trajectory, _ = rollout(policy, of, conditions, size, ticket)
+    old = noising is not None
+    trajectory, _ = rollout(policy, of, conditions, size, ticket, keep_old=old)
     advantages = np.random.default_rng(index).normal(size=of.batch).astype(np.float32)
     return ModelBatch(of, trajectory, advantages, np.ones(of.batch, bool), conditions)
 

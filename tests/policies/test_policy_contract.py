@@ -60,6 +60,11 @@ from flowgrpo_ray.spec.families import FAMILIES
 STEPS = 6
 OWN_LIMITS = {"z_image", "qwen_image_2", "sana"}  # of the networks: see their own tests
 UNLIMITED = {"flux2", "flux2_dev"}  # pipelines that name a length, and refuse none
+NFT = (  # the objective, and what of a tiny model's spec it does not know
+    "objective={kind: diffusion_nft, times: {count: 2, within: [0.3, 1]}}",
+    "sampling.eta=null",
+    "sampling.window=null",
+)
 GUIDED = [(family, g) for family, model in MODELS.items() for g in model.guidances]
 GUIDED_PIPELINES = [(family, g) for family, g in GUIDED if family in PIPELINES]
 
@@ -395,6 +400,20 @@ def test_a_replayed_trajectory_has_a_log_ratio_of_exactly_zero(family, dtype, tu
         for step in replay(rank, batch.trajectory, batch.unit.schedule, condition):
             assert step.log_ratio.requires_grad
             assert torch.equal(step.log_ratio, torch.zeros(3))
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_finished_image_is_trained_with_the_velocities_it_was_sampled_with(family):
+    """DiffusionNFT: the change of velocity is exactly 0 before the first update, which moves."""
+    spec = spec_of(family, guided(family), TUNINGS["lora"], *NFT)
+    learner, worker = Learner(spec, CPU), sampler(spec)
+    ticket, arrays = learner.publish(0)
+    load_arrays(worker.trainable(), arrays)
+    conditions = conditions_of(family, guided(family), TUNINGS["lora"])
+    batch = draw_batch_of(worker, conditions, ticket=ticket, noising=spec.objective.noising)
+    stats = batch.into(learner)
+    assert (stats.gate_max, stats.gated) == (0, True)
+    assert learner.step(batch.unit.batch, len(batch.unit.points)).grad_norm
 
 
 @pytest.mark.parametrize("family", MODELS)
