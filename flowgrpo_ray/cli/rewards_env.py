@@ -85,6 +85,7 @@ def _lines(file: Path) -> list[str]:
     try:
         text = file.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RewardEnvironmentError(f"--requirements {file}: cannot be read: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise RewardEnvironmentError(f"--requirements {file}: cannot be read: {why}") from error
     lines = (line.partition(" #")[0].strip() for line in text.splitlines())
     return [line for line in lines if line and not line.startswith("#")]

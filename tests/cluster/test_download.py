@@ -76,7 +76,7 @@ def test_a_lora_comes_before_the_start_as_well(ray_cluster: None, tmp_path: Path
     with tiny_hub(published, seconds=1.0) as (address, _):
         with arrivals(environment_of(address, home)) as arrived:
             assert arrived() == 0
-            shown = fetch(address, home, patience=6.0, key="model.lora")
+            shown = fetch(address, home, patience=60.0, key="model.lora")
             assert shown[0].startswith(f"downloading {REPO}: ")
             assert arrived() == 400_000
         snapshots = [file for file in home.rglob("snapshots/**/*") if file.is_file()]

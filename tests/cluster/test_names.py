@@ -41,7 +41,7 @@ def trained(root: Path, iterations: int, *, of: int, kept: tuple[int, ...] = ())
     spec = load_spec("tiny-ocr", [f"iterations={of}"])
     folder = RunFolder.claim(root, spec, resume=False)
     folder.release()
-    recorder = RunRecorder(folder.path, tensorboard=False)
+    recorder = RunRecorder(folder.path)
     recorder.log({"kind": "eval", "iteration": 0})
     recorder.log_timing({"kind": "start", "seconds": 1.0, "phases": {}})
     for iteration in range(1, iterations + 1):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from waiting import wait_until
 
 from flowgrpo_ray.common.errors import SpecError, TrackingError
 from flowgrpo_ray.run import trackers
@@ -167,7 +168,13 @@ def test_wandb_offline_has_spec_rows_and_pictures_of_one_run(
     known = (tmp_path / "wandb-run-id.txt").read_text().strip()
     records = []
     for folder in (first, second):
-        of_folder = list(wandb_records(folder / f"run-{known}.wandb"))
+        file = folder / f"run-{known}.wandb"
+
+        def ended(file: Path = file) -> list[Any]:
+            return [record.exit for record in wandb_records(file) if record.HasField("exit")]
+
+        wait_until(ended, "wandb's own process has written all")
+        of_folder = list(wandb_records(file))
         (run,) = [record.run for record in of_folder if record.HasField("run")]
         assert (run.run_id, run.project, run.display_name) == (known, "signs", "kept")
         assert (run.run_group, list(run.tags), run.notes) == ("seeds", ["a", "b"], "why")

@@ -54,7 +54,7 @@ const saysOf = (shot, index) => `iteration ${shot.iteration}, ${view.reward} ${s
 function tile(shot, index, says = saysOf(shot, index)) {
   const [height, width] = shot.tile;
   const small = width < 128 ? "small" : "";
-  const canvas = el("canvas", { width, height, role: "img", "aria-label": `${says}: ${leftOne().prompts[index]}`, title: says, class: small });
+  const canvas = el("canvas", { width, height, role: "img", "aria-label": `${says}: ${(shot.prompts ?? leftOne().prompts)[index]}`, title: says, class: small });
   const ready = decoded.get(shot.image)?.picture;
   if (ready) crop(canvas, ready, { shot, index });
   else {
