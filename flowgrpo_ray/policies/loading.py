@@ -138,7 +138,7 @@ def write_published(model: ModelSpec, part: str, folder: Path) -> None:
     if model.folder is None:
         download(model, [f"{part}/*"])
     published = model_file(model, INDEX).parent / part
-    shutil.copytree(published, folder / part, copy_function=shutil.copyfile)
+    shutil.copytree(published, folder / part, copy_function=shutil.copyfile, dirs_exist_ok=True)
     index = parse((folder / INDEX).read_bytes())
     index[part] = read_config(model, INDEX)[part]
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -44,7 +44,6 @@ class PipelinePolicy(Policy):
     thinks: ClassVar[bool | None] = None  # as its chat template is told; None: there is none
     call_arguments = ("guidance_scale={guidance}",)
     config_files = ("transformer/config.json", "vae/config.json")
-    left_out: ClassVar[dict[str, None]] = {}  # parts that export does not load to write them
 
     vae: Any
 
@@ -68,6 +67,10 @@ class PipelinePolicy(Policy):
     def load_readers(self) -> dict[str, Any]:
         """Parts that encoding needs, if not as the pipeline itself would load them."""
         return {"vae": None}
+
+    def export_parts(self) -> dict[str, Any]:
+        """Parts that are not loaded to be written again with an exported pipeline."""
+        return {}
 
     def drop_encoder(self) -> None:
         del self.encoder
@@ -186,7 +189,7 @@ class PipelinePolicy(Policy):
             None,
             dtype=self.dtype,
             transformer=self.network.to(self.dtype),
-            **self.left_out,
+            **self.export_parts(),
         ).save_pretrained(folder)
 
 

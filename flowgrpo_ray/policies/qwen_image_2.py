@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +37,6 @@ class QwenImage2Policy(PackedPolicy):
     blocks = ("QwenImage21TransformerBlock",)
     tokenizer = "processor"
     max_tokens = 8191  # the pipeline knows no limit, and the network no more positions
-    left_out: ClassVar[dict[str, None]] = {"processor": None}
     lora_targets = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("img_mlp.proj", "img_mlp.gate_layer", "img_mlp.out"),
@@ -66,6 +65,9 @@ class QwenImage2Policy(PackedPolicy):
         from flowgrpo_ray.policies.qwen_image_2_network import Words
 
         return Words(load_tokenizer(self.model, self.tokenizer))
+
+    def export_parts(self) -> dict[str, Any]:
+        return {self.tokenizer: self.load_processor()}
 
     def load_readers(self) -> dict[str, Any]:
         return {**super().load_readers(), self.tokenizer: self.load_processor()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -30,10 +30,12 @@ class QwenImageEditPolicy(EditingPolicy, QwenImagePolicy):
 
     pipeline = "QwenImageEditPipeline"
     sources = range(1, 2)
-    left_out: ClassVar[dict[str, None]] = {PROCESSOR: None}
 
     def reading(self) -> None:
         return None  # of any length
+
+    def export_parts(self) -> dict[str, Any]:
+        return {PROCESSOR: None}
 
     def load_readers(self) -> dict[str, Any]:
         return {**super().load_readers(), PROCESSOR: self.load_processor()}

@@ -58,15 +58,6 @@ def test_a_slow_hub_takes_longer_than_the_start_may(ray_cluster: None, tmp_path:
     assert come[0] < come[-1] <= 4.4
 
 
-def test_a_hub_that_goes_silent_is_told(ray_cluster: None, tmp_path: Path):
-    assert FOLDER is not None
-    with (
-        tiny_hub(FOLDER, seconds=40.0) as (address, _),
-        pytest.raises(ClusterError, match=f"'{REPO}'.*no byte came for cluster.ready_timeout_s"),
-    ):
-        fetch(address, tmp_path, patience=1.0)
-
-
 def test_a_lora_comes_before_the_start_as_well(ray_cluster: None, tmp_path: Path):
     """Of its repository the adapters alone; and what has come is seen while rewards start."""
     published, home = tmp_path / "published", tmp_path / "home"
@@ -76,11 +67,20 @@ def test_a_lora_comes_before_the_start_as_well(ray_cluster: None, tmp_path: Path
     with tiny_hub(published, seconds=1.0) as (address, _):
         with arrivals(environment_of(address, home)) as arrived:
             assert arrived() == 0
-            shown = fetch(address, home, patience=60.0, key="model.lora")
+            shown = fetch(address, home, patience=6.0, key="model.lora")
             assert shown[0].startswith(f"downloading {REPO}: ")
             assert arrived() == 400_000
         snapshots = [file for file in home.rglob("snapshots/**/*") if file.is_file()]
         assert {file.name for file in snapshots} == {"lora.safetensors", "adapter_config.json"}
+
+
+def test_a_hub_that_goes_silent_is_told(ray_cluster: None, tmp_path: Path):
+    assert FOLDER is not None
+    with (
+        tiny_hub(FOLDER, seconds=40.0) as (address, _),
+        pytest.raises(ClusterError, match=f"'{REPO}'.*no byte came for cluster.ready_timeout_s"),
+    ):
+        fetch(address, tmp_path, patience=1.0)
 
 
 def test_a_start_waits_as_long_as_something_comes(monkeypatch):
