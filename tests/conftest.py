@@ -35,8 +35,13 @@ LONGEST = (
 )
 
 
-SLOW_FAMILIES = ("qwen_image_2", "sana")
-KEPT = (
+# Families that are another with more tokens or another encoder, or whose models take long to build:
+# of the tests over all families two of theirs are quick, and all of their own files.
+SLOW_FAMILIES = {
+    *("flux_kontext", "flux2_dev", "qwen_image_edit", "qwen_image_edit_plus"),
+    *("qwen_image_2", "sana"),
+}
+QUICK = (
     "test_a_replayed_trajectory_has_a_log_ratio_of_exactly_zero[lora-bfloat16-{}]",
     "test_ode_sampling_is_the_pipelines[alone-{}-4",  # with guidance
 )
@@ -44,18 +49,14 @@ KEPT = (
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """FLUX.2-dev is klein with another encoder, Qwen-Image-Edit is Qwen-Image with more tokens: of
-    the tests over all families theirs are slow; of those of Qwen-Image-2.1 and SANA all but two."""
-    own = {"flux2_dev": "test_flux2_policy.py", "qwen_image_edit": "test_qwen_image_edit_policy.py"}
+    """Mark what is slow by its family, and begin with the longest files."""
     for item in items:
-        params = item.callspec.params if hasattr(item, "callspec") else {}  # type: ignore[attr-defined]
-        family = params.get("family")
-        if family in SLOW_FAMILIES and not item.name.startswith(
-            tuple(k.format(family) for k in KEPT)
-        ):
-            item.add_marker(pytest.mark.slow)
-        if any(name in item.name and item.path.name != file for name, file in own.items()):
-            item.add_marker(pytest.mark.slow)
+        contract = item.path.name == "test_policy_contract.py"
+        families = SLOW_FAMILIES & {*item.name.partition("[")[2].rstrip("]").split("-")}
+        if families and (contract or not item.path.name.endswith("_policy.py")):
+            quick = tuple(name.format(family) for family in families for name in QUICK)
+            if not item.name.startswith(quick):
+                item.add_marker(pytest.mark.slow)
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 

@@ -128,9 +128,9 @@ def moments(count: int) -> Iterator[tuple[float, int, bool]]:
 class TestMoments:
     pytestmark = IN_TURNS
 
-    @pytest.mark.parametrize(
-        "count", [2, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(9000)])]
-    )
+    @pytest.mark.slow
+    @pytest.mark.timeout(9000)
+    @pytest.mark.parametrize("count", [2, 100])
     def test_any_moment(self, hardly_disturbed: None, tmp_path: Path, count: int) -> None:
         """The right status, a true sentence, no process, no file but whole ones, resumable."""
         ends: list[int] = []
