@@ -149,8 +149,9 @@ def sample(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace --out")] = False,
 ) -> None:
     """Draw one image per prompt into a grid PNG."""
-    from flowgrpo_ray.run.inference import generate, load_trained, open_target
+    from flowgrpo_ray.run.inference import cut_off, generate, load_trained, open_target
     from flowgrpo_ray.run.tracking import save_grid
+    from flowgrpo_ray.spec.prompts import Prompt
     from flowgrpo_ray.spec.sources import requests_for
 
     spec, folder = open_target(target)
@@ -163,6 +164,9 @@ def sample(
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     policy = load_trained(spec, folder, weights, iteration)
+    unscored = spec.model_copy(update={"rewards": {}})
+    if told := cut_off(policy, unscored, [Prompt(text) for text in prompts]):
+        console.print(told, soft_wrap=True)
     steps = steps or spec.evaluation.steps
     drawn = generate(policy, spec, requests, steps, seed, spec.evaluation.micro_batch)
     save_grid(out, drawn, min(columns, len(drawn)))
@@ -190,7 +194,7 @@ def evaluate(
     iteration: IterationOption = None,
 ) -> None:
     """Score images of held-out prompts with every reward of the spec; prints JSON."""
-    from flowgrpo_ray.run.inference import generate, load_trained, open_target, score
+    from flowgrpo_ray.run.inference import cut_off, generate, load_trained, open_target, score
     from flowgrpo_ray.run.metrics import mean_and_std
     from flowgrpo_ray.spec.prompts import load_held_out, prompts_for
 
@@ -198,6 +202,8 @@ def evaluate(
     chosen = prompts_for(spec, prompts, "--prompts") if prompts else load_held_out(spec, limit)
     chosen = chosen[:limit]
     policy = load_trained(spec, folder, weights, iteration)
+    if told := cut_off(policy, spec, chosen):
+        print(told, file=sys.stderr)
     steps = steps or spec.evaluation.steps
     requests = [prompt.request(spec.sampling.size) for prompt in chosen]
     images = generate(policy, spec, requests, steps, seed, spec.evaluation.micro_batch)

@@ -32,7 +32,7 @@ from flowgrpo_ray.run.scoring import sources_of
 from flowgrpo_ray.run.tracking import sources_per_prompt
 from flowgrpo_ray.spec.file import load_spec
 from flowgrpo_ray.spec.plan import still_schedule
-from flowgrpo_ray.spec.prompts import Prompt
+from flowgrpo_ray.spec.prompts import Prompt, check_lengths
 from flowgrpo_ray.spec.training import TrainingSpec
 
 WEIGHTS = ("ema", "last")
@@ -90,6 +90,13 @@ def _trained(spec: TrainingSpec, state: LearnerState, weights: str) -> Policy:
     chosen = state.ema if weights == "ema" and state.ema else state.weights
     load_arrays(policy.trainable(), chosen)
     return policy
+
+
+def cut_off(policy: Policy, spec: TrainingSpec, prompts: Sequence[Prompt]) -> str | None:
+    """What to tell of prompts that the model reads in part; ``PromptError`` where a reward of the
+    spec asks for what is not read."""
+    found = EncodingCache(policy).overlong([prompt.text for prompt in prompts])
+    return check_lengths(spec, prompts, found)
 
 
 def generate(

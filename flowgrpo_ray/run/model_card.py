@@ -54,6 +54,7 @@ COMFY = """{
   }
 }
 """
+NEGATIVE = "negative_prompt="
 
 
 @dataclass(frozen=True)
@@ -195,14 +196,15 @@ def _code(spec: TrainingSpec, exported: Exported) -> str:
         lines.append(")")
     length = (f"max_sequence_length={model.max_sequence_length}",) if exported.takes_length else ()
     images = ("image=source",) if exported.sources else ()
-    arguments = ",\n    ".join((*length, *exported.arguments, *images))
     guidance = spec.sampling.guidance
     size = {"height": spec.sampling.size[0], "width": spec.sampling.size[1]}
-    image = IMAGE.format(
-        **size,
-        steps=spec.evaluation.steps,
-        arguments=arguments.format(**size, guidance=guidance, beyond_one=guidance - 1),
-    )
+    given = {**size, "guidance": guidance, "beyond_one": guidance - 1}
+    own = [argument.format(**given) for argument in exported.arguments]
+    if model.negative_prompt is not None:
+        own = [argument for argument in own if not argument.startswith(NEGATIVE)]
+        own.append(f"{NEGATIVE}{model.negative_prompt!r}")
+    arguments = ",\n    ".join((*length, *own, *images))
+    image = IMAGE.format(**size, steps=spec.evaluation.steps, arguments=arguments)
     if exported.sources:
         image = SOURCE.format(**size, files=_files(exported.sources)) + image
     return "\n".join(lines) + "\n" + image

@@ -17,6 +17,7 @@ from flowgrpo_ray.common.errors import ModelError, PromptError, SpecError
 from flowgrpo_ray.common.types import Overlong
 from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.policies.encodings import EncodingCache
+from flowgrpo_ray.run.inference import cut_off
 from flowgrpo_ray.spec.file import load_spec
 from flowgrpo_ray.spec.prompts import Prompt, check_lengths
 from flowgrpo_ray.spec.training import TrainingSpec
@@ -173,3 +174,16 @@ def test_a_negative_prompt_that_nobody_reads_is_refused(family: str, guidance: f
     spec = spec_of(family, f"sampling.guidance={guidance}", "model.negative_prompt=blurred")
     with pytest.raises(SpecError, match=r"model\.negative_prompt = 'blurred': .* Leave it out"):
         load_policy(spec, CPU, frozenset())
+
+
+def test_who_draws_or_scores_is_told_what_is_not_read():
+    """`sample` scores nothing, so it draws all the same; `evaluate` refuses what a reward asks."""
+    spec = load_spec("tiny-ocr", ["model.max_sequence_length=6"])
+    policy = load_policy(spec, CPU, frozenset())
+    unscored = spec.model_copy(update={"rewards": {}})
+    told = cut_off(policy, unscored, [Prompt(LONG), Prompt("red")])
+    assert told is not None
+    assert told.startswith("1 of 2 prompts are cut off after 6 tokens; the longest has ")
+    assert cut_off(policy, unscored, [Prompt("red")]) is None
+    with pytest.raises(PromptError, match=r"rewards\.ocr: the text"):
+        cut_off(policy, spec, [Prompt(LONG)])

@@ -301,6 +301,19 @@ def test_the_card_of_a_hub_model_names_base_revision_and_start():
     assert "weights of the last update" in model_card(spec, averaged), "a run without averages"
 
 
+def test_the_code_of_the_card_has_the_specs_negative_prompt():
+    """In place of the family's own, whatever signs are in it."""
+    spec = small_spec(LORA, "sampling.guidance=4")
+    card = replace(CARD, arguments=("true_cfg_scale={guidance}", 'negative_prompt=" "'))
+    code = parts_of(model_card(spec, card))[2]
+    assert "true_cfg_scale=4.0" in code
+    assert 'negative_prompt=" "' in code
+    model = spec.model.model_copy(update={"negative_prompt": "a {blurred} 'sign'"})
+    code = parts_of(model_card(spec.model_copy(update={"model": model}), card))[2]
+    assert code.count("negative_prompt=") == 1
+    assert """negative_prompt="a {blurred} 'sign'\"""" in code
+
+
 def test_the_code_of_the_card_sets_the_shift_of_the_spec(runs, tmp_path, monkeypatch):
     spec = small_spec("model.shift=3")
     export(runs["full"].read_spec(), runs["full"], tmp_path / "out", "pipeline", "ema")
