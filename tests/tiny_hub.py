@@ -9,7 +9,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ class Handler(BaseHTTPRequestHandler):
     folder: Path
     asked: list[str]
     seconds: float = 0.0  # that a large file takes, one after the other
-    turn = threading.Lock()
+    turn: threading.Lock
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -78,7 +78,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.seconds and len(content) > LARGE:
             with self.turn:
                 time.sleep(self.seconds)
-        self.wfile.write(content)
+        with suppress(ConnectionError):  # whoever asked is gone
+            self.wfile.write(content)
 
 
 @contextmanager
@@ -86,7 +87,8 @@ def tiny_hub(folder: Path, seconds: float = 0.0) -> Iterator[tuple[str, list[str
     """``folder`` as ``REPO`` at the address that is yielded, with the list of paths asked for; each
     large file takes so many ``seconds``."""
     asked: list[str] = []
-    attributes = {"folder": folder, "asked": asked, "seconds": seconds}
+    attributes: dict[str, object] = {"folder": folder, "asked": asked, "seconds": seconds}
+    attributes["turn"] = threading.Lock()
     handler = type("FolderHandler", (Handler,), attributes)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True  # whoever does not wait for an answer need not wait at the end
