@@ -44,27 +44,25 @@ def port(ray_cluster):
     """Six rewards, served by handle and on this port."""
     port = own_port()
     serve.shutdown()  # it may run without HTTP, for other tests
-    deploy.start_rewards(
-        [
-            RewardServiceArgs(name="ocr", options={"detect": False}),
-            RewardServiceArgs(name="sign_colour"),
-            RewardServiceArgs(name="preservation"),
-            RewardServiceArgs(name="sees", reward="reward_samples:Sees", max_batch_images=4),
-            RewardServiceArgs(name="locked", reward=PROBE, token_env="FLOWGRPO_TEST_TOKEN"),
-            RewardServiceArgs(
-                name="probe",
-                reward=PROBE,
-                max_batch_images=8,
-                batch_wait_ms=200,
-                max_images_per_request=20,
-                max_image_pixels=64 * 64,
-                max_body_bytes=100_000,
-            ),
-        ],
-        http_port=port,
-        deadline_s=PATIENCE_S,
-    )
-    return port
+    rewards = [
+        RewardServiceArgs(name="ocr", options={"detect": False}),
+        RewardServiceArgs(name="sign_colour"),
+        RewardServiceArgs(name="preservation"),
+        RewardServiceArgs(name="sees", reward="reward_samples:Sees", max_batch_images=4),
+        RewardServiceArgs(name="locked", reward=PROBE, token_env="FLOWGRPO_TEST_TOKEN"),
+        RewardServiceArgs(
+            name="probe",
+            reward=PROBE,
+            max_batch_images=8,
+            batch_wait_ms=200,
+            max_images_per_request=20,
+            max_image_pixels=64 * 64,
+            max_body_bytes=100_000,
+        ),
+    ]
+    deploy.start_rewards(rewards, http_port=port, deadline_s=PATIENCE_S)
+    yield port
+    deploy.remove([reward.name for reward in rewards])  # other tests need their CPUs
 
 
 @pytest.fixture(scope="module")
