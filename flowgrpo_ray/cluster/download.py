@@ -9,12 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flowgrpo_ray.cluster.actors import awaited
 from flowgrpo_ray.cluster.live import Display
 from flowgrpo_ray.common.errors import ClusterError
 from flowgrpo_ray.policies.hub import download, fetched_bytes, lora_repository, to_fetch
+from flowgrpo_ray.serving.arrivals import start_on
 from flowgrpo_ray.spec.sections import ModelSpec
 from flowgrpo_ray.spec.training import TrainingSpec
 
@@ -59,16 +59,7 @@ async def fetch_model(
     """
     if spec.model.folder is not None and lora_repository(spec.model) is None:
         return
-    actors: list[Any] = [
-        ray.remote(Downloader)
-        .options(
-            num_cpus=0,
-            runtime_env={"env_vars": dict(environment)} if environment else None,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-        )
-        .remote(spec.model)
-        for node in nodes
-    ]
+    actors = [start_on(n, Downloader, spec.model, environment=environment) for n in nodes]
     try:
         await _all_there(spec, actors, display)
     finally:

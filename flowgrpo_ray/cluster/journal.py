@@ -20,11 +20,11 @@ from flowgrpo_ray.cluster.live import Display
 from flowgrpo_ray.cluster.stages import StageReader
 from flowgrpo_ray.cluster.stream import Stream
 from flowgrpo_ray.common.errors import RewardError
-from flowgrpo_ray.common.sources import pictures
-from flowgrpo_ray.common.types import Edit, MicrobatchStats, StepStats, WeightsTicket
+from flowgrpo_ray.common.types import MicrobatchStats, StepStats, WeightsTicket
 from flowgrpo_ray.run.checkpoint import Progress
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.metrics import Scores, eval_row, means_by_set, train_row
+from flowgrpo_ray.run.scoring import sources_of
 from flowgrpo_ray.run.tracking import RunRecorder, StartClock, save_sources
 from flowgrpo_ray.run.watch import Divergence, Watch, describe, export_of_best
 from flowgrpo_ray.spec.prompts import Prompt
@@ -69,6 +69,7 @@ class Journal:
         self._earlier_seconds = self.progress.seconds  # of the attempts that this one continues
         self.watch = self._watch_again()
         self.diverged: Divergence | None = None  # why the watch ended the run
+        self._sources_kept = False  # of the evaluations, which all show the same prompts
         self._stages = StageReader(spec)
         self.starting = True  # until the first iteration
         self._furthest = 0  # iteration
@@ -207,9 +208,11 @@ class Journal:
             name: np.concatenate([score.rewards[name] for score in scores])[:shown]
             for name in self._spec.rewards
         }
-        asked = [prompt.request(self._spec.sampling.size) for prompt in prompts[:shown]]
-        if edits := [request for request in asked if isinstance(request, Edit)]:
-            save_sources(self._folder.path, np.stack([pictures(edit) for edit in edits]))
+        if not self._sources_kept:
+            sources = sources_of(prompts[:shown], self._spec.sampling.size)
+            if sources is not None:
+                save_sources(self._folder.path, sources)
+            self._sources_kept = True
         tracked = self._spec.tracking.pictures
         self._recorder.log_samples(iteration, images, texts, of_images, tracked)
         self._record_time("eval", iteration, time.perf_counter() - self._began)

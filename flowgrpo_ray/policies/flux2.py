@@ -19,13 +19,13 @@ from flowgrpo_ray.policies.base import Configs
 from flowgrpo_ray.policies.editing import SOURCES, EditingPolicy
 from flowgrpo_ray.policies.hub import model_file
 from flowgrpo_ray.policies.loading import INDEX
-from flowgrpo_ray.policies.pipeline import JOINT_ATTENTION, as_images
+from flowgrpo_ray.policies.pipeline import JOINT_ATTENTION, TwoPassPolicy, as_images
 
 TOKEN = 16  # pixels along its side
 LARGEST_SOURCE = 2**20  # pixels that the pipelines show the autoencoder of an image to change
 
 
-class Flux2Policy(EditingPolicy):
+class Flux2Policy(EditingPolicy, TwoPassPolicy):
     """``Flux2KleinPipeline``'s parts. Latents are ``[b, 128, H / 16, W / 16]``: a token at each
     place, normalised as the autoencoder's batch norm has it.
 
@@ -98,14 +98,6 @@ class Flux2Policy(EditingPolicy):
         scale = min(1, math.sqrt(LARGEST_SOURCE / math.prod(size)))
         height, width = (int(side * scale) // TOKEN * TOKEN for side in size)
         return height, width
-
-    def velocity(self, x: Tensor, sigma: float | Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """``u + g (c - u)`` of two passes."""
-        v = self._predict(x, sigma, condition, "embeds")
-        if self.passes(self.guidance) > 1:
-            unconditional = self._predict(x, sigma, condition, "negative_embeds")
-            v = unconditional + self.guidance * (v - unconditional)
-        return self.unpack(v, x)
 
     def _predict(
         self, x: Tensor, sigma: float | Tensor, condition: dict[str, Tensor], of: str

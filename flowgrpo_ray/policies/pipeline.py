@@ -7,6 +7,7 @@ how latents are scaled; parts are loaded from the folders that ``from_pretrained
 from __future__ import annotations
 
 import importlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -227,6 +228,24 @@ class PackedPolicy(PipelinePolicy):
         """The first tokens, as many as ``pack`` makes of ``x``, to its shape."""
         tokens = tokens[:, : x[0].numel() // tokens.shape[2]]
         return _diffusers(self.pipeline)._unpack_latents(tokens, *x.shape[2:], 1).reshape(x.shape)
+
+
+class TwoPassPolicy(PackedPolicy):
+    """Guidance by a pass of the network for each of the two prompts, each at its own length."""
+
+    def velocity(self, x: Tensor, sigma: float | Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """``u + g (c - u)`` of two passes."""
+        v = self._predict(x, sigma, condition, "embeds")
+        if self.passes(self.guidance) > 1:
+            unconditional = self._predict(x, sigma, condition, "negative_embeds")
+            v = unconditional + self.guidance * (v - unconditional)
+        return self.unpack(v, x)
+
+    @abstractmethod
+    def _predict(
+        self, x: Tensor, sigma: float | Tensor, condition: dict[str, Tensor], of: str
+    ) -> Tensor:
+        """One pass for the prompt ``condition[of]``: the velocity as tokens."""
 
 
 def _diffusers(name: str) -> Any:

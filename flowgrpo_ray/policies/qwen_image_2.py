@@ -17,13 +17,13 @@ from flowgrpo_ray.policies.base import Configs
 from flowgrpo_ray.policies.hub import read_config
 from flowgrpo_ray.policies.lengths import Tokens
 from flowgrpo_ray.policies.loading import INDEX, load_tokenizer, write_published
-from flowgrpo_ray.policies.pipeline import PackedPolicy, as_bytes
+from flowgrpo_ray.policies.pipeline import TwoPassPolicy, as_bytes
 from flowgrpo_ray.policies.qwen_image import QwenImagePolicy
 
 TURN = 9  # tokens around an empty prompt: the user's turn, a space, the beginning of an answer
 
 
-class QwenImage2Policy(PackedPolicy):
+class QwenImage2Policy(TwoPassPolicy):
     """``QwenImage21Pipeline``'s parts. Latents are ``[b, 64, H / 16, W / 16]``, a token each.
 
     A condition holds the prompt's own tokens; prompts of one length need neither padding nor mask.
@@ -134,14 +134,6 @@ class QwenImage2Policy(PackedPolicy):
 
     def unpack(self, tokens: Tensor, x: Tensor) -> Tensor:
         return tokens.transpose(1, 2).reshape(x.shape)
-
-    def velocity(self, x: Tensor, sigma: float | Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """``u + g (c - u)`` of two passes."""
-        v = self._predict(x, sigma, condition, "embeds")
-        if self.passes(self.guidance) > 1:
-            unconditional = self._predict(x, sigma, condition, "negative_embeds")
-            v = unconditional + self.guidance * (v - unconditional)
-        return self.unpack(v, x)
 
     def _predict(
         self, x: Tensor, sigma: float | Tensor, condition: dict[str, Tensor], of: str

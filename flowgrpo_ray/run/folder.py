@@ -67,7 +67,7 @@ class RunFolder:
                 f"{folder.path} already holds another run's spec: {odd}. "
                 "Choose another name (--set name=...), or --overwrite"
             )
-        if held and not resume and folder.started:
+        if held and not resume:
             raise RunFolderError(
                 f"{folder.path} already holds this run: continue it with --resume, choose another "
                 "name (--set name=...), or --overwrite"

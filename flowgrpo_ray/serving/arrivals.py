@@ -52,13 +52,19 @@ def arrivals(environment: Mapping[str, str] | None = None) -> Iterator[Callable[
 def _on_each_node(environment: Mapping[str, str] | None) -> Iterator[Any]:
     for node in ray.nodes():
         if node["Alive"]:
-            only_there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            yield (
-                ray.remote(HubCache)
-                .options(
-                    num_cpus=0,
-                    runtime_env={"env_vars": dict(environment)} if environment else None,
-                    scheduling_strategy=only_there,
-                )
-                .remote()
-            )
+            yield start_on(node["NodeID"], HubCache, environment=environment)
+
+
+def start_on(
+    node: str, cls: type, *arguments: object, environment: Mapping[str, str] | None = None
+) -> Any:
+    """An actor of `cls` on this machine and no other, beside whatever is reserved there."""
+    return (
+        ray.remote(cls)
+        .options(
+            num_cpus=0,
+            runtime_env={"env_vars": dict(environment)} if environment else None,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+        )
+        .remote(*arguments)
+    )

@@ -56,18 +56,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def served(root: Path) -> Iterator[Served]:
-    with Served(root) as monitor:
-        yield monitor
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with Browser() as opened:
-        yield opened
-
-
 @pytest.fixture
 def page(browser: Browser, served: Served) -> Iterator[Browser]:
     browser.window(1400, 900, calm=True)
