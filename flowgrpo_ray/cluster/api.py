@@ -115,5 +115,5 @@ def _beside_any_loop(work: Callable[[], T], interrupts: Sequence[Callable[[], No
                     raise
                 while not interrupts and not done.done():  # it has hardly begun
                     time.sleep(0.01)
-                for interrupt in interrupts[:1]:  # none: it ended before it began
-                    interrupt()
+                if interrupts:  # else it ended before it began
+                    interrupts[0]()

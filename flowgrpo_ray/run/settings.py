@@ -6,14 +6,14 @@ As it was written: no class of the run is imported, and runs of other versions a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.run.state import leads_out
-from flowgrpo_ray.spec.file import parse_yaml
+from flowgrpo_ray.spec.file import flat_keys, parse_yaml
 
 SPEC = "spec.yaml"
 
@@ -38,15 +38,7 @@ def settings(folder: Path) -> tuple[dict[str, Any], str | None]:
 @lru_cache(maxsize=4096)
 def _section(text: str) -> dict[str, Any]:
     value = parse_yaml(text, text.partition(":")[0]) if text.strip() else None
-    return dict(_flat(value or {}))
-
-
-def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and (value or not prefix):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value
+    return flat_keys(value or {}, keep_empty=True)
 
 
 def weights_of(folder: Path) -> dict[str, Any]:

@@ -168,13 +168,15 @@ def dump_spec(spec: TrainingSpec) -> str:
     return head + yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def flat_keys(value: object, prefix: str = "") -> dict[str, Any]:
-    """A spec, or a part of one, by dotted keys; a list is one value."""
-    if not isinstance(value, dict):
+def flat_keys(value: object, prefix: str = "", *, keep_empty: bool = False) -> dict[str, Any]:
+    """A spec, or a part of one, by dotted keys; a list is one value, and to ``keep_empty`` so is a
+    mapping of nothing."""
+    if not isinstance(value, dict) or (keep_empty and prefix and not value):
         return {prefix: value}
     flat: dict[str, Any] = {}
     for key, inner in value.items():
-        flat |= flat_keys(inner, f"{prefix}.{key}" if prefix else str(key))
+        name = f"{prefix}.{key}" if prefix else str(key)
+        flat |= flat_keys(inner, name, keep_empty=keep_empty)
     return flat
 
 

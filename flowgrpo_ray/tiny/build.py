@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,12 +35,12 @@ from flowgrpo_ray.tiny.parts import LATENT_SHAPE, TOKENS, untrained_pipeline
 from flowgrpo_ray.tiny.training import (
     arguments,
     as_pixels,
-    digest,
     encode_signs,
     exactly,
     log,
     noised,
     train_modules,
+    trained_and_saved,
     update,
 )
 
@@ -242,12 +241,7 @@ def main() -> None:
         for name, lines in (("train", training), ("heldout", heldout)):
             (prompts / f"tiny-signs-{name}.txt").write_text("\n".join(lines) + "\n")
 
-    start = time.perf_counter()
-    pipe = train(seed, budget, heldout)
-    print(f"trained in {time.perf_counter() - start:.0f} s, evaluations included")
-    pipe.to(torch.float16).save_pretrained(out)
-    saved = StableDiffusion3Pipeline.from_pretrained(out, dtype=torch.float32)
-    print(f"weights as saved: sha256 {digest(saved)}")
+    saved = trained_and_saved(lambda: train(seed, budget, heldout), out)
     _report("as saved", saved, heldout)
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -38,11 +37,11 @@ from flowgrpo_ray.tiny.parts import LATENT_SHAPE, TOKENS
 from flowgrpo_ray.tiny.training import (
     arguments,
     as_pixels,
-    digest,
     encode_signs,
     exactly,
     noised,
     train_modules,
+    trained_and_saved,
 )
 
 VAE = PACKAGE / "tiny" / "assets" / "tiny-sd3" / "vae"
@@ -243,12 +242,7 @@ def main() -> None:
     count, held_out = edits.SETS["heldout"]
     heldout = edits.make_edits(count, held_out, seed)
 
-    start = time.perf_counter()
-    pipe = train(seed, budget, heldout)
-    print(f"trained in {time.perf_counter() - start:.0f} s, evaluations included")
-    pipe.to(torch.float16).save_pretrained(out)
-    saved = FluxKontextPipeline.from_pretrained(out, dtype=torch.float32)
-    print(f"weights as saved: sha256 {digest(saved)}")
+    saved = trained_and_saved(lambda: train(seed, budget, heldout), out)
     _report("as saved", saved, heldout)
 
 

@@ -12,15 +12,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
+
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
 @contextmanager
@@ -112,6 +115,17 @@ def digest(pipe: DiffusionPipeline) -> str:
             for key, value in sorted(component.state_dict().items()):
                 state.update(f"{name}.{key}".encode() + value.numpy().tobytes())
     return state.hexdigest()
+
+
+def trained_and_saved(train: Callable[[], Pipeline], out: Path) -> Pipeline:
+    """What ``train`` makes, told and written to ``out`` in half precision, and read from there."""
+    start = time.perf_counter()
+    pipe = train()
+    print(f"trained in {time.perf_counter() - start:.0f} s, evaluations included")
+    pipe.to(torch.float16).save_pretrained(out)
+    saved = type(pipe).from_pretrained(out, dtype=torch.float32)
+    print(f"weights as saved: sha256 {digest(saved)}")
+    return saved
 
 
 def arguments(description: str, budget: type[Any]) -> tuple[Path, Path | None, int, Any]:

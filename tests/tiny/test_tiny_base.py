@@ -22,6 +22,7 @@ from flowgrpo_ray.rewards import signs
 from flowgrpo_ray.rewards.ocr import OcrReward
 from flowgrpo_ray.tiny import build as tiny_base
 from flowgrpo_ray.tiny import parts
+from flowgrpo_ray.tiny.training import digest
 
 ASSETS = Path(flowgrpo_ray.__file__).parent / "tiny" / "assets"
 MODEL = ASSETS / "tiny-sd3"
@@ -247,7 +248,7 @@ def test_a_seed_decides_every_weight(budget):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert tiny_base.digest(tiny_base.train(3, budget)) == tiny_base.digest(first)
+        assert digest(tiny_base.train(3, budget)) == digest(first)
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
@@ -258,7 +259,7 @@ def test_a_seed_decides_every_weight(budget):
             assert all(torch.isfinite(weight).all() for weight in module.parameters()), name
             start = untrained.components[name].state_dict()
             assert any(not torch.equal(w, start[key]) for key, w in module.state_dict().items())
-    assert tiny_base.digest(untrained) != tiny_base.digest(other)
+    assert digest(untrained) != digest(other)
 
     latents = tiny_base.encode_signs(first.vae, tiny_base.draw_signs(64, 3).images)
     assert latents.shape == (64, *parts.LATENT_SHAPE)
