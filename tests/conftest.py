@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from flowgrpo_ray.spec.families import FAMILIES
+
 # Ray reads these when it is imported. Everything binds to 127.0.0.1, and the token stands in the
 # environment alone, so that none is written to the home folder.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -35,12 +37,10 @@ LONGEST = (
 )
 
 
-# Families that are another with more tokens or another encoder, or whose models take long to build:
-# of the tests over all families two of theirs are quick, and all of their own files.
-SLOW_FAMILIES = {
-    *("flux_kontext", "flux2_dev", "qwen_image_edit", "qwen_image_edit_plus"),
-    *("qwen_image_2", "sana"),
-}
+# Of the tests over all families, two of each are quick, and all of those families that differ most.
+OTHER_FAMILIES = {*FAMILIES, "flux2_dev"} - {"sd3", "flux", "bagel"}
+OVER_FAMILIES = ("tests/policies", "tests/estimate", "tests/run/test_export_models.py")
+OF_ONE_FAMILY = "_policy.py"  # files of which all tests are quick
 QUICK = (
     "test_a_replayed_trajectory_has_a_log_ratio_of_exactly_zero[lora-bfloat16-{}]",
     "test_ode_sampling_is_the_pipelines[alone-{}-4",  # with guidance
@@ -51,12 +51,11 @@ QUICK = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is slow by its family, and begin with the longest files."""
     for item in items:
-        contract = item.path.name == "test_policy_contract.py"
-        families = SLOW_FAMILIES & {*item.name.partition("[")[2].rstrip("]").split("-")}
-        if families and (contract or not item.path.name.endswith("_policy.py")):
-            quick = tuple(name.format(family) for family in families for name in QUICK)
-            if not item.name.startswith(quick):
-                item.add_marker(pytest.mark.slow)
+        if item.nodeid.startswith(OVER_FAMILIES) and not item.path.name.endswith(OF_ONE_FAMILY):
+            given = {*item.name.partition("[")[2].rstrip("]").split("-")}
+            for family in given & OTHER_FAMILIES:
+                if not item.name.startswith(tuple(name.format(family) for name in QUICK)):
+                    item.add_marker(pytest.mark.slow)
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
