@@ -153,20 +153,18 @@ def sample(
     from flowgrpo_ray.run.tracking import save_grid
     from flowgrpo_ray.spec.prompts import Prompt
     from flowgrpo_ray.spec.sources import requests_for
+    from flowgrpo_ray.view.console import say
 
     spec, folder = open_target(target)
     requests = requests_for(spec, prompts, images or [])
     _check_picture(out, overwrite)
     if len(prompts) > 1 and not any(" " in prompt for prompt in prompts):
-        console.print(
-            f"{len(prompts)} prompts of one word each; one of several words wants quotes",
-            soft_wrap=True,
-        )
+        say(console, f"{len(prompts)} prompts of one word each; one of several words wants quotes")
     out.parent.mkdir(parents=True, exist_ok=True)
     policy = load_trained(spec, folder, weights, iteration)
     unscored = spec.model_copy(update={"rewards": {}})
     if told := cut_off(policy, unscored, [Prompt(text) for text in prompts]):
-        console.print(told, soft_wrap=True)
+        say(console, told)
     steps = steps or spec.evaluation.steps
     drawn = generate(policy, spec, requests, steps, seed, spec.evaluation.micro_batch)
     save_grid(out, drawn, min(columns, len(drawn)))

@@ -16,6 +16,8 @@ from flowgrpo_ray.estimate.preflight import check_run
 from flowgrpo_ray.run.cost import cost_of
 from flowgrpo_ray.spec.cluster import NAMES
 from flowgrpo_ray.spec.training import TrainingSpec, required_resources
+from flowgrpo_ray.view.console import say
+from flowgrpo_ray.view.tables import print_table
 
 if TYPE_CHECKING:
     from flowgrpo_ray.estimate.footprint import Footprint, Work
@@ -63,23 +65,23 @@ def show_plan(
         found |= {"needed": None if footprint is None else needed(spec, footprint)}
         print(json.dumps(found, indent=2))
         return
-    console.print(_counts(spec, work, footprint))
-    console.print(prompts_say, soft_wrap=True, highlight=False, markup=False)
+    print_table(console, _counts(spec, work, footprint))
+    say(console, prompts_say)
     console.print("reserved in Ray: " + ", ".join(f"{n:g} {name}" for name, n in reserved.items()))
     for name, takes in watched.items():
         says = f"{name} is only watched: of these {takes['cpus']:g} CPU and {takes['gpus']:g} GPU, "
         says += f"to score {work.images:,} images an iteration, {held_out:,} an evaluation"
-        console.print(says, highlight=False, soft_wrap=True)
+        say(console, says)
     if cost is not None:
         for line in _cost_lines(cost):
-            console.print(line, highlight=False, soft_wrap=True)
+            say(console, line)
     if footprint is None:
         console.print(
             f"memory: unknown, the configs of {spec.model.path} are not on this disk; give a local "
             "folder, or fetch the model into the hub's cache"
         )
         return
-    console.print(_memory(footprint))
+    print_table(console, _memory(footprint))
     for what in not_counted(footprint):
         console.print(f"not counted: {what}", highlight=False)
     if spec.ranks.count > 1:
@@ -87,7 +89,7 @@ def show_plan(
     for line in verdicts(spec, footprint, device):
         console.print(line, highlight=False)
     if footprint.layouts:
-        console.print(_layouts(spec, footprint))
+        print_table(console, _layouts(spec, footprint))
         console.print(advised(spec, footprint, device), highlight=False)
 
 

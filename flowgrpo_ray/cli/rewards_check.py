@@ -15,12 +15,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from flowgrpo_ray.cli.options import parse_option
 from flowgrpo_ray.common.errors import RewardError, SpecError
 from flowgrpo_ray.rewards import BUILTIN, build, check_options, needs_sources, prompt_check
 from flowgrpo_ray.spec.file import load_spec, recipe_names
 from flowgrpo_ray.spec.sections import RewardSpec
+from flowgrpo_ray.view.console import say
+from flowgrpo_ray.view.tables import print_table
 
 if TYPE_CHECKING:
     from flowgrpo_ray.rewards.calibration import Picture, Report
@@ -134,7 +137,7 @@ def _show(
     verdict = "[green]passes[/]" if report.passed else "[bold red]fails[/]"
     role = "" if reward.weight > 0 else " (lower is better)" if reward.weight else " (only watched)"
     pictures = f"{report.pictures} pictures of {size[0]} x {size[1]}"
-    console.print(f"{escape(name)}{role} {verdict}: {pictures}", highlight=False, soft_wrap=True)
+    say(console, Text.from_markup(f"{escape(name)}{role} {verdict}: {pictures}"))
     table = Table()
     for column in ("picture", "mean score", "worse", "equal", "better", "than clean"):
         numeric = column not in ("picture", "than clean")
@@ -143,7 +146,7 @@ def _show(
     for found in report.comparisons:
         counts = map(str, (found.worse, found.equal, found.better))
         table.add_row(found.kind, _number(found.mean), *counts, found.order)
-    console.print(table)
+    print_table(console, table)
     lines = [
         f"scores: min {_number(report.minimum)}, mean {_number(report.mean)}, "
         f"max {_number(report.maximum)}, std {_number(report.std)}",
@@ -157,7 +160,7 @@ def _show(
     for finding in sorted(report.findings, key=lambda finding: not finding.fails):
         lines.append(f"{'FAILS' if finding.fails else 'note'}: {finding.text}")
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
     console.print()
 
 

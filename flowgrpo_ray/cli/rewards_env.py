@@ -11,6 +11,7 @@ from rich.table import Table
 
 from flowgrpo_ray.common.errors import RewardEnvironmentError
 from flowgrpo_ray.rewards import environment_build, environments
+from flowgrpo_ray.view.tables import print_table
 
 env_app = typer.Typer(
     no_args_is_help=True,
@@ -70,7 +71,7 @@ def show() -> None:
             continue
         size = f"{environments.size_of(name) / 2**20:,.0f} MiB"
         table.add_row(name, manifest.kind, manifest.python, size, fault or "ok")
-    console.print(table)
+    print_table(console, table)
 
 
 @env_app.command()

@@ -28,6 +28,7 @@ from flowgrpo_ray.rewards import (
 from flowgrpo_ray.run.metrics import mean_and_std
 from flowgrpo_ray.spec.prompts import Prompt, check_needed, check_prompts, load_prompts
 from flowgrpo_ray.spec.sources import with_sources
+from flowgrpo_ray.view.tables import print_table
 
 
 def score(
@@ -169,4 +170,4 @@ def _show(console: Console, weights: dict[str, float], scores: dict[str, np.ndar
         numbers = (f"{number:.4g}" if math.isfinite(number) else "-" for number in found.values())
         weight = f"{weights[name]:g}" if name in weights else ""
         table.add_row(escape(name), weight, *numbers, str(int(np.isnan(values).sum())))
-    console.print(table)
+    print_table(console, table)

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flowgrpo_ray.view.console import printable
+from flowgrpo_ray.view.console import say
+from flowgrpo_ray.view.tables import print_table
 
 if TYPE_CHECKING:
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
@@ -120,7 +121,7 @@ def _show(rows: list[RewardStatus]) -> None:
             str(sum(replica.failures for replica in row.stats)),
             f"{_milliseconds(row.latency(0.5))}/{_milliseconds(row.latency(0.95))}",
         )
-    console.print(table)
+    print_table(console, table)
     for row in rows:
         images = sum(replica.images for replica in row.stats)
         environments = {replica.environment or "base" for replica in row.stats}
@@ -131,8 +132,7 @@ def _show(rows: list[RewardStatus]) -> None:
             *sorted({f"last error: {r.last_error}" for r in row.stats if r.last_error}),
         ]
         for line in told:
-            told_line = printable(f"{row.name}: {line}")
-            console.print(told_line, highlight=False, markup=False, soft_wrap=True)
+            say(console, f"{row.name}: {line}")
 
 
 def _milliseconds(seconds: float | None) -> str:

@@ -20,7 +20,8 @@ from flowgrpo_ray.common.paths import runs_root
 from flowgrpo_ray.run.brief import brief
 from flowgrpo_ray.run.found import find_runs, is_run
 from flowgrpo_ray.run.overview import compared, overview
-from flowgrpo_ray.view.console import printable
+from flowgrpo_ray.view.console import printable, say
+from flowgrpo_ray.view.tables import fits, print_blocks
 
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead")]
 NONE = "–"
@@ -74,15 +75,15 @@ def list_runs(
         return
     keys = found["keys"][:FEW]
     tables = [keys[:most] for most in range(len(keys), -1, -1)]
-    fits = (few for few in tables if _fits(console, [_summary(run, few) for run in found["runs"]]))
-    shown = next(fits, None)
+    lines = ((few, [_summary(run, few) for run in found["runs"]]) for few in tables)
+    shown = next((few for few, of in lines if _as_table(console, of)), None)
     if shown is None:
         shown = keys
-        _blocks(console, [_summary(run, keys) for run in found["runs"]])
+        print_blocks(console, [_summary(run, keys) for run in found["runs"]])
     for name, group in found["groups"].items():
-        console.print(Text(_group(name, group)))
+        say(console, _group(name, group))
     if more := len(found["keys"]) - len(shown):
-        console.print(f"{more} more keys differ: see --json, or compare RUN RUN", highlight=False)
+        say(console, f"{more} more keys differ: see --json, or compare RUN RUN")
 
 
 def compare(
@@ -114,8 +115,8 @@ def compare(
         for name in names
         if name != "run"
     ]
-    if not _fits(console, turned):
-        _blocks(console, lines)
+    if not _as_table(console, turned):
+        print_blocks(console, lines)
     if html:
         console.print(f"{html} written", soft_wrap=True, highlight=False, markup=False)
 
@@ -167,27 +168,18 @@ def _group(name: str, group: Mapping[str, Any]) -> str:
     return ", ".join(told)
 
 
-def _fits(console: Console, lines: Sequence[Mapping[str, str]]) -> bool:
-    """Prints a table if the terminal is wide enough for it."""
+def _as_table(console: Console, lines: Sequence[Mapping[str, str]]) -> bool:
+    """Print a table, if the terminal is wide enough for it."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     names = list(dict.fromkeys(name for line in lines for name in line))
     for name in names:
         table.add_column(Text(printable(name)), no_wrap=True)
     for line in lines:
         table.add_row(*(Text(printable(line.get(name, NONE))) for name in names))
-    wide = console.options.update(width=10**6)
-    if console.measure(table, options=wide).maximum > console.width:
-        return False
-    console.print(table)
-    return True
-
-
-def _blocks(console: Console, lines: Sequence[Mapping[str, str]]) -> None:
-    """What a table would show, a block for each of its lines."""
-    for line in lines:
-        name, *rest = line.items()
-        told = [name[1], *(f"  {key}: {value}" for key, value in rest)]
-        console.print(Text("\n".join(map(printable, told))), soft_wrap=True)
+    if fits(console, table):
+        console.print(table)
+        return True
+    return False
 
 
 def _number(value: float | None) -> str:

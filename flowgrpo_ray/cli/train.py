@@ -85,11 +85,12 @@ def _say_what_came_of_it(spec: TrainingSpec, outcome: Outcome) -> None:
     """Of a finished run: rewards before and after, where its time went, and what to do next."""
     from flowgrpo_ray.run.tracking import TIMINGS, read_rows
     from flowgrpo_ray.view.console import ledger_table, summary_table
+    from flowgrpo_ray.view.tables import print_table
 
     console.print()
-    console.print(summary_table(outcome.summary))
+    print_table(console, summary_table(outcome.summary))
     if (ledger := ledger_table(read_rows(outcome.folder / TIMINGS))) is not None:
-        console.print(ledger)
+        print_table(console, ledger)
     done, images = outcome.summary["iterations"], outcome.summary["images"]
     seconds = outcome.summary["seconds"]
     console.print(f"{done} iterations, {images:,} images, {seconds:.0f} s from the command to here")
@@ -124,10 +125,12 @@ def _say_what_is_left(again: str, folder: Path | None) -> None:
 
 def _say_how_to_continue(again: str, outcome: Outcome) -> None:
     """What is kept of a run that was stopped, and the command that goes on with it."""
+    from flowgrpo_ray.view.console import say
+
     if outcome.diverged:
         again += " --set watch.action=report"
         says = f"stopped by the watch: {outcome.diverged}"
-        console.print(says, soft_wrap=True, markup=False, highlight=False)
+        say(console, says)
     done = outcome.summary["iterations"]
     saved = f"stopped after iteration {done}, saved" if done else "stopped before iteration 1"
     console.print(
@@ -152,12 +155,13 @@ def _judge(spec: TrainingSpec, outcome: Outcome) -> int:
     from flowgrpo_ray.run.tracking import METRICS, read_rows
     from flowgrpo_ray.run.validation import verdict
     from flowgrpo_ray.view.console import verdict_table
+    from flowgrpo_ray.view.tables import print_table
 
     rows = read_rows(outcome.folder / METRICS)
     found = verdict(spec, rows, outcome.summary["ratio_floor"])
     file = outcome.folder / "validation.json"
     file.write_text(json.dumps(found.as_json(), indent=2) + "\n", encoding="utf-8")
-    console.print(verdict_table(found))
+    print_table(console, verdict_table(found))
     console.print(
         f"kept in {file}; curves: {outcome.folder / 'report.html'}", soft_wrap=True, markup=False
     )

@@ -12,8 +12,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Column, Table
+from rich.text import Text
 
 from flowgrpo_ray.run.validation import Verdict
 from flowgrpo_ray.spec.training import TrainingSpec
@@ -29,15 +37,7 @@ class RunDisplay:
         self._live: Progress | None = None
         self._task = TaskID(0)
         if console.is_terminal:
-            self._live = Progress(
-                TextColumn("[bold]{task.completed:>4}[/]/{task.total}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[numbers]}"),
-                TextColumn("[dim]{task.fields[stage]}[/]"),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[left]}"),
-                console=console,
-            )
+            self._live = Progress(*_columns(console.width), console=console, expand=True)
             self._task = self._live.add_task("", total=self.total, numbers="", stage="", left="")
         self._printed = -PLAIN_SECONDS
         self._mean_seconds: float | None = None
@@ -78,8 +78,21 @@ class RunDisplay:
 
     def note(self, message: str) -> None:
         """Something the person should know, as it is: a prompt in it may hold square brackets."""
-        whole = not self.console.is_terminal  # which wraps between letters
-        self.console.print(printable(message), highlight=False, markup=False, soft_wrap=whole)
+        say(self.console, message)
+
+
+def _columns(width: int) -> Iterator[ProgressColumn]:
+    """Of the live line: its numbers are whole in 60 columns, the bar and the stage give way."""
+    wide = width >= 80
+    yield TextColumn("[bold]{task.completed:>4}[/]/{task.total}")
+    if wide:
+        yield BarColumn(bar_width=None, table_column=Column(ratio=1))
+    yield TextColumn("{task.fields[numbers]}")
+    stage = Column(ratio=2, no_wrap=True, overflow="ellipsis")
+    yield TextColumn("[dim]{task.fields[stage]}[/]", table_column=stage)
+    if wide:
+        yield TimeElapsedColumn()
+    yield TextColumn("{task.fields[left]}")
 
 
 @contextlib.contextmanager
@@ -99,6 +112,16 @@ def printable(text: str) -> str:
     """Without characters that would move the cursor, or otherwise forge what the screen shows:
     they are written as ``\\x1b``. Lines stay lines."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def say(console: Console, message: str | Text) -> None:
+    """A message as it is: in a terminal, which would wrap it between letters, wrapped between
+    words, and what is longer than a line, as a path, left whole; elsewhere, as in a log, a line."""
+    text = message.copy() if isinstance(message, Text) else Text(printable(message))
+    if console.is_terminal:
+        text.overflow = "ignore"
+        text = Text("\n").join(text.wrap(console, console.width))
+    console.print(text, soft_wrap=True)
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
