@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import signal
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from flowgrpo_ray.view.console import shown
 
 Row = Mapping[str, Any]
 T = TypeVar("T")
+POLL_S = 0.1  # in which Ctrl-C reaches a run in a thread
 
 
 def train(
@@ -100,20 +102,22 @@ class _Calling:
 
 def _beside_any_loop(work: Callable[[], T], interrupts: Sequence[Callable[[], None]]) -> T:
     """What `work` gives, which runs an event loop: where one runs already, as in a notebook, in a
-    thread, to which this one's KeyboardInterrupt is handed on."""
+    thread, to which Ctrl-C is handed on as soon as `interrupts` holds its way in."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return work()
-    with ThreadPoolExecutor(1, thread_name_prefix="train") as pool:
-        done = pool.submit(work)
-        while True:
-            try:
-                return done.result()
-            except KeyboardInterrupt:
-                if done.done():
-                    raise
-                while not interrupts and not done.done():  # it has hardly begun
-                    time.sleep(0.01)
-                if interrupts:  # else it ended before it began
+    pressed = threading.Event()
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.set()) if main else None
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="train") as pool:
+            done = pool.submit(work)
+            while not wait([done], POLL_S).done:
+                if interrupts and pressed.is_set():
+                    pressed.clear()
                     interrupts[0]()
+            return done.result()
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)

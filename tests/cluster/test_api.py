@@ -5,21 +5,26 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
+from waiting import wait_until
 
 import flowgrpo_ray
 from flowgrpo_ray.cluster import run as running
-from flowgrpo_ray.cluster.api import train
+from flowgrpo_ray.cluster.api import POLL_S, _beside_any_loop, train
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.spec.file import dump_spec, load_spec
 
+T = TypeVar("T")
 OVERRIDES = ["iterations=7", "seed=3"]
 
 
@@ -85,6 +90,83 @@ def test_a_loop_that_runs_already_is_no_hindrance(asked: Any, tmp_path: Path) ->
 
     asyncio.run(cell())
     assert (asked[0]["stopped"], asked[0]["main"]) == (False, False)
+
+
+class Kernel:
+    """A main thread under a running loop, as a notebook's, and the run of its cell."""
+
+    def __init__(self) -> None:
+        self.main = threading.get_ident()
+        self.interrupts: list[Callable[[], None]] = []  # the run's, once it has begun
+        self.interrupted = 0
+
+    def press(self) -> None:
+        """Interrupt the kernel; from the run's thread."""
+        assert threading.get_ident() != self.main
+        signal.pthread_kill(self.main, signal.SIGINT)
+
+    def begin(self) -> None:
+        self.interrupts.append(self._interrupt)
+
+    def _interrupt(self) -> None:
+        self.interrupted += 1
+
+    def run(self, work: Callable[[], T]) -> T:
+        async def cell() -> T:
+            return _beside_any_loop(work, self.interrupts)
+
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            return asyncio.run(cell())
+        finally:
+            assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_without_a_loop_a_run_is_in_this_thread() -> None:
+    assert _beside_any_loop(threading.get_ident, []) == threading.get_ident()
+
+
+def test_interrupts_of_a_kernel_reach_the_run_in_its_thread() -> None:
+    kernel = Kernel()
+
+    def work() -> str:
+        kernel.begin()
+        for count in (1, 2):
+            kernel.press()
+            wait_until(lambda count=count: kernel.interrupted == count, "interrupted", 30)
+        return "stopped"
+
+    assert kernel.run(work) == "stopped"
+
+
+def test_interrupts_before_a_run_has_begun_wait_for_it() -> None:
+    """As soon as its thread has: the other has not even seen that it has."""
+    kernel = Kernel()
+
+    def work() -> int:
+        kernel.press()
+        time.sleep(2 * POLL_S)
+        kernel.press()
+        kernel.begin()
+        wait_until(lambda: kernel.interrupted, "interrupted", 30)
+        time.sleep(2 * POLL_S)
+        return kernel.interrupted
+
+    assert kernel.run(work) == 1
+
+
+@pytest.mark.parametrize("error", [SpecError("unknown key"), KeyboardInterrupt()])
+def test_what_ends_a_run_that_was_interrupted_is_raised(error: BaseException) -> None:
+    """Before it has begun, as a mistake in the spec; or a second interrupt, which stops at once."""
+    kernel = Kernel()
+
+    def work() -> None:
+        kernel.press()
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        kernel.run(work)
+    assert raised.value is error
 
 
 @pytest.mark.slow
