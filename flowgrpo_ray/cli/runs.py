@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from flowgrpo_ray.cli.runs_prune import prune_runs
 from flowgrpo_ray.common.errors import RunFolderError
 from flowgrpo_ray.common.files import check_free
-from flowgrpo_ray.common.paths import runs_root
+from flowgrpo_ray.common.paths import existing_runs
 from flowgrpo_ray.run.brief import brief
 from flowgrpo_ray.run.found import find_runs, is_run
 from flowgrpo_ray.run.overview import compared, overview
@@ -62,9 +62,7 @@ def list_runs(
     as_json: JsonOption = False,
 ) -> None:
     """List runs: in which keys their specs differ, state, progress, pace, held-out rewards."""
-    root = runs_root(folder)
-    if not root.is_dir():
-        raise RunFolderError(f"no folder at {root}: give a run folder or a folder of them")
+    root = existing_runs(folder)
     found = overview(root)
     if as_json:
         print(json.dumps(found))

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from flowgrpo_ray.cli.options import RunsOption
-from flowgrpo_ray.common.paths import runs_root
+from flowgrpo_ray.common.paths import existing_runs
 from flowgrpo_ray.run.prune import leftovers, prune
 
 
@@ -21,7 +21,7 @@ def prune_runs(
 ) -> None:
     """List, or delete, runs that finished no iteration; a run that trains is left alone."""
     console = Console(markup=False, highlight=False)
-    found = leftovers(runs_root(runs), checkpoints=checkpoints)
+    found = leftovers(existing_runs(runs), checkpoints=checkpoints)
     for leftover in found:
         line = f"{leftover.path}: {leftover.why}, {leftover.size / 2**20:,.1f} MiB"
         console.print(line, soft_wrap=True)

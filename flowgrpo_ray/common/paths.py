@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from flowgrpo_ray.common.errors import SpecError
+from flowgrpo_ray.common.errors import RunFolderError, SpecError
 
 PACKAGE = Path(__file__).parents[1]
 BUILTIN = "builtin:"
@@ -69,4 +69,12 @@ def runs_root(given: Path | None) -> Path:
             f"{key} = {str(root)!r}: in a Ray job this must be an absolute path, on storage that "
             "outlives the job; Ray deletes the folder that a job runs in"
         )
+    return root
+
+
+def existing_runs(given: Path | None) -> Path:
+    """``runs_root``; ``RunFolderError`` if it is no folder."""
+    root = runs_root(given)
+    if not root.is_dir():
+        raise RunFolderError(f"no folder at {root}: give a run folder or a folder of them")
     return root

@@ -50,3 +50,5 @@ def test_the_command_lists_before_it_deletes(root: Path, command_line) -> None:
         status, out, _ = command_line("runs", "prune", "--runs", root, *more)
         assert (status, "finished no iteration" in out) == (0, True)
         assert (root / "never").exists() is there
+    status, _, error = command_line("runs", "prune", "--runs", root / "run", "--delete")
+    assert (status, "no folder at" in error) == (2, True), "a mistyped folder holds nothing either"
