@@ -9,6 +9,7 @@ import typer
 
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.strict_json import parse
+from flowgrpo_ray.run.checkpoint import BEST
 from flowgrpo_ray.spec.file import parse_yaml
 
 SpecArgument = Annotated[
@@ -40,8 +41,23 @@ RunsOption = Annotated[
         "job ~/flowgrpo-runs"
     ),
 ]
+
+
+def _iteration(text: str) -> int | str:
+    if text == BEST:
+        return text
+    if not text.isdecimal():
+        raise typer.BadParameter(f"{text!r} is neither a number of iterations nor {BEST}")
+    return int(text)
+
+
 IterationOption = Annotated[
-    int | None, typer.Option(min=0, help="of the checkpoint; default: newest")
+    Any,  # a number, BEST or None
+    typer.Option(
+        metavar=f"N|{BEST}",
+        parser=_iteration,
+        help=f"of the checkpoint, or {BEST}: by checkpoint.best; default: newest",
+    ),
 ]
 
 

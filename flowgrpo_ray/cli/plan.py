@@ -72,6 +72,11 @@ def show_plan(
         says = f"{name} is only watched: of these {takes['cpus']:g} CPU and {takes['gpus']:g} GPU, "
         says += f"to score {work.images:,} images an iteration, {held_out:,} an evaluation"
         say(console, says)
+    if spec.checkpoint.best:
+        count, every = -(-spec.iterations // spec.evaluation.every), spec.evaluation.every
+        says = f"checkpoint.best: the best by {spec.checkpoint.best} of {count:,} evaluations, one "
+        says += f"every {every} iterations and at the end; one that is better is saved there"
+        say(console, says)
     if cost is not None:
         for line in _cost_lines(cost):
             say(console, line)

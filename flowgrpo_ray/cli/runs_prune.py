@@ -15,7 +15,12 @@ from flowgrpo_ray.run.prune import leftovers, prune
 def prune_runs(
     runs: RunsOption = None,
     checkpoints: Annotated[
-        bool, typer.Option("--checkpoints", help="of finished runs all but the last one as well")
+        bool,
+        typer.Option(
+            "--checkpoints",
+            help="of finished runs also checkpoints but the last one, the best, and those from "
+            "before an alarm",
+        ),
     ] = False,
     delete: Annotated[bool, typer.Option("--delete", help="delete it; without, only list")] = False,
 ) -> None:

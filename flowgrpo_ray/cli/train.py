@@ -94,6 +94,11 @@ def _say_what_came_of_it(spec: TrainingSpec, outcome: Outcome) -> None:
     done, images = outcome.summary["iterations"], outcome.summary["images"]
     seconds = outcome.summary["seconds"]
     console.print(f"{done} iterations, {images:,} images, {seconds:.0f} s from the command to here")
+    best = outcome.summary.get("best")  # not in those of earlier versions
+    if best:
+        says = f"best:   iteration {best['iteration']}, {best['reward']} {best['value']:.3f}; "
+        says += "sample, evaluate and export take it with --iteration best"
+        console.print(says, soft_wrap=True, markup=False, highlight=False)
     console.print(f"report: {outcome.folder / 'report.html'}", soft_wrap=True, markup=False)
     console.print(
         f"next:   flowgrpo-ray sample {outcome.folder} 'blue sign \"246\"' 'pink sign \"582\"'"

@@ -186,7 +186,9 @@ class Trainer:
                 self.floors[done] = await self.crew.measure_floor(version=done + 1)
             if not self.stopping and (journal.complete or done % spec.evaluation.every == 0):
                 await self.evaluate()
-            if self.stopping or journal.complete or done % spec.checkpoint.every == 0:
+            last = self.stopping or journal.complete
+            best = journal.progress.best_iteration == done
+            if last or best or done % spec.checkpoint.every == 0:
                 await self.save()
 
     async def _go_back(self) -> None:

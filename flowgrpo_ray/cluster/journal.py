@@ -21,7 +21,8 @@ from flowgrpo_ray.cluster.stages import StageReader
 from flowgrpo_ray.cluster.stream import Stream
 from flowgrpo_ray.common.errors import RewardError
 from flowgrpo_ray.common.types import MicrobatchStats, StepStats, WeightsTicket
-from flowgrpo_ray.run.checkpoint import Progress
+from flowgrpo_ray.run import best
+from flowgrpo_ray.run.checkpoint import Progress, checkpoint_iteration, list_checkpoints
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.metrics import Scores, eval_row, means_by_set, train_row
 from flowgrpo_ray.run.scoring import sources_of
@@ -65,7 +66,7 @@ class Journal:
             spec_identity=spec.identity(),
             prompts_digest=digest,
         )
-        self.progress = resumed or self._begun
+        self.progress = self._with_best(resumed or self._begun)
         self._earlier_seconds = self.progress.seconds  # of the attempts that this one continues
         self.watch = self._watch_again()
         self.diverged: Divergence | None = None  # why the watch ended the run
@@ -95,9 +96,9 @@ class Journal:
 
     def go_back(self, progress: Progress | None) -> None:
         """Forget what came after a checkpoint, or after the start."""
-        self.progress = progress or self._begun
         at = progress.iteration if progress else None
         self._recorder.rewind(at, self._spec.evaluation.every)
+        self.progress = self._with_best(progress or self._begun)
         self.watch, self.diverged = self._watch_again(), None
         done = self.progress.iteration
         self._display.note(f"going on after iteration {done}, the last saved one")
@@ -107,6 +108,11 @@ class Journal:
         seconds = self._earlier_seconds + self._clock.elapsed()
         self.progress = replace(self.progress, seconds=seconds)
         return self.progress
+
+    def _with_best(self, progress: Progress) -> Progress:
+        """The progress with the best evaluation that is saved."""
+        saved = [checkpoint_iteration(path) for path in list_checkpoints(self._folder.checkpoints)]
+        return best.continued(self._spec, progress, self._recorder.metrics(), saved)
 
     def _watch_again(self) -> Watch:
         """A watch that has seen the rows that there are."""
@@ -201,7 +207,8 @@ class Journal:
         }
         if iteration == 0:
             self.progress = replace(self.progress, eval_before=means)
-        self.progress = replace(self.progress, eval_last=means)
+        progress = replace(self.progress, eval_last=means)
+        self.progress = best.with_evaluation(self._spec, progress, row)
         shown = len(images)
         texts = [prompt.text for prompt in prompts[:shown]]
         of_images = {

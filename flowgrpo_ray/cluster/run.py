@@ -222,6 +222,7 @@ def _summary(spec: TrainingSpec, progress: Progress, floors: Mapping[int, Floor]
         "iterations": progress.iteration,
         "images": progress.images,
         "failed_groups": progress.failed_groups,
+        "best": progress.best,
         "ratio_floor": max((floor.largest for floor in floors.values()), default=None),
         "ratio_noise": {at: floor.as_json() for at, floor in floors.items() if not floor.exact},
         "seed": spec.seed,

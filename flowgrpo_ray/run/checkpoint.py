@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 from flowgrpo_ray.common.errors import CheckpointError
 from flowgrpo_ray.common.paths import share_mode
 from flowgrpo_ray.common.strict_json import parse
+from flowgrpo_ray.run.state import read_json
 
 if TYPE_CHECKING:
     from flowgrpo_ray.common.types import Float32, LearnerState
 
 PREFIX = "iteration-"
+BEST = "best"  # in place of an iteration's number
 ARRAYS = ("weights", "ema", "exp_avg", "exp_avg_sq")
 FOLLOWER = "follower"  # an array set that some objectives have
 BEHAVIOUR = "behaviour"  # and one that is there with max_lag 1
@@ -44,6 +46,24 @@ class Progress:
     prompts_digest: str
     eval_before: dict[str, float | None] = field(default_factory=dict)
     eval_last: dict[str, float | None] = field(default_factory=dict)
+    # The best evaluation that was saved: by which checkpoint.best, after how many iterations, 0 for
+    # none yet, and how good.
+    best_by: str = ""
+    best_iteration: int = 0
+    best_value: float = 0.0
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """For summary.json."""
+        return best_in(asdict(self))
+
+
+def best_in(state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a ``state.json`` says of the best checkpoint: ``reward``, ``iteration``, ``value``."""
+    if not state.get("best_iteration"):
+        return None
+    found = ("best_by", "best_iteration", "best_value")
+    return dict(zip(("reward", "iteration", "value"), (state[key] for key in found), strict=True))
 
 
 def save_checkpoint(
@@ -56,8 +76,9 @@ def save_checkpoint(
     """Write the checkpoint of ``progress.iteration`` under ``folder``; keep the newest ``keep``.
 
     ``shares`` are those of the learner's ranks (``Learner.share``), in order.
-    Beside these, of each iteration in ``protect`` the newest checkpoint up to it is kept. One that
-    cannot be written whole (a full disk) leaves nothing behind: ``CheckpointError``.
+    Beside these the best one is kept, and of each iteration in ``protect`` the newest checkpoint
+    up to it. One that cannot be written whole (a full disk) leaves nothing behind:
+    ``CheckpointError``.
     """
     from safetensors import SafetensorError
 
@@ -81,7 +102,9 @@ def save_checkpoint(
         shutil.rmtree(final)
     partial.rename(final)
     _fsync(folder)
-    protected = {newest_checkpoint(folder, iteration) for iteration in protect}
+    protected = {
+        newest_checkpoint(folder, iteration) for iteration in {*protect, progress.best_iteration}
+    }
     for old in list_checkpoints(folder)[:-keep]:
         if old not in protected:
             shutil.rmtree(old)
@@ -123,6 +146,18 @@ def newest_checkpoint(folder: Path, iteration: int) -> Path | None:
     """The newest checkpoint under ``folder`` of at most ``iteration``, if there is one."""
     known = reversed(list_checkpoints(folder))
     return next((path for path in known if checkpoint_iteration(path) <= iteration), None)
+
+
+def best_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """What the newest checkpoint under ``folder`` says of the best one, if that is there."""
+    saved = list_checkpoints(folder)
+    if not saved:
+        return None
+    try:
+        best = best_in(read_json(saved[-1] / "state.json") or {})
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{saved[-1]}: cannot be read ({error}). {_REMEDY}") from error
+    return best if best and best["iteration"] in map(checkpoint_iteration, saved) else None
 
 
 def load_checkpoint(path: Path) -> tuple[LearnerState, Progress]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,7 +22,9 @@ from flowgrpo_ray.policies.base import Policy
 from flowgrpo_ray.policies.encodings import EncodingCache
 from flowgrpo_ray.rewards import ask, build, is_over_group
 from flowgrpo_ray.run.checkpoint import (
+    BEST,
     Progress,
+    best_checkpoint,
     checkpoint_iteration,
     list_checkpoints,
     load_checkpoint,
@@ -37,6 +40,7 @@ from flowgrpo_ray.spec.training import TrainingSpec
 
 WEIGHTS = ("ema", "last")
 EXPORTS = ("lora", "pipeline")
+Iteration = int | Literal["best"] | None  # of a checkpoint; None for the newest
 
 
 def open_target(target: str) -> tuple[TrainingSpec, RunFolder | None]:
@@ -48,10 +52,10 @@ def open_target(target: str) -> tuple[TrainingSpec, RunFolder | None]:
 
 
 def load_trained(
-    spec: TrainingSpec, folder: RunFolder | None, weights: str, iteration: int | None = None
+    spec: TrainingSpec, folder: RunFolder | None, weights: str, iteration: Iteration = None
 ) -> Policy:
-    """The policy with a checkpoint's weights (the newest, or that of ``iteration``), or untrained
-    (with ``model.lora``, if the spec names one).
+    """The policy with a checkpoint's weights (the newest, or ``iteration``), or untrained (with
+    ``model.lora``, if the spec names one).
 
     ``weights`` is ``ema`` (the same as ``last`` in a run without averaging) or ``last``.
     """
@@ -69,8 +73,16 @@ def _load(spec: TrainingSpec) -> Policy:
     return load_policy(spec, device, frozenset({"network", "decoder"}))
 
 
-def _checkpoint(folder: RunFolder, iteration: int | None) -> tuple[LearnerState, Progress]:
+def _checkpoint(folder: RunFolder, iteration: Iteration) -> tuple[LearnerState, Progress]:
     found = list_checkpoints(folder.checkpoints)
+    if iteration == BEST and found:
+        best = best_checkpoint(folder.checkpoints)
+        if best is None:
+            raise RunFolderError(
+                f"{folder.path} keeps no best checkpoint: its spec names no reward in "
+                "checkpoint.best, or no evaluation was saved since. Name an iteration"
+            )
+        iteration = best["iteration"]
     if iteration is not None:
         there = [checkpoint_iteration(path) for path in found]
         found = [path for path, of in zip(found, there, strict=True) if of == iteration]
@@ -150,7 +162,7 @@ def export(
     out: Path,
     what: str,
     weights: str,
-    iteration: int | None = None,
+    iteration: Iteration = None,
 ) -> None:
     """Write a trained model into the new folder ``out``: LoRA weights or all, and a model card."""
     if what == "lora" and spec.tuning.kind != "lora":

@@ -13,7 +13,7 @@ import numpy as np
 from flowgrpo_ray.common.errors import RunFolderError
 from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.common.types import Images
-from flowgrpo_ray.run.checkpoint import checkpoint_iteration, list_checkpoints
+from flowgrpo_ray.run.checkpoint import best_checkpoint, checkpoint_iteration, list_checkpoints
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.tracking import METRICS, SAMPLES, SOURCES, SUMMARY, TIMINGS, read_rows
 from flowgrpo_ray.spec.training import TrainingSpec
@@ -112,10 +112,18 @@ class Run:
         """The iterations whose checkpoints are kept, in order."""
         return [checkpoint_iteration(path) for path in list_checkpoints(self._folder.checkpoints)]
 
+    @property
+    def best(self) -> Row | None:
+        """The checkpoint that is kept by `checkpoint.best`: `reward`, `iteration` and `value`."""
+        return best_checkpoint(self._folder.checkpoints)
+
     def policy(
-        self, iteration: int | None = None, weights: Literal["ema", "last"] = "ema"
+        self,
+        iteration: int | Literal["best"] | None = None,
+        weights: Literal["ema", "last"] = "ema",
     ) -> Policy:
-        """The trained model in this process: of a checkpoint's iteration, or the newest."""
+        """The trained model in this process: of a checkpoint's iteration, the `"best"` one (by
+        `checkpoint.best`), or the newest."""
         from flowgrpo_ray.run.inference import load_trained
 
         return load_trained(self.spec, self._folder, weights, iteration)
@@ -126,7 +134,7 @@ class Run:
         *,
         steps: int | None = None,
         seed: int = 0,
-        iteration: int | None = None,
+        iteration: int | Literal["best"] | None = None,
         weights: Literal["ema", "last"] = "ema",
         images: Sequence[str | Path] = (),
     ) -> Images:

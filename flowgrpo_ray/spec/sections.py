@@ -305,13 +305,6 @@ class EvaluationSpec(Strict):
     grid: int = Field(default=32, ge=1, description="images kept as a sample grid")
 
 
-class CheckpointSpec(Strict):
-    """When the run is saved."""
-
-    every: int = Field(default=10, ge=1, description="iterations between checkpoints")
-    keep: int = Field(default=2, ge=1, description="older ones are deleted")
-
-
 class TrackingSpec(Strict):
     """Who is told rows and evaluation pictures, which the run folder holds in any case."""
 

@@ -17,12 +17,12 @@ from flowgrpo_ray.algorithm.objectives import FlowGrpo
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.strict import Strict
 from flowgrpo_ray.rewards import check_options
+from flowgrpo_ray.spec.checkpoint import CheckpointSpec
 from flowgrpo_ray.spec.cluster import ActorsSpec, ClusterSpec
 from flowgrpo_ray.spec.objective import ObjectiveField
 from flowgrpo_ray.spec.sampling import SamplingSpec
 from flowgrpo_ray.spec.sections import (
     AdvantagesSpec,
-    CheckpointSpec,
     EmaSpec,
     EvaluationSpec,
     ModelSpec,
@@ -90,6 +90,11 @@ class TrainingSpec(Strict):
                     f"no reward of a weight other than 0 scores the set {name!r} of prompts.train: "
                     "nothing could be learned from it"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_evaluated(self) -> TrainingSpec:
+        self.checkpoint.check_best(self.rewards, self.prompts)
         return self
 
     @model_validator(mode="after")

@@ -12,9 +12,10 @@ import time
 from itertools import groupby
 from pathlib import Path
 
-from flowgrpo_ray.common.errors import RunFolderError
+from flowgrpo_ray.common.errors import CheckpointError, RunFolderError
 from flowgrpo_ray.common.files import write_atomic
 from flowgrpo_ray.run.brief import spread
+from flowgrpo_ray.run.checkpoint import best_checkpoint
 from flowgrpo_ray.run.folder import resume_command
 from flowgrpo_ray.run.found import as_written
 from flowgrpo_ray.run.settings import weights_of
@@ -112,6 +113,7 @@ def describe_run(folder: Path, metrics: list[Row], timings: list[Row], notes: li
         "weights": weights_of(folder),
         "resume": resume_command(folder),
         "watch": _watch(folder, evals),
+        "best": _best(folder, notes),
         "spec": _text(folder / SPEC, notes),
         "summary": summary,
         "files": _files(folder),
@@ -150,6 +152,14 @@ def _headline(
         "gate": max((abs(at) for at in gates), default=None),
         "gates": len(gates),
     }
+
+
+def _best(folder: Path, notes: list[str]) -> Row | None:
+    try:
+        return best_checkpoint(folder / "checkpoints")
+    except CheckpointError as error:
+        notes.append(str(error))
+        return None
 
 
 def _watch(folder: Path, evals: list[Row]) -> list[Row]:

@@ -30,7 +30,8 @@ pytestmark = IN_TURNS
 def undisturbed(
     hardly_disturbed: None, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Command, str]:
-    command = Command(tmp_path_factory.mktemp("undisturbed"), **ONE_WORKER)
+    best = {"checkpoint.best": "ocr"}
+    command = Command(tmp_path_factory.mktemp("undisturbed"), **ONE_WORKER, **best)
     return command, command.finish()
 
 
@@ -49,6 +50,11 @@ def test_a_run_leaves_what_it_promises(undisturbed: tuple[Command, str]) -> None
     assert [row["iteration"] for row in rows if row["kind"] == "eval"] == [0, 3, 6, ITERATIONS]
     assert {row["log_ratio"]["gate"] for row in trained} == {0.0}, "the first ratio is exactly 1"
     assert len({row["weights"]["digest"] for row in trained}) == ITERATIONS, "weights move"
+    held_out = {row["iteration"]: row["rewards"]["ocr"]["mean"] for row in rows if "prompts" in row}
+    value, at = max((held_out[at], -at) for at in (3, 6, ITERATIONS))
+    assert summary["best"] == {"reward": "ocr", "iteration": -at, "value": value}
+    assert Run(run).checkpoints == sorted({-at, 6, ITERATIONS}), "two, and the best one"
+    assert f"best:   iteration {-at}, ocr {value:.3f}" in output
     for path in ("spec.yaml", "report.html", "samples/iteration-000000.png", "tensorboard"):
         assert (run / path).exists(), path
     shown = EventAccumulator(str(run / "tensorboard"), {"images": 0}).Reload()
@@ -70,9 +76,10 @@ MOMENTS = ["ray::RolloutWorker.sample", "reward-ocr", "ray::LearnerRank.accumula
 def test_the_same_weights_whatever_dies(actors: type[Command], tmp_path: Path) -> None:
     """One of each kind; test_survival.py has every moment, and what hangs."""
     folders = [tmp_path / name for name in ("alone", "killed")]
-    alone = actors(folders[0], **ONE_WORKER)
+    best = {"checkpoint.best": "ocr"}
+    alone = actors(folders[0], **ONE_WORKER, **best)
     alone.finish()
-    killed = actors(folders[1])
+    killed = actors(folders[1], **best)
     worker, reward, learner = MOMENTS
     killed.wait_for(1)
     killed.lose(worker, signal.SIGKILL)
@@ -83,9 +90,10 @@ def test_the_same_weights_whatever_dies(actors: type[Command], tmp_path: Path) -
     killed.process.send_signal(signal.SIGKILL)  # the driver alone, as the kernel's OOM killer does
     killed.process.wait()
     assert not killed.left_behind(), "what is beside the driver clears up after it"
-    last = actors(folders[1], resume=True, **ONE_WORKER)
+    last = actors(folders[1], resume=True, **ONE_WORKER, **best)
     last.finish()
     assert_same(last.run, alone.run)
+    assert Run(last.run).best == Run(alone.run).best
 
 
 def assert_same(run: Path, expected: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.prune import leftovers, prune
+from flowgrpo_ray.run.watch import Reading
 from flowgrpo_ray.spec.file import load_spec
 
 
@@ -43,6 +46,26 @@ def test_of_finished_runs_the_last_checkpoint_stays(root: Path) -> None:
         for name in ("going", "finished")
     }
     assert kept == {"going": ["1", "2", "3"], "finished": ["3"]}
+
+
+def test_the_best_checkpoint_and_those_from_before_an_alarm_stay(root: Path) -> None:
+    """Of each watched reward the newest one up to its best window, as the last evaluation says."""
+    run = root / "finished"
+    for iteration in (4, 5, 6, 7):
+        (run / "checkpoints" / f"iteration-{iteration:06d}").mkdir()
+    best = {"best_by": "ocr", "best_iteration": 3, "best_value": 0.5}
+    (run / "checkpoints" / "iteration-000007" / "state.json").write_text(json.dumps(best))
+    reading = {field.name: 0 for field in fields(Reading)}
+    rows = [{"colour": 1, "taste": 4}, {"colour": 2, "taste": 5}, {}]
+    for place, readings in enumerate(rows):
+        watch = {name: {**reading, "best_iteration": at} for name, at in readings.items()}
+        row = {"kind": "eval", "iteration": 2 * place, "watch": watch}
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    (run / "checkpoints" / "iteration-000005").rmdir()  # the newest up to 5 is that of 4
+    prune(leftovers(root, checkpoints=True))
+    kept = sorted(int(path.name[-1]) for path in (run / "checkpoints").iterdir())
+    assert kept == [2, 3, 4, 7]
 
 
 def test_the_command_lists_before_it_deletes(root: Path, command_line) -> None:

@@ -95,6 +95,7 @@ function facts(head) {
     ["Images per second", pace == null ? null : number(pace), "mean of the last 20 iterations"],
     [`Largest gate |${symbol()}|`, head.gate == null ? null : number(head.gate)],
     ["Last checkpoint", checkpoint ? `iteration ${count(checkpoint.iteration)}${active() ? `, ${ago(run.now - checkpoint.at)}` : ""}` : active() ? "none yet" : null],
+    ["Best checkpoint", run.best ? `iteration ${count(run.best.iteration)}, ${run.best.reward} ${score(run.best.value)}` : null, "by checkpoint.best; commands take --iteration best"],
     ["Ray", link ? el("a", { href: dashboard, target: "_blank", rel: "noreferrer" }, "dashboard ↗") : null],
   ];
 }
