@@ -4,11 +4,9 @@ it is noticed that one is lost."""
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import socket
 import time
-import warnings
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from flowgrpo_ray.cluster.placement import Placement
 from flowgrpo_ray.common.errors import ClusterError
 from flowgrpo_ray.common.gpus import hide_gpus
+from flowgrpo_ray.common.heard import listen
 from flowgrpo_ray.run.ledger import Ledger
 from flowgrpo_ray.spec.cluster import ActorsSpec
 from flowgrpo_ray.spec.training import TrainingSpec
@@ -72,7 +71,7 @@ def introduce(name: str, run: str) -> None:
 
 
 def set_up_process(kind: ActorsSpec, name: str, run: str) -> torch.device:
-    """In an actor: who it is; quiet libraries, its threads and its device."""
+    """In an actor: who it is; its libraries' warnings, its threads and its device."""
     introduce(name, run)
     os.environ["OMP_NUM_THREADS"] = str(kind.threads)  # before torch is imported
     if not kind.gpus:
@@ -80,10 +79,8 @@ def set_up_process(kind: ActorsSpec, name: str, run: str) -> torch.device:
     elif "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
         # Memory that sampling took serves training, whatever the sizes.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.simplefilter("ignore")
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    listen()
     import torch
 
     torch.set_num_threads(kind.threads)

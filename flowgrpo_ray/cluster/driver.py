@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ from flowgrpo_ray.spec.prompts import Prompt, prompts_digest
 from flowgrpo_ray.spec.training import TrainingSpec
 
 Saved = tuple[LearnerState, Progress]
+LAST_WORDS_S = 5.0  # of actors at the end of a run
 
 
 class Trainer:
@@ -130,6 +132,8 @@ class Trainer:
                 while not await self._finished():
                     await self._go_back()
                 await self._written()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.telemetry.listen(), LAST_WORDS_S)
             finally:
                 self.drop_ahead()
                 if self._writing:  # what ended the run is not its fault

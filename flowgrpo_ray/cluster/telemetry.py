@@ -18,6 +18,7 @@ from ray.serve.exceptions import RayServeException
 
 from flowgrpo_ray.cluster.crew import Crew
 from flowgrpo_ray.cluster.live import Display, last_checkpoint
+from flowgrpo_ray.cluster.warned import Warned
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.serving import metric_table as table
 from flowgrpo_ray.serving.client import Traffic
@@ -29,6 +30,7 @@ from flowgrpo_ray.spec.training import TrainingSpec
 
 BEAT_S = 1.0  # Ray exports what was set since the last time, so gauges are set again and again
 SERVE_S = 5.0  # between two questions to Serve
+WARNINGS_S = 10.0  # and to the actors for warnings
 
 Values = list[tuple[Metric, Tags, float]]
 
@@ -65,12 +67,15 @@ class Telemetry:
         self._deployments: dict[str, dict[str, Any]] = {}
         self.traffic = {name: ExportedTraffic(name, self._export) for name in spec.rewards}
         self._crew: Crew | None = None  # once all actors are up
+        self._warned = Warned(display.note)
         self._ray: dict[str, Any] | None = None
         self.saved()
 
     async def __aenter__(self) -> Telemetry:
         self._ray = _where()
-        self._tasks = [asyncio.create_task(w) for w in (self._beating(), self._asking())]
+        self._tasks = [
+            asyncio.create_task(w) for w in (self._beating(), self._asking(), self._listening())
+        ]
         for task in self._tasks:
             task.add_done_callback(self._ended)
         return self
@@ -156,6 +161,17 @@ class Telemetry:
                         self._display.note(f"Serve does not tell its replicas: {error}")
                     trouble = str(error)
             await asyncio.sleep(SERVE_S if self._crew else BEAT_S)
+
+    async def _listening(self) -> None:
+        """Keep asking the actors for warnings."""
+        while True:
+            await self.listen()
+            await asyncio.sleep(WARNINGS_S if self._crew else BEAT_S)
+
+    async def listen(self) -> None:
+        """Tell what actors have warned of."""
+        if self._crew:
+            await self._warned.ask(self._crew)
 
     # --- what live.json says
 

@@ -88,6 +88,7 @@ class RewardClient:
         self._traffic = traffic or {name: Traffic() for name in rewards}
         self._handles: dict[str, DeploymentHandle] = {}
         self._stats = {name: RewardStats() for name in rewards}
+        self.heard: dict[tuple[str, str], Mapping[str, str]] = {}  # by reward and replica
         for name in rewards:
             try:
                 self._handles[name] = serve.get_app_handle(app_name(name))
@@ -178,6 +179,7 @@ class RewardClient:
                 self._traffic[name].answered(len(prompts), seconds)
                 stats.busy_s += answer.busy_s
                 stats.replicas.add(answer.replica)
+                self.heard[name, answer.replica] = answer.heard
                 self._ledger.end(token, answer.busy_s)
                 return np.where(np.isfinite(answer.scores), answer.scores, np.float32(np.nan))
             finally:

@@ -22,6 +22,7 @@ from ray.serve.schema import LoggingConfig
 
 from flowgrpo_ray.common.errors import RewardError
 from flowgrpo_ray.common.gpus import hide_gpus
+from flowgrpo_ray.common.heard import heard, listen
 from flowgrpo_ray.common.images import decode_rgb, fitted
 from flowgrpo_ray.rewards import (
     ask,
@@ -64,6 +65,7 @@ class RewardReplica:
     """
 
     def __init__(self, args: RewardServiceArgs) -> None:
+        listen()
         stay_on_loopback()
         if not args.gpus:
             hide_gpus()
@@ -164,7 +166,8 @@ class RewardReplica:
             images = images[list(shown)]
         scored = await self._score(Call(images, prompts, metadata, given))
         replica = serve.get_replica_context().replica_id.unique_id
-        return Answer(scored.scores, replica, scored.seconds, time.monotonic() - began)
+        took = time.monotonic() - began
+        return Answer(scored.scores, replica, scored.seconds, took, heard())
 
     async def score(self, call: Call) -> np.ndarray:
         """Scores, float32 [b], of what `call` asks; ValueError for a bad one."""

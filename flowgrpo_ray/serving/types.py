@@ -33,6 +33,7 @@ class Answer:
     replica: str
     busy_s: float  # the call's share of the time that the reward worked
     seconds: float  # from the call's arrival at the replica to its answer
+    heard: Mapping[str, str]  # what its libraries have warned of, by place
 
 
 @dataclass(frozen=True)

@@ -416,6 +416,38 @@ def test_a_lost_actor_is_told_in_a_line(ray_cluster: None) -> None:
     assert "died unexpectedly" in told("later")
 
 
+def test_warnings_of_actors_are_told_once(trainer: Any, loop: asyncio.AbstractEventLoop) -> None:
+    """By the place that warns and the actors that do; no deprecation, nothing of Ray's own."""
+    import ray
+
+    def warn(_: object, number: int) -> None:
+        import logging
+        import warnings
+
+        warnings.warn(f"no kernel for layer {number}", stacklevel=1)
+        warnings.warn("old name", FutureWarning, stacklevel=1)
+        logging.getLogger("diffusers.models").warning("'torch_dtype' is deprecated")
+        logging.getLogger("ray.serve").warning("Ray's")
+        if number == 2:
+            logging.getLogger("transformers.models").warning("%d weights\n were not used", 3)
+
+    crew, notes = trainer.crew, trainer.display.notes
+    samplers = [worker.actor for worker in crew.rollouts.up.values()]
+    actors, before = [*samplers, *crew.learners.ranks], len(notes)
+    for number, actor in enumerate(actors):
+        ray.get([actor.__ray_call__.remote(warn, number) for _ in range(2)])
+    crew.rewards.heard = {("ocr", "a"): {"x:1": "blind"}, ("ocr", "b"): {"x:1": "blind"}}
+    trainer.telemetry.follow(crew)
+    for _ in range(2):
+        run(loop, trainer.telemetry.listen())
+    mine = [note for note in notes[before:] if "warn" in note]
+    assert mine == [
+        "3 actors (learner-0, rollout-0, rollout-1) warn: no kernel for layer 0",
+        "learner-0 warns: 3 weights were not used",
+        "2 actors (reward-ocr) warn: blind",
+    ]
+
+
 @pytest.mark.parametrize(("ranks", "called"), [(1, [[0, 3]]), (2, [[0, 2], [1, 3]])])
 def test_the_learner_never_fetches_a_row_without_gradient(
     ranks: int, called: list[list[int]]
