@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 
 import flowgrpo_ray
+from flowgrpo_ray.cli import completion
+from flowgrpo_ray.cli.configs import configs
 from flowgrpo_ray.cli.monitor import monitor
 from flowgrpo_ray.cli.options import (
     IterationOption,
@@ -46,6 +48,7 @@ app.add_typer(prompts_app, name="prompts")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(runs_app, name="runs")
 app.command()(compare)
+app.command()(configs)
 app.command()(monitor)
 app.command()(train)
 console = Console(markup=False)  # what is printed may name a file of any name
@@ -115,7 +118,11 @@ def plan(
     ] = None,
     measured: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="a short run of this spec: say how long all of it takes"),
+        typer.Option(
+            metavar="RUN",
+            help="a short run of this spec: say how long all of it takes",
+            autocompletion=completion.runs,
+        ),
     ] = None,
     gpu_hour: Annotated[
         float | None, typer.Option(min=0, help="price of an hour of one GPU, with --measured")

@@ -7,22 +7,34 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from flowgrpo_ray.cli import completion
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.run.checkpoint import BEST
 from flowgrpo_ray.spec.file import parse_yaml
 
 SpecArgument = Annotated[
-    str, typer.Argument(metavar="SPEC|RECIPE", help="a YAML training spec, or a recipe by name")
+    str,
+    typer.Argument(
+        metavar="SPEC|RECIPE",
+        help="a YAML training spec, or a recipe by name",
+        autocompletion=completion.specs,
+    ),
 ]
 TargetArgument = Annotated[
     str,
     typer.Argument(
         metavar="RUN|SPEC",
         help="a run folder, or a spec or recipe, which stands for its untrained base model",
+        autocompletion=completion.runs_and_specs,
     ),
 ]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, as runs/tiny-ocr")]
+RunArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN", help="a run folder, as runs/tiny-ocr", autocompletion=completion.runs
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="override a key of the spec, as seed=1"),

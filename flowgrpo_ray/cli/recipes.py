@@ -11,11 +11,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flowgrpo_ray.cli import completion
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.files import check_free
 from flowgrpo_ray.spec.file import RECIPES, load_spec, recipe_names, unknown_recipe
 
 recipes_app = typer.Typer(help="List, show and copy the training specs of this package.")
+
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", autocompletion=completion.recipes)]
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,14 @@ def _recipe(name: str) -> Recipe:
 
 
 @recipes_app.command()
-def show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+def show(name: NameArgument) -> None:
     """Print a recipe, with its comments."""
     print(_text(name), end="")
 
 
 @recipes_app.command()
 def copy(
-    name: Annotated[str, typer.Argument(metavar="NAME")],
+    name: NameArgument,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="the YAML file to write")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file")] = False,
 ) -> None:

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from flowgrpo_ray.cli import completion
 from flowgrpo_ray.cli.options import parse_option
 from flowgrpo_ray.common.errors import RewardError, SpecError
 from flowgrpo_ray.rewards import BUILTIN, build, check_options, needs_sources, prompt_check
@@ -37,6 +38,7 @@ def check(
         typer.Argument(
             metavar="SPEC|RECIPE|REWARD",
             help="a YAML training spec, a recipe, or one reward: built in, or module:Class",
+            autocompletion=completion.specs_and_rewards,
         ),
     ],
     overrides: Annotated[

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from flowgrpo_ray.cli import completion
 from flowgrpo_ray.cli.options import parse_option
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.images import WHITE, check_colour
@@ -50,6 +51,7 @@ def score(
             "--reward",
             metavar="REWARD[=WEIGHT]",
             help="built in, or module:Class, and its weight in the total (1); may be repeated",
+            autocompletion=completion.rewards,
         ),
     ],
     options: Annotated[

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flowgrpo_ray.cli import completion
 from flowgrpo_ray.view.console import say
 from flowgrpo_ray.view.tables import print_table
 
@@ -30,6 +31,11 @@ DeadlineOption = Annotated[
     float, typer.Option("--deadline", min=0, help="seconds to wait until all replicas run")
 ]
 console, progress = Console(markup=False), Console(stderr=True)
+
+
+NameArgument = Annotated[
+    str, typer.Argument(help="of the reward, as ocr", autocompletion=completion.rewards)
+]
 
 
 @contextmanager
@@ -77,7 +83,9 @@ def status(
 
 
 def scale(
-    name: Annotated[str, typer.Argument(help="of the reward, as ocr")],
+    name: Annotated[
+        str, typer.Argument(help="of the reward, as ocr", autocompletion=completion.rewards)
+    ],
     replicas: Annotated[int, typer.Argument(min=1, help="that shall run")],
     address: AddressOption = None,
     deadline: DeadlineOption = 600,
@@ -96,7 +104,9 @@ def scale(
 
 
 def remove(
-    name: Annotated[str, typer.Argument(help="of the reward, as ocr")],
+    name: Annotated[
+        str, typer.Argument(help="of the reward, as ocr", autocompletion=completion.rewards)
+    ],
     address: AddressOption = None,
 ) -> None:
     """Take a reward away, after it has answered the calls that it has."""

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from flowgrpo_ray.cli import completion
 from flowgrpo_ray.cli.runs_prune import prune_runs
 from flowgrpo_ray.common.errors import RunFolderError
 from flowgrpo_ray.common.files import check_free
@@ -85,7 +86,10 @@ def list_runs(
 
 
 def compare(
-    chosen: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="run folders")],
+    chosen: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN RUN...", help="run folders", autocompletion=completion.runs),
+    ],
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="write curves and pictures too, one file")
     ] = None,

@@ -18,6 +18,7 @@ NOT_OURS = ("ray", "uvicorn", "asyncio")  # Ray and Serve, whose own logs have i
 KNOWN = (
     "deprecated",
     "truncated because",  # the run tells of long prompts before it starts
+    "sequence length is longer than",  # and these
     "requires torchvision (not installed)",  # which nothing here needs
     "FSDP2-wrapped module",  # nothing here works in place on what those return
     "Mismatch dtype between input and weight",  # float32 masters under autocast are meant

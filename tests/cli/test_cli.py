@@ -30,6 +30,7 @@ COMMANDS = {
     "report": "report.html",
     "monitor": "as a live page",
     "recipes": "the training specs of this package",
+    "configs": "Serve configs of rewards",
     "schema": "JSON schema",
 }
 
@@ -255,6 +256,41 @@ def test_a_note_is_printed_as_it_is():
     display = RunDisplay(load_spec("tiny-ocr"), Console(file=out, width=200))
     display.note("first prompt: 'a sign [/] [red] [/b]'")
     assert out.getvalue() == "first prompt: 'a sign [/] [red] [/b]'\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("train tiny-ocr-n", ["tiny-ocr-nft"]),
+        ("plan my", ["my-folder/", "my.yaml"]),
+        ("recipes copy tiny-ed", ["tiny-edit"]),
+        ("export ru", ["runs/mine"]),
+        ("sample my", ["my-folder/", "my.yaml"]),
+        ("compare runs/mine r", ["runs/mine"]),
+        ("rewards check picks", ["pickscore"]),
+        ("rewards score --reward cl", ["clip_iqa", "clipscore"]),
+        ("report not", []),  # the shell's own file names, then
+    ],
+)
+def test_a_shell_completes_names(
+    words: str,
+    offered: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine/.lock").touch()
+    Path("my-folder").mkdir()
+    for name in ("my.yaml", "my.txt"):
+        Path(name).touch()
+    monkeypatch.setenv("_FLOWGRPO_RAY_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"flowgrpo-ray {words}")
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+    with pytest.raises(SystemExit):
+        cli.app(prog_name="flowgrpo-ray")
+    assert capsys.readouterr().out.split() == offered
 
 
 def test_recipes_lists_each_with_its_line_by_the_gpus_that_it_needs(run):

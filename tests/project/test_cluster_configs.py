@@ -22,6 +22,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
 from flowgrpo_ray import cli
+from flowgrpo_ray.common import configs
 from flowgrpo_ray.rewards.environments import BUILTIN
 from flowgrpo_ray.serving.admin import read_config
 from flowgrpo_ray.serving.args import RewardServiceArgs, args_of
@@ -33,7 +34,8 @@ CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 FILES = [p for p in sorted(CONFIGS.rglob("*")) if p.is_file() and p.suffix != ".pyc"]
 PAGE = (ROOT / "docs" / "cluster.md").read_text("utf-8")
 LAUNCHER: dict[str, Any] = yaml.safe_load((CONFIGS / "on-premise.yaml").read_text("utf-8"))
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+PROJECT_FILE = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+PROJECT = PROJECT_FILE["project"]
 IMAGE = f"registry.example.com/flowgrpo-ray:{PROJECT['version']}"
 
 
@@ -172,6 +174,35 @@ def test_what_dockerfiles_copy_is_there_and_sent(path: Path):
     assert sources == (sent if path.name == "Dockerfile" else set())
     # A wheel is built from what is copied.
     assert {PROJECT["readme"], *PROJECT["license-files"]} <= sent
+
+
+def test_the_wheel_has_the_files_and_writes_them(
+    tmp_path: Path, command_line: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Byte for byte, from where the wheel has them as from a checkout; over none that is there."""
+    included = PROJECT_FILE["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    place = configs.IN_WHEEL.relative_to(configs.PACKAGE.parent)
+    assert included == {name: (place / name).as_posix() for name in configs.FOLDERS}
+    listed = ["git", "ls-files", "-z", *configs.FOLDERS]
+    files = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True, text=True)
+    tracked = {name: (ROOT / name).read_bytes() for name in files.stdout.split("\0") if name}
+    installed = tmp_path / "installed"
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        status, out, _ = command_line("configs", folder)
+        assert (status, f"{len(tracked)} files written" in out) == (0, True)
+        found = [path for path in folder.rglob("*") if path.is_file()]
+        assert {str(p.relative_to(folder)): p.read_bytes() for p in found} == tracked
+        shutil.copytree(folder, installed, dirs_exist_ok=True)
+        monkeypatch.setattr(configs, "IN_WHEEL", installed)
+    mine = tmp_path / "one" / "deployments" / "ocr.yaml"
+    mine.write_text("mine")
+    (tmp_path / "one" / "deployments" / "all.yaml").unlink()
+    status, _, message = command_line("configs", tmp_path / "one")
+    assert (status, "exist; give another folder" in message.replace("\n", " ")) == (2, True)
+    assert not (tmp_path / "one" / "deployments" / "all.yaml").exists()
+    assert mine.read_text() == "mine"
+    assert command_line("configs", tmp_path / "one", "--overwrite")[0] == 0
+    assert mine.read_bytes() == tracked["deployments/ocr.yaml"]
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda p: p.name)
