@@ -222,6 +222,14 @@ def test_sort_filter_group_and_hide(page: Browser, served: Served, root: Path):
     after = [means[max(means)] for means in ends]
     group = page.look("document.querySelector('.group').textContent")
     assert f"→ {fmean(after):.2f} ± {stdev(after):.2f}" in group
+    page.look("hide(['a1'], true)")
+    assert listed(page) == ["a0", "b0", "c0"]
+    assert not page.look("document.querySelectorAll('.group').length"), "one seed is no group"
+    page.look("tools.gone.click()")
+    group = page.look("document.querySelector('.group').textContent")
+    assert f"→ {after[0]:.2f}best" in group, "hidden runs are not counted"
+    assert "spread of 1 seed2 finished" in group
+    page.look("tools.gone.click(); hide(['a1'], false)")
     page.look("document.querySelector('.opener').click()")
     assert listed(page) == ["a0", "a0", "a1", "b0", "c0"]
     page.look("document.querySelector('[data-group=a0]').click()")

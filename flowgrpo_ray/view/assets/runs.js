@@ -165,7 +165,19 @@ function spark({ curve: held, train }, { low, high, last }) {
 
 // ---- rows ------------------------------------------------------------------------------------------
 
-// Runs and groups in the order of the chosen column: {one} or {group, of, runs}.
+// Of runs that differ in their seed: as the overview's `groups`, but of these alone.
+function meanOf(runs) {
+  const spread = (get) => {
+    const values = known(runs.map(get));
+    const middle = mean(values);
+    return { mean: middle, std: values.length > 1 ? Math.sqrt(sum(values.map((value) => (value - middle) ** 2)) / (values.length - 1)) : null };
+  };
+  const rewards = rewardNames(runs).map((name) => [name, Object.fromEntries(["before", "after", "best"].map((what) => [what, spread((one) => one.rewards?.[name]?.[what])]))]);
+  const whole = ["images_per_second", "seconds", "gpu_seconds"].map((key) => [key, spread((one) => one[key])]);
+  return { size: runs.length, rewards: Object.fromEntries(rewards), ...Object.fromEntries(whole) };
+}
+
+// Runs and groups in the order of the chosen column: {one} or {group, runs}.
 function entriesOf({ groups }, shown, columns) {
   const column = columns.find(({ id }) => id === list.sort);
   const compare_ = (a, b) => {
@@ -180,10 +192,10 @@ function entriesOf({ groups }, shown, columns) {
   for (const one of sorted) {
     const group = groups[one.group] ? one.group : null;
     const key = group ?? ` ${one.name}`;
-    if (!entries.has(key)) entries.set(key, group ? { group, of: groups[group], runs: [] } : { one });
+    if (!entries.has(key)) entries.set(key, group ? { group, runs: [] } : { one });
     entries.get(key).runs?.push(one);
   }
-  return [...entries.values()];
+  return [...entries.values()].map((entry) => (entry.runs?.length === 1 ? { one: entry.runs[0] } : entry));
 }
 
 function overviewTable(columns, entries) {
@@ -204,13 +216,14 @@ function runRow(columns, one, inside) {
   return el("tr", { class: `${inside ? "inside" : ""} ${list.hidden.has(one.name) ? "hidden" : ""}` }, el("td", { class: "tick" }, box), who, columns.map((column) => cellOf(column, column.cell(one))));
 }
 
-function groupRow(columns, { group, of, runs }) {
+function groupRow(columns, { group, runs }) {
+  const of = meanOf(runs.filter(({ name }) => !list.hidden.has(name)));
   const box = el("input", { type: "checkbox", "data-group": group, "aria-label": `Compare all seeds of ${group}` });
   const opener = el("button", { type: "button", class: "opener", "data-open": group, "aria-expanded": String(list.open.has(group)) }, group);
   const alike = (column) => (new Set(runs.map(column.value)).size === 1 ? column.cell(runs[0]) : "…");
   const states = Object.entries(Object.groupBy(runs, ({ state }) => state)).map(([state, alike_]) => `${count(alike_.length)} ${state}`);
   const content = (column) => (column.id === "state" ? states.join(", ") : column.mean ? column.mean(of) : column.key ? alike(column) : "");
-  return el("tr", { class: "group" }, el("td", { class: "tick" }, box), el("td", { class: "who" }, opener, el("small", {}, `mean ± spread of ${count(of.size)} seeds`)), columns.map((column) => cellOf(column, content(column))));
+  return el("tr", { class: "group" }, el("td", { class: "tick" }, box), el("td", { class: "who" }, opener, el("small", {}, `mean ± spread of ${plural(of.size, "seed")}`)), columns.map((column) => cellOf(column, content(column))));
 }
 
 const namesOf = (box) => (box.dataset.run ? [box.dataset.run] : list.data.runs.filter((one) => one.group === box.dataset.group && (list.gone || !list.hidden.has(one.name))).map(({ name }) => name));
