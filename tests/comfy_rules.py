@@ -53,6 +53,27 @@ FLUX_SINGLE: dict[str, Rows] = {
     "proj_out": ("linear2", 0),
     "norm.linear": ("modulation.lin", 0),
 }
+FLUX2_DOUBLE: dict[str, Rows] = {
+    **{ours: rows for ours, rows in FLUX_DOUBLE.items() if ours.startswith("attn.")},
+    "ff.linear_in": ("img_mlp.0", 0),
+    "ff.linear_out": ("img_mlp.2", 0),
+    "ff_context.linear_in": ("txt_mlp.0", 0),
+    "ff_context.linear_out": ("txt_mlp.2", 0),
+}
+FLUX2_SINGLE: dict[str, Rows] = {
+    "attn.to_qkv_mlp_proj": ("linear1", 0),
+    "attn.to_out": ("linear2", 0),
+}
+Z_IMAGE_BLOCK: dict[str, Rows] = {
+    "attention.to_q": ("attention.qkv", 0),
+    "attention.to_k": ("attention.qkv", 1),
+    "attention.to_v": ("attention.qkv", 2),
+    "attention.to_out.0": ("attention.out", 0),
+}
+QWEN_2_BLOCK: dict[str, Rows] = {
+    "img_mlp.gate_layer": ("img_mlp.gate_up", 0),
+    "img_mlp.proj": ("img_mlp.gate_up", 1),
+}
 BLOCKS = {
     "sd3": {"transformer_blocks": ("joint_blocks", SD3_BLOCK)},
     "flux": {
@@ -60,6 +81,20 @@ BLOCKS = {
         "single_transformer_blocks": ("single_blocks", FLUX_SINGLE),
     },
     "qwen_image": {},  # the published names are ours
+    "qwen_image_2": {"transformer_blocks": ("transformer_blocks", QWEN_2_BLOCK)},
+    "z_image": {
+        kind: (kind, Z_IMAGE_BLOCK) for kind in ("layers", "noise_refiner", "context_refiner")
+    },
+    "flux2": {
+        "transformer_blocks": ("double_blocks", FLUX2_DOUBLE),
+        "single_transformer_blocks": ("single_blocks", FLUX2_SINGLE),
+    },
+}
+BLOCKS |= {
+    "flux_kontext": BLOCKS["flux"],
+    "flux2_dev": BLOCKS["flux2"],
+    "qwen_image_edit": BLOCKS["qwen_image"],
+    "qwen_image_edit_plus": BLOCKS["qwen_image"],
 }
 
 

@@ -16,12 +16,22 @@ from flowgrpo_ray.policies.lora_names import Native
 from flowgrpo_ray.policies.pipeline import JOINT_ATTENTION, PackedPolicy
 
 
-def _double(*layers: str) -> tuple[str, ...]:
+def double(*layers: str) -> tuple[str, ...]:
     return tuple(f"transformer_blocks.{{}}.{layer}" for layer in layers)
 
 
-def _single(*layers: str) -> tuple[str, ...]:
+def single(*layers: str) -> tuple[str, ...]:
     return tuple(f"single_transformer_blocks.{{}}.{layer}" for layer in layers)
+
+
+ATTENTION: Native = {  # of double blocks
+    "double_blocks.{}.img_attn.qkv": double("attn.to_q", "attn.to_k", "attn.to_v"),
+    "double_blocks.{}.img_attn.proj": double("attn.to_out.0"),
+    "double_blocks.{}.txt_attn.qkv": double(
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"
+    ),
+    "double_blocks.{}.txt_attn.proj": double("attn.to_add_out"),
+}
 
 
 class FluxPolicy(PackedPolicy):
@@ -42,21 +52,16 @@ class FluxPolicy(PackedPolicy):
         "ff_context.net.2",
     )
     native_layers: ClassVar[Native] = {
-        "double_blocks.{}.img_attn.qkv": _double("attn.to_q", "attn.to_k", "attn.to_v"),
-        "double_blocks.{}.img_attn.proj": _double("attn.to_out.0"),
-        "double_blocks.{}.img_mlp.0": _double("ff.net.0.proj"),
-        "double_blocks.{}.img_mlp.2": _double("ff.net.2"),
-        "double_blocks.{}.img_mod.lin": _double("norm1.linear"),
-        "double_blocks.{}.txt_attn.qkv": _double(
-            "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"
-        ),
-        "double_blocks.{}.txt_attn.proj": _double("attn.to_add_out"),
-        "double_blocks.{}.txt_mlp.0": _double("ff_context.net.0.proj"),
-        "double_blocks.{}.txt_mlp.2": _double("ff_context.net.2"),
-        "double_blocks.{}.txt_mod.lin": _double("norm1_context.linear"),
-        "single_blocks.{}.linear1": _single("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-        "single_blocks.{}.linear2": _single("proj_out"),
-        "single_blocks.{}.modulation.lin": _single("norm.linear"),
+        **ATTENTION,
+        "double_blocks.{}.img_mlp.0": double("ff.net.0.proj"),
+        "double_blocks.{}.img_mlp.2": double("ff.net.2"),
+        "double_blocks.{}.img_mod.lin": double("norm1.linear"),
+        "double_blocks.{}.txt_mlp.0": double("ff_context.net.0.proj"),
+        "double_blocks.{}.txt_mlp.2": double("ff_context.net.2"),
+        "double_blocks.{}.txt_mod.lin": double("norm1_context.linear"),
+        "single_blocks.{}.linear1": single("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+        "single_blocks.{}.linear2": single("proj_out"),
+        "single_blocks.{}.modulation.lin": single("norm.linear"),
     }
 
     @classmethod

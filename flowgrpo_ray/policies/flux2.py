@@ -17,8 +17,10 @@ from flowgrpo_ray.common.types import Condition, Images
 from flowgrpo_ray.policies.arrays import as_array
 from flowgrpo_ray.policies.base import Configs
 from flowgrpo_ray.policies.editing import SOURCES, EditingPolicy
+from flowgrpo_ray.policies.flux import ATTENTION, double, single
 from flowgrpo_ray.policies.hub import model_file
 from flowgrpo_ray.policies.loading import INDEX
+from flowgrpo_ray.policies.lora_names import Native
 from flowgrpo_ray.policies.pipeline import JOINT_ATTENTION, TwoPassPolicy, as_images
 
 TOKEN = 16  # pixels along its side
@@ -44,6 +46,15 @@ class Flux2Policy(EditingPolicy, TwoPassPolicy):
         *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
         "attn.to_qkv_mlp_proj",
     )
+    native_layers: ClassVar[Native] = {
+        **ATTENTION,
+        "double_blocks.{}.img_mlp.0": double("ff.linear_in"),
+        "double_blocks.{}.img_mlp.2": double("ff.linear_out"),
+        "double_blocks.{}.txt_mlp.0": double("ff_context.linear_in"),
+        "double_blocks.{}.txt_mlp.2": double("ff_context.linear_out"),
+        "single_blocks.{}.linear1": single("attn.to_qkv_mlp_proj"),
+        "single_blocks.{}.linear2": single("attn.to_out"),
+    }
 
     @property
     def index(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from flowgrpo_ray.policies.base import Configs
 from flowgrpo_ray.policies.hub import read_config
 from flowgrpo_ray.policies.lengths import Tokens
 from flowgrpo_ray.policies.loading import INDEX, load_tokenizer, write_published
+from flowgrpo_ray.policies.lora_names import Native
 from flowgrpo_ray.policies.pipeline import TwoPassPolicy, as_bytes
 from flowgrpo_ray.policies.qwen_image import QwenImagePolicy
 
@@ -41,6 +42,12 @@ class QwenImage2Policy(TwoPassPolicy):
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("img_mlp.proj", "img_mlp.gate_layer", "img_mlp.out"),
     )
+    native_layers: ClassVar[Native] = {
+        "transformer_blocks.{}.img_mlp.gate_up": (
+            "transformer_blocks.{}.img_mlp.gate_layer",
+            "transformer_blocks.{}.img_mlp.proj",
+        )
+    }
     collate = QwenImagePolicy.collate
 
     @property

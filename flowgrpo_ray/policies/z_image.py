@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from flowgrpo_ray.common.types import NEGATIVE, Condition
 from flowgrpo_ray.policies.arrays import as_array, as_tensor
 from flowgrpo_ray.policies.base import Configs
+from flowgrpo_ray.policies.lora_names import Native
 from flowgrpo_ray.policies.pipeline import TIMESTEPS, PipelinePolicy
 
 
@@ -33,6 +34,11 @@ class ZImagePolicy(PipelinePolicy):
         *("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
         *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
     )
+    native_layers: ClassVar[Native] = {
+        f"{blocks}.{{}}.attention.{theirs}": tuple(f"{blocks}.{{}}.attention.{o}" for o in ours)
+        for blocks in ("layers", "noise_refiner", "context_refiner")
+        for theirs, ours in (("qkv", ("to_q", "to_k", "to_v")), ("out", ("to_out.0",)))
+    }
 
     def encode_batch(self, prompts: Sequence[str]) -> list[Condition]:
         """``[tokens, dim]`` each; the encoder sees all prompts padded to one length."""

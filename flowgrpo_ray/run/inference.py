@@ -180,7 +180,8 @@ def export(
     versions = {"flowgrpo_ray": __version__, **versions}
     call = (policy.call_takes_length, policy.call_scheduler)
     sources = sources_per_prompt(folder.path) or policy.sources.start
-    exported = Exported(what, weights, policy.call_arguments, progress, versions, *call, sources)
+    given = (policy.call_arguments, progress, versions, *call, sources, policy.in_comfyui)
+    exported = Exported(what, weights, *given)
     card = model_card(spec, exported)
     readme = out / "README.md"
     readme.write_text(card, encoding="utf-8")

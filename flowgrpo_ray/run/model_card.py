@@ -74,6 +74,7 @@ class Exported:
     takes_length: bool = True  # the call, as max_sequence_length
     scheduler: str = ""  # to draw with, of a {shift}, if not the pipeline's own
     sources: int = 0  # how many images each prompt of the run changes
+    in_comfyui: bool = True
 
 
 def model_card(spec: TrainingSpec, exported: Exported) -> str:
@@ -158,10 +159,13 @@ def _use_lora(spec: TrainingSpec, exported: Exported) -> str:
             f"### diffusers\n\n{_fenced(_code(spec, exported), 'python')}",
             "### peft\n\nIn place of `pipe.load_lora_weights(place)`:\n\n"
             f"{_fenced(PEFT.format(rank=rank), 'python')}",
+        ]
+        comfy = (
             "### ComfyUI\n\nCopy `pytorch_lora_weights.safetensors` into `models/loras` under a "
             "name of your choice, and put a LoraLoaderModelOnly behind the node that loads the "
-            f"base model, here number 1:\n\n{_fenced(COMFY, 'json')}",
-        ]
+            f"base model, here number 1:\n\n{_fenced(COMFY, 'json')}"
+        )
+        parts += [comfy] if exported.in_comfyui else []
     else:
         parts.append(f"### peft\n\n{_fenced(PEFT_FOLDER, 'python')}")
     model = _inline(f"model.path: {spec.model.path}")

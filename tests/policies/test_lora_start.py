@@ -379,7 +379,11 @@ def written_by_others(family: str, style: str) -> dict[str, torch.Tensor]:
     }[style]
     file: dict[str, torch.Tensor] = {}
     published = comfy_rules.Published(family, network_of(family).state_dict())
-    blocks = [n for n in published.weights if re.search(r"blocks\.1\.", n) and ".norm" not in n]
+    blocks = [
+        n
+        for n in published.weights
+        if re.search(r"(blocks|layers)\.1\.|refiner\.0\.", n) and ".norm" not in n
+    ]
     for number, name in enumerate(sorted(blocks), 1):
         rows, columns = published.weights[name].shape
         stem = prefix + (name.replace(".", "_") if style == "kohya" else name)

@@ -258,6 +258,7 @@ def test_every_export_has_a_model_card(runs, family, tmp_path):
     card = runs[family, "lora"].exported(tmp_path / "out", "lora") / "README.md"
     text = card.read_text()
     assert f"family: {family}" in text
+    assert ("### ComfyUI" in text) == (family in comfy_rules.BLOCKS)
     if family in PIPELINES:  # the call that it shows is one of the family's pipeline
         import diffusers
 
