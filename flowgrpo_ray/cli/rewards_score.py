@@ -21,12 +21,14 @@ from flowgrpo_ray.common.images import WHITE, check_colour
 from flowgrpo_ray.rewards import (
     build,
     check_options,
+    keys_read,
     needs_sources,
     prompt_check,
     takes_sources,
     weighted_total,
 )
 from flowgrpo_ray.run.metrics import mean_and_std
+from flowgrpo_ray.spec.prompt_keys import check_keys
 from flowgrpo_ray.spec.prompts import Prompt, check_needed, check_prompts, load_prompts
 from flowgrpo_ray.spec.sources import with_sources
 from flowgrpo_ray.view.tables import print_table
@@ -107,6 +109,8 @@ def _in_turn(
 def _prompts(file: str, chosen: Mapping[str, Mapping[str, Any]]) -> list[Prompt]:
     """Those of a file, which every chosen reward can score."""
     prompts = load_prompts(file, "PROMPTS")
+    called = {f"the reward {name!r}": keys_read(name, of) for name, of in chosen.items()}
+    check_keys(prompts, f"PROMPTS = {file!r}", None, called)
     if any(map(takes_sources, chosen)) and any(prompt.names_images for prompt in prompts):
         prompts = with_sources(prompts, file, "PROMPTS", range(1, 17), "a reward")
     for name, options in chosen.items():

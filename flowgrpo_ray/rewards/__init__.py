@@ -57,7 +57,8 @@ class Reward(Protocol):
     asked in evaluations, where a prompt has one image. A class with `takes_sources = True` is given
     as a fourth argument `sources`, uint8 [b, n, H, W, 3], the images that the prompts name to be
     changed, of the size of `images`; where they name none, it is not asked without, unless that
-    parameter has a default.
+    parameter has a default. An attribute `reads` names the metadata keys that a class reads; lines
+    that nearly name one of them are refused.
     """
 
     def __call__(
@@ -159,6 +160,14 @@ def read_check(reward: str) -> Callable[[str, Mapping[str, Any], str], None]:
     """The function that raises ValueError for a prompt of which the model reads a beginning only,
     and `reward` asks for the rest."""
     return getattr(resolve(reward), "check_read", _accept)
+
+
+def keys_read(reward: str, options: Mapping[str, Any] | None = None) -> frozenset[str] | None:
+    """The metadata keys that `reward` reads, `None`: maybe any. A class says so in an attribute
+    `reads`, or by its options in a static method of this name."""
+    own: Any = getattr(resolve(reward), "reads", () if reward in BUILTIN else None)
+    found: Any = own(options or {}) if callable(own) else own
+    return None if found is None else frozenset(found)
 
 
 def checked(scores: object, count: int) -> np.ndarray:

@@ -84,6 +84,8 @@ class GenevalReward:
     object alone on grey, cropped to its box.
     """
 
+    reads = ("tag", "include", "exclude")
+
     SIZE = ModelSize(CLIP_L.parameters + 68_741_083, 717_301_334)
 
     def __init__(

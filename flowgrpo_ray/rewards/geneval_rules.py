@@ -11,12 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from flowgrpo_ray.common.own_classes import nearest
+
 OTHER_SPELLINGS = {
     **{"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"},
     **{"tvmonitor": "tv", "television": "tv", "motorbike": "motorcycle", "aeroplane": "airplane"},
     **{"sofa": "couch", "doughnut": "donut", "hairdryer": "hair drier"},
 }
 """Detectors' names of the same classes, in lower case without spaces."""
+
+ENTRY = ("class", "count", "color", "position")
+"""Keys of an entry of `include` or `exclude`."""
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLOURS = (
@@ -114,6 +119,8 @@ def _wanted(entry: Any, key: str, earlier: int) -> Wanted:
     """An entry with so many entries before it that a position may refer to."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"{key} is {entry!r}, not an object with class and count")
+    if unknown := sorted(map(str, entry.keys() - ENTRY)):
+        raise ValueError(f"{key} has an unknown key {unknown[0]!r}{nearest(unknown[0], ENTRY)}")
     name = _one_of(CLASSES, f"{key}.class", entry.get("class"))
     count, colour, position = entry.get("count"), entry.get("color"), entry.get("position")
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:

@@ -49,6 +49,7 @@ class HttpReward:
     """Scores that the server at `url` gives."""
 
     takes_sources = True
+    reads = None  # the server may read any key
 
     def __init__(
         self,

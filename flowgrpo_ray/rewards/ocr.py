@@ -29,6 +29,8 @@ ENGINES = {"rapidocr": rapidocr_reader, "paddleocr": paddleocr_reader}
 class OcrReward:
     """Reads each image and compares with the text that its prompt quotes."""
 
+    reads = ("target",)
+
     def __init__(
         self,
         engine: Annotated[

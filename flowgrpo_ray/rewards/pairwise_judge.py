@@ -29,7 +29,7 @@ from flowgrpo_ray.rewards.judge_client import (
     Launch,
     ServedModel,
 )
-from flowgrpo_ray.rewards.vlm_judge import ask
+from flowgrpo_ray.rewards.vlm_judge import ask, names_in
 
 QUESTION = (
     'Two images were made for the prompt "{prompt}". Which one is better: which shows what the '
@@ -110,6 +110,11 @@ class PairwiseJudge:
     def check_prompt(prompt: str, metadata: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         """ValueError for a prompt without a key that the question names."""
         ask(options.get("question", QUESTION), prompt, metadata)
+
+    @staticmethod
+    def reads(options: Mapping[str, Any]) -> set[str]:
+        """The metadata that the question names."""
+        return names_in(options.get("question", QUESTION))
 
     def close(self) -> None:
         """Ends the server that the reward started."""

@@ -27,6 +27,7 @@ class PreservationReward:
     """Structural similarity of each image and the first source image of its prompt."""
 
     takes_sources = True
+    reads = (MASK,)
 
     def __call__(
         self,

@@ -22,6 +22,7 @@ from flowgrpo_ray.rewards import (
     build,
     check_options,
     is_over_group,
+    keys_read,
     needs_sources,
     prompt_check,
 )
@@ -60,6 +61,11 @@ class RankReward:
     def check_prompt(prompt: str, metadata: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         """ValueError for a prompt that the ranked reward could never score."""
         prompt_check(options["reward"], options.get("options"))(prompt, metadata)
+
+    @staticmethod
+    def reads(options: Mapping[str, Any]) -> frozenset[str] | None:
+        """What the ranked reward reads."""
+        return keys_read(options["reward"], options.get("options"))
 
     @staticmethod
     def needs_sources(options: Mapping[str, Any]) -> bool:

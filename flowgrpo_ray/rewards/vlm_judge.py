@@ -135,6 +135,11 @@ class VlmJudge:
         """ValueError for a prompt without the metadata that the question names."""
         ask(str((options or {}).get("question", "")), prompt, metadata)
 
+    @staticmethod
+    def reads(options: Mapping[str, Any]) -> set[str]:
+        """The metadata that the question names."""
+        return names_in(options.get("question", ""))
+
     def close(self) -> None:
         """Ends the server that the reward started, and its connections."""
         self._judge.close()
@@ -163,6 +168,11 @@ class VlmJudge:
         if not self._low <= number <= self._high:
             return np.nan
         return (number - self._low) / (self._high - self._low)
+
+
+def names_in(question: str) -> set[str]:
+    """The metadata keys that a question names."""
+    return {found[1] for found in PLACEHOLDER.finditer(question) if found[1]} - {"prompt"}
 
 
 def ask(question: str, prompt: str, metadata: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Prompt:
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
     set: str = ""  # the name of the one that it belongs to, where there are several
     images: tuple[Source, ...] = ()  # that an editing model changes
+    place: str = field(default="", compare=False)  # in its file, for messages
 
     @property
     def names_images(self) -> bool:
@@ -74,7 +75,7 @@ def load_prompts(path: str, key: str) -> list[Prompt]:
     prompts: list[Prompt] = []
     for place, make in read(_read(file, named), named):
         try:
-            prompts.append(_bounded(make()))
+            prompts.append(replace(_bounded(make()), place=place))
         except ValueError as error:
             raise PromptError(f"{named}: {place} holds no prompt: {error}") from error
     if not prompts:
@@ -141,9 +142,6 @@ def _lines(content: bytes, named: str) -> Iterator[tuple[str, str]]:
     JSON text may hold U+2028 and its like."""
     for number, line in enumerate(re.split(r"\r\n|\r|\n", _text(content, named)), 1):
         if text := line.strip():
-            if len(text) > LONGEST:
-                message = f"{len(line):,} characters; at most {LONGEST:,}"
-                raise PromptError(f"{named}: line {number} holds no prompt: {message}")
             yield f"line {number}", text
 
 
@@ -213,7 +211,8 @@ def _is_text(value: object) -> bool:
 def _of_row(row: Any) -> Prompt:
     """One prompt of a mapping that holds it under "prompt"."""
     if not isinstance(row, dict) or not _is_text(row.get("prompt")):
-        raise ValueError('expected a JSON object with a string under "prompt"')
+        keys = f"; its keys: {', '.join(map(str, row))}" if isinstance(row, dict) else ""
+        raise ValueError(f'expected a JSON object with a string under "prompt"{keys}')
     metadata = dict(row)
     text: str = metadata.pop("prompt")
     if None in metadata:

@@ -11,10 +11,11 @@ from typing import Any
 
 from flowgrpo_ray.common.errors import PromptError
 from flowgrpo_ray.common.types import Overlong
-from flowgrpo_ray.rewards import needs_sources, prompt_check, read_check
+from flowgrpo_ray.rewards import keys_read, needs_sources, prompt_check, read_check
 from flowgrpo_ray.spec.families import FAMILIES
 from flowgrpo_ray.spec.plan import most_groups
 from flowgrpo_ray.spec.prompt_files import IMAGES, Prompt, check_alike, load_prompts
+from flowgrpo_ray.spec.prompt_keys import check_keys
 from flowgrpo_ray.spec.training import TrainingSpec
 
 SHOWN = 60  # characters of a long prompt
@@ -55,7 +56,7 @@ def load_held_out(spec: TrainingSpec, most: int | None = None) -> list[Prompt]:
 
 def _of_set(spec: TrainingSpec, file: str, key: str, name: str) -> list[Prompt]:
     """The prompts of a file of the set ``name``."""
-    prompts = [replace(prompt, set=name) for prompt in prompts_for(spec, file, key)]
+    prompts = [replace(prompt, set=name) for prompt in prompts_for(spec, file, key, name)]
     for reward_name, reward in spec.rewards.items():
         if reward.scores(name):
             check = prompt_check(reward.reward or reward_name, reward.options)
@@ -65,10 +66,18 @@ def _of_set(spec: TrainingSpec, file: str, key: str, name: str) -> list[Prompt]:
     return prompts
 
 
-def prompts_for(spec: TrainingSpec, file: str, key: str) -> list[Prompt]:
-    """The prompts of a file, with the source images that the family draws from."""
+def prompts_for(spec: TrainingSpec, file: str, key: str, name: str = "") -> list[Prompt]:
+    """The prompts of a file of the set ``name``, with the source images that the family draws
+    from."""
     prompts, family = load_prompts(file, key), spec.model.family
-    if (allowed := FAMILIES[family].sources) == range(1):
+    edits = (allowed := FAMILIES[family].sources) != range(1)
+    readers = {
+        f"rewards.{called}": keys_read(reward.reward or called, reward.options)
+        for called, reward in spec.rewards.items()
+        if reward.scores(name)
+    }
+    check_keys(prompts, f"{key} = {file!r}", family if edits else None, readers)
+    if not edits:
         return prompts
     from flowgrpo_ray.spec.sources import with_sources  # which needs Pillow
 

@@ -22,9 +22,9 @@ from flowgrpo_ray.common.sources import PNG_URL, find_source, mask_url
 from flowgrpo_ray.common.types import Edit, Request, Source
 from flowgrpo_ray.spec.families import FAMILIES
 from flowgrpo_ray.spec.prompt_files import HUB, IMAGES, Prompt, check_alike
+from flowgrpo_ray.spec.prompt_keys import MASK
 from flowgrpo_ray.spec.training import TrainingSpec
 
-MASK = "mask"
 KEYS = 'keys "image", "images" and "mask"'
 Size = tuple[int, int]  # height, width
 

@@ -334,6 +334,10 @@ def test_task_of_a_line_of_the_public_file():
         ({"include": [wanted("cat", position=["above", -1])]}, "is -1, not the index"),
         ({"exclude": {"class": "dog"}}, "exclude is {"),
         ({"exclude": [wanted("cat", color="red")]}, r"exclude\[0\] has a color or position"),
+        (
+            {"include": [wanted("dog", colour="red")]},
+            r"include\[0\] has an unknown key 'colour', did you mean 'color'",
+        ),
         ({"exclude": [wanted("wolf")]}, r"exclude\[0\].class is 'wolf'"),
     ],
 )
