@@ -21,11 +21,10 @@ from typing import Any, Protocol
 from flowgrpo_ray.common.errors import FlowGrpoError
 from flowgrpo_ray.run.checkpoint import checkpoint_iteration, newest_checkpoint
 from flowgrpo_ray.run.folder import RunFolder
-from flowgrpo_ray.run.state import LIVE
+from flowgrpo_ray.run.state import LIVE, LOG
 from flowgrpo_ray.spec.training import TrainingSpec
 
 BEAT_S = 1.0
-LOG = "driver.log"
 
 
 class Display(Protocol):

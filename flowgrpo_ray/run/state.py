@@ -9,6 +9,7 @@ from typing import Any
 from flowgrpo_ray.common.strict_json import parse
 
 LIVE = "live.json"
+LOG = "driver.log"  # what the run told, line by line
 OBJECTIVE = "objective.json"  # its card, for whoever shows the run
 ACTIVE = ("starting", "running", "stopping")
 ENDED = ("stopped", "finished", "failed")

@@ -19,7 +19,7 @@ from flowgrpo_ray.run.checkpoint import best_checkpoint
 from flowgrpo_ray.run.folder import resume_command
 from flowgrpo_ray.run.found import as_written
 from flowgrpo_ray.run.settings import weights_of
-from flowgrpo_ray.run.state import LIVE, OBJECTIVE, leads_out, read_json, state_of
+from flowgrpo_ray.run.state import LIVE, LOG, OBJECTIVE, leads_out, read_json, state_of
 from flowgrpo_ray.run.tracking import (
     METRICS,
     PER_PROMPT,
@@ -36,6 +36,7 @@ from flowgrpo_ray.view.page import whole_page
 REPORT = "report.html"
 SPEC = "spec.yaml"
 LARGEST_TILE = 256  # pixels; larger evaluation samples are shown at this size
+LONGEST_LOG = 2**16  # bytes of driver.log that the page shows: the last ones
 MOST_EVALUATIONS = 16  # evaluations whose pictures a report holds, first and last among them
 
 Shot = tuple[Path, Row]  # a grid of pictures, and its sidecar
@@ -47,6 +48,7 @@ FILES = {
     SUMMARY: "the headline, written when the run ends",
     LIVE: "what the run does now, its workers, rewards and queues",
     SPEC: "the training spec with every default filled in",
+    LOG: "what the run told, with the time",
     OBJECTIVE: "what the objective reports, and how it is shown",
     SAMPLES: "the evaluation images, with their prompts and scores, and what they were made from",
 }
@@ -115,6 +117,7 @@ def describe_run(folder: Path, metrics: list[Row], timings: list[Row], notes: li
         "watch": _watch(folder, evals),
         "best": _best(folder, notes),
         "spec": _text(folder / SPEC, notes),
+        "log": _log(folder / LOG),
         "summary": summary,
         "files": _files(folder),
         "notes": notes,
@@ -218,6 +221,17 @@ def _text(path: Path, notes: list[str]) -> str | None:
         return path.read_text("utf-8", errors="replace")
     notes.append(f"{path.name} is not there.")
     return None
+
+
+def _log(path: Path) -> str:
+    """The last lines of what the run told."""
+    if not path.exists() or leads_out(path):
+        return ""
+    with path.open("rb") as file:
+        skipped = max(0, file.seek(0, io.SEEK_END) - LONGEST_LOG)
+        file.seek(skipped)
+        text = file.read(LONGEST_LOG).decode("utf-8", errors="replace")
+    return text.partition("\n")[2] if skipped else text
 
 
 # --- pictures

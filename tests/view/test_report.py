@@ -19,7 +19,7 @@ from flowgrpo_ray.run.state import state_of
 from flowgrpo_ray.run.tracking import RunRecorder, read_rows, save_samples, save_sources
 from flowgrpo_ray.run.watch import Reading
 from flowgrpo_ray.view.page import SCRIPTS, STYLE, asset
-from flowgrpo_ray.view.report import LARGEST_TILE, report_data, spread, write_report
+from flowgrpo_ray.view.report import LARGEST_TILE, LONGEST_LOG, report_data, spread, write_report
 
 
 def embedded(page: str) -> dict:
@@ -74,6 +74,31 @@ def test_headline_is_the_summary(run: Path):
         "gate": 0.0,
         "gates": 12,
     }
+
+
+@needs_browser
+def test_what_the_run_told_is_in_its_report(tmp_path: Path, browser: Browser):
+    """Long prompts and the like at the top, whatever alarm stands above; every note in the log."""
+    folder = make_run(tmp_path / "run", iterations=2, prompts=2)
+    row = {
+        "kind": "start",
+        "seconds": 1.0,
+        "phases": {},
+        "warnings": ["3 prompts are cut off", "b"],
+    }
+    RunRecorder(folder).log_timing(row)
+    notes = [f"2026-01-01 00:00:00 note {i}\n" for i in range(4000)]
+    (folder / "driver.log").write_text("".join(notes))
+    log = report_data(folder)["log"]
+    assert "".join(notes).endswith(log)
+    assert log.startswith("2026-")
+    assert LONGEST_LOG - 40 < len(log) <= LONGEST_LOG
+    browser.open(write_report(folder).as_uri())
+    told = "document.querySelector('#header .alert.past')"
+    lines = browser.look(f"[...{told}.querySelectorAll('p')].map(p => p.textContent)")
+    assert lines == ["Told at the start", "3 prompts are cut off", "b"]
+    assert browser.look("document.querySelector('#log pre').textContent") == log
+    assert browser.look("document.querySelector('#log').hidden") is False
 
 
 def test_samples_keep_their_pixels(run: Path):
@@ -149,6 +174,7 @@ def test_hostile_text_is_shown_as_text(tmp_path: Path, browser: Browser):
     save_samples(folder, 2, images, [HOSTILE, "x"], {HOSTILE: [0.5, 1.0]})
     save_samples(folder, 0, images, [HOSTILE, "x"], {HOSTILE: [0.5, 1.0]})
     (folder / "spec.yaml").write_text(f"name: {HOSTILE}\n")
+    (folder / "driver.log").write_text(HOSTILE)
     RunRecorder(folder).write_summary({"name": HOSTILE, "eval_before": {HOSTILE: 1}})
     write_live(
         folder, "failed", message=HOSTILE, host=HOSTILE, ray={"dashboard": "javascript:alert(1)"}
@@ -167,6 +193,7 @@ def test_hostile_text_is_shown_as_text(tmp_path: Path, browser: Browser):
         "#header h1",
         "#zoom-title",
         "#spec pre",
+        "#log pre",
         ".alert",
         ".prompt",
         "#cluster-lead",

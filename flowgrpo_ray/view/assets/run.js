@@ -123,7 +123,9 @@ function alerts() {
     const quiet = `Not heard of for ${duration(run.now - live("updated"))}: the driver, process ${live("pid")} on ${live("host")}, was probably killed.`;
     found.push(alert_("", "The run is lost", quiet, "Read the end of its output and of its logs.", resume));
   }
-  return [...found, ...run.watch.filter((watched) => watched.spans.length).map(alertOf)];
+  found.push(...run.watch.filter((watched) => watched.spans.length).map(alertOf));
+  const told = run.timings.findLast((row) => row.kind === "start")?.warnings ?? [];
+  return told.length ? [...found, alert_("past", "Told at the start", ...told)] : found;
 }
 
 // A watched reward that fell while the trained one rose: at the end of the run, or earlier only.

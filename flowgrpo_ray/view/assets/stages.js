@@ -179,7 +179,12 @@ function renderSources(embedded) {
       ? el("p", { class: "lead" }, `Weights of the last iteration: version ${count(last.weights.version)}, digest `, el("code", {}, last.weights.digest), ".")
       : null,
   );
-  const text = run.spec ?? "spec.yaml is not in the run folder.";
-  const box = byId("spec").querySelector("pre");
+  byId("log").hidden = !run.log;
+  fill("log", run.log);
+  fill("spec", run.spec ?? "spec.yaml is not in the run folder.");
+}
+
+function fill(id, text) {
+  const box = byId(id).querySelector("pre");
   if (box.textContent !== text) box.textContent = text;
 }
