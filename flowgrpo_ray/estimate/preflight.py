@@ -59,6 +59,12 @@ def check_model(model: ModelSpec) -> None:
             )
     if model.folder is None:
         return
+    if model.folder.is_file():
+        raise ModelError(
+            f"model.path = {model.path!r} is one file, and models are folders. diffusers' "
+            "from_single_file reads one in 16 or 32 bits, and its save_pretrained writes the "
+            "folder; quantised ones (.gguf) are not loaded"
+        )
     if not model.folder.is_dir():
         raise ModelError(
             f"model.path = {model.path!r}: there is no such folder (a hub id is written owner/name)"

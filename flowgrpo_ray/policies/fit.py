@@ -6,9 +6,10 @@ Needs no torch: what a folder shows is looked at before anything starts.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.strict_json import parse
@@ -17,6 +18,8 @@ from flowgrpo_ray.spec.families import FAMILIES, family_of
 if TYPE_CHECKING:
     from flowgrpo_ray.spec.sections import ModelSpec
 
+QUANTO = "quanto_qmap.json"  # of optimum-quanto, beside its weights
+SMALL = re.compile(r"F[4-8]|[IU][1-8]$")  # dtypes of safetensors with fewer than 16 bits
 CGROUP = Path("/sys/fs/cgroup")  # of this machine or container
 
 
@@ -37,12 +40,32 @@ def check_class(model: ModelSpec, index: Mapping[str, Any]) -> None:
 def check_config(model: ModelSpec, part: str, config: Mapping[str, Any]) -> None:
     """``ModelError`` for a part whose config.json says that its weights are quantised."""
     if quantised := config.get("quantization_config"):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise ModelError(
-            f"model.path = {model.path!r}: the weights of {part!r} are quantised ({method}). "
-            "Quantised weights are not loaded: samplers and learners could not share them to the "
-            "last bit. Take the model as it was published in 16 or 32 bits"
-        )
+        of = quantised if isinstance(quantised, dict) else {"quant_method": quantised}
+        kind = [str(of[key]) for key in ("quant_method", "bnb_4bit_quant_type") if of.get(key)]
+        _refuse(model, part, " ".join(kind))
+
+
+def check_files(model: ModelSpec, part: str, folder: Path) -> None:
+    """``ModelError`` for a part whose files hold quantised weights: by what they are, whatever its
+    config.json says."""
+    files = [*folder.glob("*.safetensors")]
+    if (folder / QUANTO).exists():
+        _refuse(model, part, "quanto")
+    if not files and [*folder.glob("*.gguf")]:
+        _refuse(model, part, "gguf")
+    for file in files:
+        kinds = {str(entry.get("dtype")) for entry in _tensors(file).values()}
+        if small := sorted(kind for kind in kinds if SMALL.match(kind)):
+            _refuse(model, part, f"{small[0]} in {file.name}")
+
+
+def _refuse(model: ModelSpec, part: str, kind: str) -> NoReturn:
+    raise ModelError(
+        f"model.path = {model.path!r}: the weights of {part!r} are quantised ({kind}). Quantised "
+        "weights are not loaded: samplers and learners could not share them to the last bit. Take "
+        "the model as it was published in 16 or 32 bits; for a LoRA, model.dtype: bfloat16 and "
+        "cluster.learner.parallel: shard take the least memory"
+    )
 
 
 def check_tensors(
@@ -79,13 +102,21 @@ def values_in(folder: Path) -> int:
 
 def _values(file: Path) -> int:
     try:
+        return sum(math.prod(entry["shape"]) for entry in _tensors(file).values())
+    except (KeyError, TypeError):
+        return 0  # whoever loads it says what is wrong
+
+
+def _tensors(file: Path) -> dict[str, dict[str, Any]]:
+    """The tensors of a safetensors file as its header describes them; none of a damaged one."""
+    try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = parse(stream.read(min(length, file.stat().st_size)))
-        shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-        return sum(math.prod(shape) for shape in shapes)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return 0  # whoever loads it says what is wrong
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        return entries if all(isinstance(of, dict) for of in entries.values()) else {}
+    except (OSError, ValueError, AttributeError):
+        return {}  # whoever loads it says what is wrong
 
 
 def available_memory() -> int:

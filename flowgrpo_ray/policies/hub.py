@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.paths import local_path
 from flowgrpo_ray.common.strict_json import parse
-from flowgrpo_ray.policies.fit import check_class, check_config
+from flowgrpo_ray.policies.fit import check_class, check_config, check_files
 from flowgrpo_ray.spec.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -73,12 +73,16 @@ def read_config(model: ModelSpec, name: str) -> dict[str, Any]:
 def check_model_files(model: ModelSpec) -> None:
     """``ModelError`` for a model whose index is of no pipeline of the family, or, of a folder, one
     with quantised weights."""
-    index = read_config(model, FAMILIES[model.family].index)
+    name = FAMILIES[model.family].index
+    index = read_config(model, name)
     check_class(model, index)
+    check_config(model, name, index)  # of a model whose files lie flat
     if model.folder is not None:
+        check_files(model, name, model.folder)
         for part in sorted(index):
             if (model.folder / part / "config.json").is_file():
                 check_config(model, part, read_config(model, f"{part}/config.json"))
+                check_files(model, part, model.folder / part)
 
 
 def hub_file(model: ModelSpec, name: str) -> Path:

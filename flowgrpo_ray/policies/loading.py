@@ -17,7 +17,13 @@ from safetensors import SafetensorError
 
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.strict_json import parse
-from flowgrpo_ray.policies.fit import check_config, check_memory, check_tensors, values_in
+from flowgrpo_ray.policies.fit import (
+    check_config,
+    check_files,
+    check_memory,
+    check_tensors,
+    values_in,
+)
 from flowgrpo_ray.policies.hub import download, model_file, read_config, unavailable
 
 if TYPE_CHECKING:
@@ -88,6 +94,7 @@ def _whole(kind: Any, model: ModelSpec, part: str, options: Mapping[str, Any]) -
     check_config(model, part, read_config(model, f"{part}/config.json"))
     dtype: torch.dtype = options["dtype"]
     folder = model_file(model, INDEX).parent / part
+    check_files(model, part, folder)
     check_memory(model, part, values_in(folder) * dtype.itemsize)
     loaded, info = kind.from_pretrained(model.source, output_loading_info=True, **options)
     # A text encoder's files may hold what only text as output needs; the others' nothing more.

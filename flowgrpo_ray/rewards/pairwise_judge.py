@@ -36,22 +36,28 @@ QUESTION = (
     "prompt asks for, and is the better picture? Answer with one digit alone: 1 for the first "
     "image, 2 for the second."
 )
+OF_EDITS = (
+    'A picture was to be changed so: "{prompt}". It is shown first, and then two results are. '
+    "Which one is better: which does what was asked, and leaves the rest as it was? Answer with "
+    "one digit alone: 1 for the first result, 2 for the second."
+)
 
 
 class PairwiseJudge:
-    """Asks which of two images of a group is better."""
+    """Asks which of two images of a group is better; of edits the source images are shown first."""
 
     over_group = True
+    takes_sources = True
 
     def __init__(
         self,
         question: Annotated[
-            str,
+            str | None,
             Field(
                 description="with `{prompt}` and any metadata key in braces; the answer must begin "
-                "with 1 or 2"
+                "with 1 or 2. By default which shows the prompt, or did what it asks, better"
             ),
-        ] = QUESTION,
+        ] = None,
         rounds: Annotated[int, Field(ge=1, description="an image meets twice as many, or all")] = 3,
         url: JudgeUrl = None,
         launch: Launch = None,
@@ -80,8 +86,10 @@ class PairwiseJudge:
         images: np.ndarray,
         prompts: Sequence[str],
         metadata: Sequence[Mapping[str, Any]],
+        sources: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Scores in [0, 1], float32 [b], of the images of one group, uint8 [b, H, W, 3].
+        """Scores in [0, 1], float32 [b], of the images of one group, uint8 [b, H, W, 3], that all
+        changed the same `sources`, [b, n, H, W, 3], if there are any.
 
         NaN for an image of which no comparison was answered as it should, or that has no opponent.
         RewardError: the judge did not answer.
@@ -89,8 +97,10 @@ class PairwiseJudge:
         check_lengths(images, prompts, metadata)
         meetings = pairs(len(images), self._rounds)
         asked = [*meetings, *(pair[::-1] for pair in meetings)]
-        question = ask(self._question, prompts[0], metadata[0]) if asked else ""
-        shown = [images[list(pair)] for pair in asked]
+        words = self._question or (QUESTION if sources is None else OF_EDITS)
+        question = ask(words, prompts[0], metadata[0]) if asked else ""
+        before = images[:0] if sources is None else sources[0]
+        shown = [np.concatenate([before, images[list(pair)]]) for pair in asked]
         first = self._judge.scores(shown, [question] * len(asked), _first_wins, likeliest=LIKELIEST)
         won, met = np.zeros(len(images)), np.zeros(len(images))
         for (one, other), there, back in zip(
@@ -109,12 +119,12 @@ class PairwiseJudge:
     @staticmethod
     def check_prompt(prompt: str, metadata: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         """ValueError for a prompt without a key that the question names."""
-        ask(options.get("question", QUESTION), prompt, metadata)
+        ask(options.get("question") or QUESTION, prompt, metadata)
 
     @staticmethod
     def reads(options: Mapping[str, Any]) -> set[str]:
         """The metadata that the question names."""
-        return names_in(options.get("question", QUESTION))
+        return names_in(options.get("question") or QUESTION)
 
     def close(self) -> None:
         """Ends the server that the reward started."""

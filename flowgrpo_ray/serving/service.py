@@ -275,6 +275,12 @@ class RewardReplica:
                 f"{self._args.name} compares the images of one prompt, and this call has several: "
                 f"{prompts[0]!r} and others; make one call of each group"
             )
+        sources = call.sources
+        if self._over_group and sources is not None and (sources != sources[:1]).any():
+            raise ValueError(
+                f"{self._args.name} compares the images of one prompt, and their source images "
+                "differ: those of all are the same"
+            )
 
 
 def _golden(args: RewardServiceArgs, reward: object) -> Rankings:

@@ -75,12 +75,69 @@ def test_a_hub_model_is_refused_by_its_index_alone(monkeypatch: pytest.MonkeyPat
         check_access(model.model_copy(update={"family": "flux"}))
 
 
-@pytest.mark.parametrize("part", ["transformer", "text_encoder_2"])
-def test_quantised_weights_are_refused(tmp_path: Path, part: str):
+@pytest.mark.parametrize(
+    ("part", "config", "kind"),
+    [
+        (
+            "transformer",
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+            "bitsandbytes nf4",
+        ),
+        ("text_encoder_2", {"quant_method": "torchao", "quant_type": {}}, "torchao"),
+        ("transformer", {"quant_method": "nunchaku_lite"}, "nunchaku_lite"),
+        ("text_encoder", "fp8", "fp8"),
+    ],
+)
+def test_quantised_weights_are_refused(tmp_path: Path, part: str, config: Any, kind: str):
     folder = copied("flux", tmp_path)
-    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    rewrite(folder / part / "config.json", quantization_config=quantised)
-    assert f"the weights of '{part}' are quantised (bitsandbytes)" in refused("flux", folder)
+    rewrite(folder / part / "config.json", quantization_config=config)
+    said = refused("flux", folder)
+    assert f"the weights of '{part}' are quantised ({kind}). Quantised weights" in said
+    assert said.endswith(
+        "model.dtype: bfloat16 and cluster.learner.parallel: shard take the least memory"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])
+def test_weights_of_less_than_16_bits_are_quantised_whatever_their_config_says(
+    tmp_path: Path, dtype: torch.dtype
+):
+    """As scaled or packed weights of fp8, torchao, bitsandbytes and nunchaku are."""
+    folder = copied("flux", tmp_path)
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    name = min(tensors)
+    save_file({**tensors, name: tensors[name].to(dtype)}, file, metadata={"format": "pt"})
+    kind = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}.get(dtype, "8")
+    assert f"{kind} in {file.name})" in refused("flux", folder)
+
+
+def test_quantised_files_are_refused_by_their_names(tmp_path: Path):
+    folder = copied("flux", tmp_path)
+    (folder / "transformer" / "quanto_qmap.json").write_text("{}")
+    assert "'transformer' are quantised (quanto)" in refused("flux", folder)
+    folder = copied("flux", tmp_path / "gguf")
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    file.rename(file.with_suffix(".gguf"))
+    assert "'transformer' are quantised (gguf)" in refused("flux", folder)
+    single = file.with_suffix(".gguf")
+    model = MODELS["flux"].spec(single).model
+    with pytest.raises(ModelError, match=r"\.gguf' is one file, and models are folders"):
+        check_model(model)
+
+
+def test_quantised_weights_that_lie_flat_are_refused(tmp_path: Path):
+    folder = copied("bagel", tmp_path)
+    file = folder / "ema.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "scale": torch.zeros(2, dtype=torch.float8_e4m3fn)}, file)
+    with pytest.raises(ModelError, match=r"are quantised \(F8_E4M3 in ema\.safetensors\)"):
+        check_model(MODELS["bagel"].spec(folder).model)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_models_as_they_are_published_are_not_quantised(family: str):
+    check_model(spec_of(family).model)
 
 
 def without_first(tensors: Tensors) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 
 import numpy as np
 import pytest
-from PIL import Image
+from light_judge import answers, levels_of, prefers_light
 from scripted_server import scripted
 
 from flowgrpo_ray.common.errors import SpecError
@@ -79,29 +77,6 @@ def test_pairs_meet_once_and_all_alike():
     assert pairs(1, 3) == []
 
 
-def levels_of(body):
-    """How light the two images of a request are."""
-    *images, question = json.loads(body)["messages"][0]["content"]
-    assert question["type"] == "text"
-    for image in images:
-        file = base64.b64decode(image["image_url"]["url"].partition(",")[2], validate=True)
-        yield float(np.array(Image.open(io.BytesIO(file))).mean())
-
-
-def answers(*tokens):
-    """An answer that begins with these, each a text and its probability."""
-    top = [{"token": token, "logprob": math.log(p)} for token, p in tokens]
-    found = {"message": {"content": "?"}, "logprobs": {"content": [{"top_logprobs": top}]}}
-    return 200, json.dumps({"choices": [found]})
-
-
-def prefers_light(number, body):
-    """0.9 for the first of two if it is lighter, else 0.3: light ones, and the first a little."""
-    one, other = levels_of(body)
-    first = 0.9 if one > other else 0.3
-    return answers(("1", first / 2), (" 1", first / 2), ("2", 1 - first), ("x", 1e-3))
-
-
 def test_both_orders_cancel_what_a_judge_has_for_the_first_image():
     """The lighter one wins with (0.9 + 1 - 0.3) / 2 = 0.8, of each of its three meetings."""
     images = np.stack([np.full((4, 4, 3), level, np.uint8) for level in (200, 10, 90, 150)])
@@ -114,6 +89,21 @@ def test_both_orders_cancel_what_a_judge_has_for_the_first_image():
     bodies = list(map(json.loads, server.bodies))
     assert all(body["max_tokens"] == 1 and body["top_logprobs"] == 20 for body in bodies)
     assert 'for the prompt "a"' in bodies[0]["messages"][0]["content"][2]["text"]
+
+
+def test_of_edits_the_sources_are_shown_before_the_two_that_are_compared():
+    images = np.stack([np.full((4, 4, 3), level, np.uint8) for level in (200, 10, 90)])
+    sources = np.broadcast_to(np.uint8([30, 60]).reshape(1, 2, 1, 1, 1), (3, 2, 4, 4, 3))
+    with scripted(prefers_light) as server:
+        judge = build("pairwise_judge", {"url": server.url, "model": "mine"})
+        scores = judge(images, ["make it light"] * 3, [{}] * 3, sources)
+        judge.close()
+    np.testing.assert_allclose(scores, [0.8, 0.2, 0.5], rtol=1e-6)
+    levels = [tuple(levels_of(body)) for body in server.bodies]
+    pairs = [(a, b) for a in (200, 10, 90) for b in (200, 10, 90) if a != b]
+    assert sorted(levels) == sorted((30, 60, *pair) for pair in pairs)
+    question = json.loads(server.bodies[0])["messages"][0]["content"][-1]["text"]
+    assert question.startswith('A picture was to be changed so: "make it light". It is shown first')
 
 
 def test_a_meeting_without_an_answer_counts_for_nobody():

@@ -11,6 +11,7 @@ from tiny_judge import tiny_judge
 from waiting import PATIENCE_S
 
 from flowgrpo_ray.common.errors import RewardError
+from flowgrpo_ray.rewards.pairwise_judge import PairwiseJudge
 from flowgrpo_ray.rewards.vlm_judge import VlmJudge
 from flowgrpo_ray.serving import deploy
 from flowgrpo_ray.serving.args import RewardServiceArgs
@@ -45,6 +46,10 @@ def ask_a_question_of_ones_own(server, model):
     for answer in ("yes_no", "digits"):
         with pytest.raises(RewardError, match="no chat completion with probabilities"):
             scores(answer=answer)
+    pairs = PairwiseJudge(url=url, model=model)
+    with pytest.raises(RewardError, match="no chat completion with probabilities"):
+        pairs(images, ["a cat"] * 2, [{}] * 2, images[:, None][[0, 0]])  # three pictures are read
+    pairs.close()
 
 
 @pytest.mark.slow

@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 import ray
 import yaml
+from light_judge import levels_of, prefers_light
 from PIL import Image
 from ports import own_port
 from pydantic import ValidationError
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
+from scripted_server import scripted
 from waiting import PATIENCE_S
 
 from flowgrpo_ray.common.errors import ClusterError, RewardError, SpecError
@@ -40,14 +42,27 @@ CONFIG = Path(__file__).parents[2] / "deployments" / "ocr.yaml"
 
 
 @pytest.fixture(scope="module")
-def port(ray_cluster):
-    """Six rewards, served by handle and on this port."""
+def judge():
+    """A judge that compares two images, on a socket."""
+    with scripted(prefers_light) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def port(ray_cluster, judge):
+    """Seven rewards, served by handle and on this port."""
     port = own_port()
     serve.shutdown()  # it may run without HTTP, for other tests
     rewards = [
         RewardServiceArgs(name="ocr", options={"detect": False}),
         RewardServiceArgs(name="sign_colour"),
         RewardServiceArgs(name="preservation"),
+        RewardServiceArgs(
+            name="pairs",
+            reward="pairwise_judge",
+            options={"url": judge.url, "model": "mine"},
+            cpus=0.125,
+        ),
         RewardServiceArgs(name="sees", reward="reward_samples:Sees", max_batch_images=4),
         RewardServiceArgs(name="locked", reward=PROBE, token_env="FLOWGRPO_TEST_TOKEN"),
         RewardServiceArgs(
@@ -221,6 +236,33 @@ def test_sources_by_class_handle_and_http_give_the_same_bits(port):
     )
     code, told = post("sign_colour", *as_files)
     assert (code, "takes no source images" in told["error"]) == (422, True)
+
+
+def test_a_judge_compares_edits_beside_their_source_by_handle_and_http(port, judge):
+    images = np.stack([np.full((4, 4, 3), level, np.uint8) for level in (200, 10, 90)])
+    source = np.full((1, 4, 4, 3), 30, np.uint8)
+    judge.bodies.clear()
+
+    async def ask():
+        given = Sources([ray.put(source)], [0] * 3)
+        call = ["pairs", [ray.put(images)], ["lighter"] * 3, [{}] * 3]
+        return await _client("pairs").ask(*call, sources=given)
+
+    def post(sent):
+        files = [("images", ("i.png", _png(image))) for image in images]
+        files += [("sources", ("s.png", _png(image))) for image in sent]
+        data = {"prompts": json.dumps(["lighter"] * 3)}
+        return httpx.post(f"http://127.0.0.1:{port}/pairs/score", files=files, data=data)
+
+    expected = np.float32([0.8, 0.2, 0.5])
+    np.testing.assert_allclose(asyncio.run(ask()), expected, rtol=1e-6)
+    np.testing.assert_allclose(post([source[0]] * 3).json()["scores"], expected, rtol=1e-6)
+    shown = [tuple(levels_of(body)) for body in judge.bodies]
+    assert len(shown) == 2 * 6
+    assert {levels[0] for levels in shown} == {30}
+    refused = post([source[0], source[0], images[0]])
+    assert refused.status_code == 422
+    assert "their source images differ" in refused.text
 
 
 def test_metadata_travels_over_http(port, signs):
