@@ -17,7 +17,8 @@ from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.paths import BUILTIN, PACKAGE, expand, local_path
 from flowgrpo_ray.spec.families import FAMILIES
 from flowgrpo_ray.spec.file import dump_spec
-from flowgrpo_ray.spec.prompt_files import HUB, load_prompts
+from flowgrpo_ray.spec.hub_sets import HUB
+from flowgrpo_ray.spec.prompt_files import load_prompts
 from flowgrpo_ray.spec.sources import files_of
 from flowgrpo_ray.spec.training import TrainingSpec
 

@@ -16,13 +16,12 @@ from flowgrpo_ray.common.errors import NotFetchedError, PromptError
 from flowgrpo_ray.common.paths import builtin_path, expand
 from flowgrpo_ray.common.strict_json import parse
 from flowgrpo_ray.common.types import Edit, Request, Source
+from flowgrpo_ray.spec import hub_sets
 from flowgrpo_ray.spec.public_prompts import where_from
 
 MOST_BYTES = 2**30  # of a prompt file, which is held in memory
 LONGEST = 2**16  # characters of a prompt and its metadata
 IMAGES = ("image", "images")  # keys of a line that an editing model draws from
-HUB = "hf://"
-ON_HUB = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?/(.+)")
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,11 @@ def load_prompts(path: str, key: str) -> list[Prompt]:
     ``PromptError``, which names the spec key ``key``, for a file or a line that holds none.
     """
     named = f"{key} = {path!r}"
-    file = _fetched(path, named) if path.startswith(HUB) else builtin_path(path) or expand(path)
+    file = (
+        hub_sets.fetch(path, named)
+        if path.startswith(hub_sets.HUB)
+        else builtin_path(path) or expand(path)
+    )
     if not os.path.isfile(file):  # a name that no file can have is no error to it
         public = where_from(path)
         kind = NotFetchedError if public else PromptError
@@ -83,26 +86,6 @@ def load_prompts(path: str, key: str) -> list[Prompt]:
     return prompts
 
 
-def _fetched(path: str, named: str) -> Path:
-    """The local copy of a file of a data set on the hub."""
-    from huggingface_hub import hf_hub_download
-
-    match = ON_HUB.fullmatch(path)
-    if match is None:
-        raise PromptError(
-            f"{named}: write a file of a data set on the hub as "
-            "hf://datasets/owner/name@revision/folder/file.jsonl"
-        )
-    repository, revision, name = match.groups()
-    try:
-        return Path(hf_hub_download(repository, name, repo_type="dataset", revision=revision))
-    except (OSError, ValueError) as error:
-        raise PromptError(
-            f"{named}: cannot be fetched from the hub. Is it there, has this machine network, and "
-            f"your token access (hf auth login)? Cause: {error}"
-        ) from error
-
-
 def _read(file: Path, named: str) -> bytes:
     """The content of a prompt file."""
     try:
@@ -118,6 +101,12 @@ def _bounded(prompt: Prompt) -> Prompt:
     try:
         length = len(prompt.text) + (len(json.dumps(prompt.metadata)) if prompt.metadata else 0)
     except TypeError as error:  # of Parquet: a time, bytes
+        cells = {name: value for name, value in prompt.metadata.items() if isinstance(value, dict)}
+        if pictures := [name for name, value in cells.items() if "bytes" in value]:
+            raise ValueError(
+                f"{pictures[0]!r} holds a picture itself: write the pictures to files, and their "
+                "paths into the rows (docs/editing.md has a program for it)"
+            ) from error
         raise ValueError(f"{error}; keep texts, numbers and lists") from error
     if length > LONGEST:
         raise ValueError(f"{length:,} characters; at most {LONGEST:,}")

@@ -21,7 +21,8 @@ from flowgrpo_ray.common.paths import builtin_path, expand
 from flowgrpo_ray.common.sources import PNG_URL, find_source, mask_url
 from flowgrpo_ray.common.types import Edit, Request, Source
 from flowgrpo_ray.spec.families import FAMILIES
-from flowgrpo_ray.spec.prompt_files import HUB, IMAGES, Prompt, check_alike
+from flowgrpo_ray.spec.hub_sets import HUB, fetch_beside
+from flowgrpo_ray.spec.prompt_files import IMAGES, Prompt, check_alike
 from flowgrpo_ray.spec.prompt_keys import MASK
 from flowgrpo_ray.spec.training import TrainingSpec
 
@@ -38,20 +39,16 @@ def with_sources(
     ``PromptError``, which names the prompts ``key``, for a line that does not, or an image that is
     not there or cannot be read. A mask becomes text that travels with the metadata.
     """
-    if file.startswith(HUB) and any(prompt.names_images for prompt in prompts):
-        raise PromptError(
-            f"{key} = {file!r}: source images of a set on the hub are not fetched: download the "
-            "whole set (hf download --repo-type dataset) and name its file"
-        )
-    folder = (builtin_path(file) or expand(file)).parent
-    named: list[list[Path]] = []
+    names: list[list[str]] = []
     for number, prompt in enumerate(prompts, 1):
         try:
-            named.append([folder / expand(name) for name in _named(prompt.metadata)])
-            check_count(len(named[-1]), allowed, who)
+            names.append(_named(prompt.metadata))
+            check_count(len(names[-1]), allowed, who)
         except ValueError as error:
             raise PromptError(f"{key}: prompt {number}, {KEYS}: {error}") from error
-    check_alike((len(paths) for paths in named), key)
+    check_alike(map(len, names), key)
+    folder = _folder(file, prompts, key)
+    named = [[folder / expand(name) for name in of_prompt] for of_prompt in names]
     found = _look_at({path: n for n, paths in enumerate(named, 1) for path in paths}, key)
     whole: list[Prompt] = []
     for number, (prompt, paths) in enumerate(zip(prompts, named, strict=True), 1):
@@ -64,6 +61,14 @@ def with_sources(
             raise PromptError(f"{key}: prompt {number}, {KEYS}: {error}") from error
         whole.append(replace(prompt, metadata=metadata, images=images))
     return whole
+
+
+def _folder(file: str, prompts: Sequence[Prompt], key: str) -> Path:
+    """From where the paths of a prompt file lead, with all that they name."""
+    if file.startswith(HUB):
+        files = (name for prompt in prompts for name in files_of(prompt))
+        return fetch_beside(file, files, f"{key} = {file!r}")
+    return (builtin_path(file) or expand(file)).parent
 
 
 def check_count(count: int, allowed: range, who: str) -> None:

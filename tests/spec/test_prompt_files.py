@@ -115,6 +115,13 @@ def test_what_is_no_prompt_file_is_told(
     assert fragment in str(caught.value)
 
 
+def test_pictures_inside_of_parquet_are_told_what_to_do_with(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    path.write_bytes(as_parquet([{"prompt": "a", "image": {"bytes": b"\x89PNG", "path": "a.png"}}]))
+    with pytest.raises(PromptError, match=r"row 1 holds no prompt: 'image' holds a picture itself"):
+        load_prompts(str(path), "k")
+
+
 # --- of the hub
 
 

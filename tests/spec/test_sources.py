@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 from editing import FAMILY, add_family, write_image
 from PIL import Image
+from tiny_hub import COMMIT, REPO, tiny_hub
 from tiny_runs import small_spec
 
 from flowgrpo_ray.common.errors import PromptError
@@ -176,12 +180,61 @@ def test_all_prompts_of_a_run_name_as_many_and_only_an_editing_family_reads_them
     assert [len(prompt.images) for prompt in train] == [1] * 4
 
 
-def test_sources_of_a_set_on_the_hub_are_refused():
-    from flowgrpo_ray.spec.prompts import Prompt
+OF_A_SET = """
+import json, sys
+from flowgrpo_ray.common.errors import PromptError
+from flowgrpo_ray.spec.prompt_files import load_prompts
+from flowgrpo_ray.spec.sources import with_sources
+for path in sys.argv[1:]:
+    try:
+        prompts = with_sources(load_prompts(path, "P"), path, "P", range(1, 3), "family 'x'")
+        rows = [[[image.digest for image in p.images], p.metadata.get("mask")] for p in prompts]
+    except PromptError as error:
+        rows = str(error)
+    print(json.dumps(rows))
+"""
 
-    prompts = [Prompt("a", {"image": "a.png"})]
-    with pytest.raises(PromptError, match="are not fetched: download the whole set"):
-        with_sources(prompts, "hf://datasets/a/b/c.jsonl", "P", range(1, 2), "family 'x'")
+
+def test_sources_of_a_set_on_the_hub_are_those_of_its_commit(tmp_path: Path):
+    """Beside its prompt file, as on disk; fetched once; nothing from outside of the set."""
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    files = [
+        write_image(tmp_path / "data" / name, colour, SIZE)
+        for name, colour in (("train/a.png", (1, 2, 3)), ("b.png", (3, 2, 1)))
+    ]
+    mask = np.zeros(SIZE, bool)
+    mask[4:20, 10:30] = True
+    Image.fromarray(mask).save(tmp_path / "data" / "mask.png")
+    rows = [{"image": "a.png"}, {"image": "../b.png", "mask": "../mask.png"}]
+    for name, of in {
+        "p": rows,
+        "absent": [{"image": "c.png"}],
+        "out": [{"image": "../../b.png"}],
+        "home": [{"image": "~/b.png"}],
+        "root": [{"image": str(files[1])}],
+    }.items():
+        text = "".join(json.dumps({"prompt": "a", **row}) + "\n" for row in of)
+        (tmp_path / "data" / "train" / f"{name}.jsonl").write_text(text)
+    good = f"hf://datasets/{REPO}/train/p.jsonl"
+    wrong = [good.replace("/p.", f"/{name}.") for name in ("absent", "out", "home", "root")]
+    with tiny_hub(tmp_path / "data") as (address, asked):
+        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+        done = subprocess.run(
+            [sys.executable, "-c", OF_A_SET, good, good, *wrong],
+            env=environment | {"HF_HUB_DISABLE_XET": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    first, again, absent, *out = map(json.loads, done.stdout.splitlines())
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    assert first == again == [[[digests[0]], None], [[digests[1]], mask_url(mask)]]
+    of_images = [path for path in asked if path.endswith("b.png")]
+    assert set(of_images) == {f"/datasets/{REPO}/resolve/{COMMIT}/b.png"}
+    assert len(of_images) <= 2  # its head, its body
+    assert "'train/c.png' cannot be fetched from the hub" in absent
+    for text, name in zip(out, ("../../b.png", "~/b.png", str(files[1])), strict=True):
+        assert text.endswith(f"{name!r} leads out of the data set on the hub")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
