@@ -75,8 +75,8 @@ class SimulatedRollout:
     def overlong(self, prompts: Sequence[str]) -> Overlong:
         return Overlong(0, 0, {})
 
-    def encode(self, prompts: Sequence[str]) -> int:
-        return 0
+    def missing(self, prompts: Sequence[str]) -> list[str]:
+        return []
 
     def conditions(self, prompts: Sequence[str]) -> Any:
         made = [{"text": np.zeros(16, np.float32)} for _ in prompts]

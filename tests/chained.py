@@ -92,8 +92,8 @@ class RolloutWorker:
     def overlong(self, prompts: Sequence[str]) -> Overlong:
         return Overlong(0, 0, {})
 
-    def encode(self, prompts: Sequence[str]) -> int:
-        return 0
+    def missing(self, prompts: Sequence[str]) -> list[str]:
+        return []
 
     def conditions(self, prompts: Sequence[str]) -> Any:
         made = [{"text": numbers(prompt)} for prompt in prompts]

@@ -7,6 +7,7 @@ actors and Serve.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -130,6 +131,7 @@ class Crew:
         await self.rollouts.start()
         await self.check_prompts()
         await self.encode(iteration)
+        self.display.stage("loading the model")
         await self.rollouts.load_models()
         self.sigmas, self.eval_sigmas = await self.rollouts.sigmas(
             self.spec.sampling.steps, self.spec.evaluation.steps
@@ -157,7 +159,12 @@ class Crew:
         self._encoded, needed = plan_encoding(self.spec, iteration, self.set_sizes)
         prompts = [*self.prompts["eval"], *(train[index] for index in needed)]
         size = self.spec.sampling.size
-        await self.rollouts.encode([prompt.request(size) for prompt in prompts])
+        requests, began = [prompt.request(size) for prompt in prompts], time.perf_counter()
+        if new := await self.rollouts.encode(requests, self._tell_encoding):
+            self.display.note(f"encoded {new} prompts in {time.perf_counter() - began:.1f} s")
+
+    def _tell_encoding(self, done: int, whole: int) -> None:
+        self.display.stage(f"encoding prompts: {done} of {whole}")
 
     async def publish(self, version: int, *, averaged: bool = False) -> WeightsTicket:
         """Contract: no unit is sampled under other weights than the published, or the run stops."""

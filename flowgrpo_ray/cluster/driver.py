@@ -82,6 +82,7 @@ class Trainer:
         """One iteration, as the module's docstring tells it."""
         self.journal.begin_iteration()
         await self.crew.encode(iteration)
+        self.display.stage("sampling, scoring, training")
         ticket = await self.crew.publish(iteration)
         with self._stream(iteration, ticket) as stream:
             numbers = [*range(len(stream.plan.updates))] * self.spec.objective.epochs

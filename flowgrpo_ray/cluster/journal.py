@@ -123,7 +123,6 @@ class Journal:
     # --- iterations
 
     def begin_iteration(self) -> None:
-        self._display.stage("sampling, scoring, training")
         self._began = time.perf_counter()
         self._crew.rewards.take_stats()  # of an evaluation before it
         self._crew.ledger.begin()

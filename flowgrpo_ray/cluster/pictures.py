@@ -1,10 +1,10 @@
-"""Source images on their way from the driver's machine, which alone has their files, to the actors
-that encode them and to the rewards that compare with them."""
+"""Prompts on their way to the actors that encode them; and source images, from the driver's
+machine, which alone has their files, to these and to the rewards that compare with them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -14,7 +14,7 @@ from flowgrpo_ray.common.sources import pictures, read_sources
 from flowgrpo_ray.common.types import Edit, Request
 from flowgrpo_ray.serving.types import Sources
 
-SENT = 64  # prompts whose files travel in one call
+SENT = 64  # prompts that are encoded, and whose files travel, in one call
 KEPT = 64  # prompts whose source images stay in the object store
 
 
@@ -24,16 +24,31 @@ def with_files(prompts: Sequence[Request]) -> tuple[Any, ...]:
     return (prompts, files) if files else (prompts,)
 
 
-async def encode_on(actor: Any, prompts: Sequence[Request]) -> None:
-    """Have an actor encode prompts; files of images that its machine has encoded stay here."""
-    if not any(isinstance(prompt, Edit) for prompt in prompts):
-        await actor.encode.remote(prompts)
-        return
+class Encoding:
+    """How many prompts are to be encoded, and how many are, by all actors together; ``tell``s."""
+
+    def __init__(self, tell: Callable[[int, int], None]) -> None:
+        self.done = self.whole = 0
+        self._tell = tell
+
+    def add(self, *, done: int = 0, whole: int = 0) -> None:
+        self.done, self.whole = self.done + done, self.whole + whole
+        if self.whole:
+            self._tell(self.done, self.whole)
+
+
+async def encode_on(
+    actor: Any, prompts: Sequence[Request], progress: Encoding | None = None
+) -> None:
+    """Have an actor encode those prompts that its machine has not; files of others stay here."""
+    progress = progress or Encoding(lambda done, whole: None)
     missing: list[Request] = await actor.missing.remote(prompts)
+    progress.add(whole=len(missing))
     for start in range(0, len(missing), SENT):
         part, rest = missing[start : start + SENT], missing[start + SENT :]
         files = await asyncio.to_thread(read_sources, part)
         await actor.encode.remote(part, files, bool(rest))
+        progress.add(done=len(part))
 
 
 class Pictures:

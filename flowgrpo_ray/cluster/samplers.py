@@ -10,14 +10,14 @@ import asyncio
 import bisect
 import itertools
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ray import ObjectRef
 
 from flowgrpo_ray.cluster.actors import LOST, ActorGroup, Calls, HangError, RunOnRay, seen
-from flowgrpo_ray.cluster.pictures import encode_on, with_files
+from flowgrpo_ray.cluster.pictures import Encoding, encode_on, with_files
 from flowgrpo_ray.common.types import Overlong, Request, WeightsTicket, WorkUnit
 
 IN_FLIGHT = 2  # units given to a worker at once, so that it never waits for the driver
@@ -112,21 +112,25 @@ class Pool(ActorGroup):
                 self._blame(worker, error, ())
         return None
 
-    async def encode(self, prompts: Sequence[Request]) -> None:
+    async def encode(self, prompts: Sequence[Request], tell: Callable[[int, int], None]) -> int:
         """Every new prompt once, into the cache of the machine of the worker that does it; those
-        that are not named are no longer needed."""
+        that are not named are no longer needed. How many were in no cache; meanwhile ``tell`` is
+        told how many of them are."""
         self._encoder = {prompt: self._encoder.get(prompt, -1) for prompt in prompts}
         new = [prompt for prompt, rank in self._encoder.items() if rank not in self.up]
         workers = [self.up[rank] for rank in sorted(self.up)]
         shares = [new[i :: len(workers)] for i in range(len(workers))]
         for worker, share in zip(workers, shares, strict=True):
             self._encoder |= dict.fromkeys(share, worker.rank)
-        await asyncio.gather(*map(self._encode_on, workers, shares))
+        progress = Encoding(tell)
+        calls = zip(workers, shares, strict=True)
+        await asyncio.gather(*(self._encode_on(*of, progress) for of in calls))
         self.encoded.set()
+        return progress.done
 
-    async def _encode_on(self, worker: Worker, prompts: list[Request]) -> None:
+    async def _encode_on(self, worker: Worker, prompts: list[Request], progress: Encoding) -> None:
         try:
-            await encode_on(worker.actor, prompts)
+            await encode_on(worker.actor, prompts, progress)
         except LOST as error:
             self._blame(worker, error, prompts)
 

@@ -63,6 +63,7 @@ class EncodingCache:
         self._policy = policy
         self.folder = encodings_folder() / fingerprint(policy)
         self._loaded = False  # is what encodes
+        self._needed: set[Path] = set()  # what was asked about last: makes room for nothing
 
     def file(self, request: Request) -> Path:
         """Where the encoding of a prompt stands, if it does."""
@@ -76,7 +77,12 @@ class EncodingCache:
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def missing(self, requests: Sequence[Request]) -> list[Request]:
-        """Those that are not there yet, each once."""
+        """Those that are not there yet, each once. From now on all ``requests`` are needed, and
+        make room for no other."""
+        self._needed = {self.file(request) for request in requests}
+        return self._missing(requests)
+
+    def _missing(self, requests: Sequence[Request]) -> list[Request]:
         return [request for request in dict.fromkeys(requests) if not _used(self.file(request))]
 
     def add(
@@ -88,7 +94,7 @@ class EncodingCache:
     ) -> int:
         """Encode what is not there yet; returns how many those were. ``files`` are those of the
         images, by digest, where they are not this machine's; ``more`` will come at once."""
-        missing = self.missing(requests)
+        missing = self._missing(requests)
         if missing:
             most = most_bytes()
             self._load()
@@ -96,7 +102,8 @@ class EncodingCache:
             for edit in (request for request in missing if isinstance(request, Edit)):
                 condition = self._policy.encode_edit(edit.text, pictures(edit, files))
                 self._write(self.file(edit), save(dict(condition)))
-            _make_room(most, keep={self.file(request) for request in requests})
+            if not more:
+                _make_room(most, keep=self._needed | {self.file(request) for request in requests})
         if self._loaded and not more:
             self._policy.drop_encoder()
             self._loaded = False

@@ -14,6 +14,7 @@ from tiny_runs import (
     SIZE,
     TUNINGS,
     UNTRAINED,
+    Batch,
     alone,
     conditions,
     draw_batches,
@@ -41,11 +42,12 @@ from flowgrpo_ray.algorithm.sampling import (
     rollout,
     velocities,
 )
-from flowgrpo_ray.algorithm.weights import digest
+from flowgrpo_ray.algorithm.weights import digest, load_arrays
 from flowgrpo_ray.common.errors import ContractError, SpecError
 from flowgrpo_ray.common.types import Noising, WeightsTicket
 from flowgrpo_ray.run.checkpoint import Progress, load_checkpoint, save_checkpoint
 from flowgrpo_ray.spec.plan import plan_iteration
+from flowgrpo_ray.spec.training import TrainingSpec
 
 A = np.array([1.7, -0.6, 0.0, -7.0, 6.0])  # advantages: within the bounds, and beyond them
 SHAPE = (5, 2, 3)
@@ -300,6 +302,10 @@ def spec_of(kind: str, tuning: str = "full"):
     return small_spec(*NO_NOISE, KINDS[kind], TUNINGS[tuning])
 
 
+def progress(spec: TrainingSpec) -> Progress:
+    return Progress(2, 0, 0.0, 0, spec.identity(), "")
+
+
 @pytest.mark.parametrize("tuning", TUNINGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_replayed_image_has_the_velocities_it_was_sampled_with(kind: str, tuning: str):
@@ -378,6 +384,59 @@ def test_nft_samples_with_the_weights_that_follow():
         assert (after.ema[name] == state.ema[name]).all()
 
 
+def test_nft_with_a_lag_is_held_against_the_weights_that_sampled(tmp_path: Path):
+    """``v_old`` is theirs, not that of the weights published since; what is older still, or was
+    never published, is refused; and a run that is saved with samples on their way goes on alike."""
+    spec = small_spec(*NO_NOISE, KINDS["nft"], TUNINGS["lora"], "sampling.max_lag=1")
+    batches, worker = draw_batches(spec, 2), sampler(spec)
+
+    def sampled(ticket: WeightsTicket, arrays: dict[str, np.ndarray]) -> list[Batch]:
+        load_arrays(worker.trainable(), arrays)
+        assert digest(worker.trainable()) == ticket.digest
+        trajectories = [
+            rollout(worker, b.unit, conditions(), SIZE, ticket, keep_old=True)[0] for b in batches
+        ]
+        return [replace(b, trajectory=t) for b, t in zip(batches, trajectories, strict=True)]
+
+    learner = Learner(spec, CPU)
+    first = sampled(*learner.publish(1))
+    update(learner, first)
+    update(learner, first)  # from two updates on the weights that sample are not the trained ones
+    second = sampled(*learner.publish(2))
+    update(learner, second)
+    behaviour = learner.gate.published
+    path = save_checkpoint(tmp_path, [state_of(learner)], progress(spec), keep=1)
+    third = learner.publish(3)
+    assert third[0].digest != behaviour.digest
+    stats = second[0].into(learner)
+    assert not stats.gated, "neither lag nor the weights that follow let v - v_old be 0"
+
+    batch = second[0]
+    condition = batch_condition(worker, conditions(), batch.unit.prompts)
+    with torch.no_grad():
+        of = [p.velocity for p in replay_noised(worker, batch.trajectory, batch.unit, condition)]
+        load_arrays(worker.trainable(), state_of(learner).weights)
+        now = list(replay_noised(worker, batch.trajectory, batch.unit, condition))
+    assert batch.trajectory.old is not None
+    assert all((p.old == v).all() for p, v in zip(now, of, strict=True)), "theirs, bit for bit"
+    change = sum(float(((p.velocity - p.old) ** 2).flatten(1).mean(1).sum()) for p in now)
+    assert stats.sums["old_distance"] == pytest.approx(change, rel=1e-5)
+    assert change > 1e-6
+    with pytest.raises(ContractError, match="stale weights: sampled with version 1 "):
+        first[0].into(learner)
+    learner.step(kept([batch]), 2)
+
+    resumed = Learner(spec, CPU)
+    assert resumed.load_state(load_checkpoint(path)[0]) == behaviour
+    resumed.publish(3)
+    second[0].into(resumed)
+    resumed.step(kept([batch]), 2)
+    one, other = state_of(learner), state_of(resumed)
+    for part in ("weights", "follower", "behaviour"):
+        arrays, others = getattr(one, part), getattr(other, part)
+        assert all((arrays[name] == others[name]).all() for name in arrays), part
+
+
 def test_the_anchor_is_the_velocity_of_the_weights_that_follow():
     spec = spec_of("awm")
     learner, batches = Learner(spec, CPU), draw_batches(spec)
@@ -416,8 +475,7 @@ def test_saved_and_continued_is_the_same_as_never_stopped(tmp_path: Path, kind: 
     train(straight, 4)
     first = Learner(spec, CPU)
     train(first, 2)
-    progress = Progress(2, 0, 0.0, 0, spec.identity(), "")
-    path = save_checkpoint(tmp_path, [state_of(first)], progress, keep=1)
+    path = save_checkpoint(tmp_path, [state_of(first)], progress(spec), keep=1)
     assert (path / "follower.safetensors").exists()
     second = Learner(spec, CPU)
     second.load_state(load_checkpoint(path)[0])

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import random
+import re
 import socket
 import time
 import weakref
@@ -48,12 +49,15 @@ SMALL = (
 
 
 class SilentDisplay:
-    """Keeps the notes."""
+    """Keeps the stages and the notes."""
 
     def __init__(self) -> None:
+        self.stages: list[str] = []
         self.notes: list[str] = []
 
-    def stage(self, stage: str) -> None: ...
+    def stage(self, stage: str) -> None:
+        self.stages.append(stage)
+
     def iteration(self, row: dict[str, Any], seconds: float) -> None: ...
     def evaluation(self, iteration: int, rewards: dict[str, float | None]) -> None: ...
     def note(self, message: str) -> None:
@@ -247,11 +251,14 @@ def test_prompts_are_encoded_as_they_come_to_be_needed() -> None:
     changes = ["prompts.encode_ahead=20", "iterations=50"]
     spec = load_spec("tiny-ocr", [*SMALL, *changes])
     train, held_out = load_prompt_sets(spec)
-    crew = Crew(spec, {"train": train, "eval": held_out}, {}, SilentDisplay(), REAL)
+    display = SilentDisplay()
+    crew = Crew(spec, {"train": train, "eval": held_out}, {}, display, REAL)
     encoded: list[list[str]] = []
 
-    async def encode(texts: list[str]) -> None:
+    async def encode(texts: list[str], tell: Callable[[int, int], None]) -> int:
+        tell(len(encoded), 7)
         encoded.append(texts)
+        return 0 if len(encoded) > 1 else 7
 
     crew.rollouts = SimpleNamespace(encode=encode)  # type: ignore[assignment]
     for iteration in (1, *range(1, 8), 3, 4):  # a learner was lost after the seventh
@@ -261,6 +268,9 @@ def test_prompts_are_encoded_as_they_come_to_be_needed() -> None:
         assert needed | {p.text for p in held_out} <= set(encoded[-1])
     assert 2 < len(encoded) < 8
     assert all(len(texts) <= 20 + len(held_out) for texts in encoded)
+    assert display.stages == [f"encoding prompts: {n} of 7" for n in range(len(encoded))]
+    (note,) = display.notes
+    assert re.fullmatch(r"encoded 7 prompts in \d+\.\d s", note), "not where all are there"
 
 
 @pytest.mark.slow

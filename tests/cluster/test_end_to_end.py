@@ -111,25 +111,31 @@ NFT = {
 
 
 @pytest.mark.slow
-def test_nft_is_the_same_run_whatever_dies_and_however_many_sample(tmp_path: Path) -> None:
-    """Its second set of weights, and its own draws, are as exact as all else."""
+@pytest.mark.parametrize("lag", [0, 1])
+def test_nft_is_the_same_run_whatever_dies_and_however_many_sample(
+    lag: int, tmp_path: Path
+) -> None:
+    """Its second set of weights, and its own draws, are as exact as all else; so are samples of the
+    weights before those."""
     folders = [tmp_path / name for name in ("one", "two")]
-    one = Command(folders[0], **NFT, **ONE_WORKER)
+    settings = NFT | {"sampling.max_lag": str(lag)}
+    one = Command(folders[0], **settings, **ONE_WORKER)
     one.finish()
-    killed = Command(folders[1], **NFT)
+    killed = Command(folders[1], **settings)
     for iteration, moment in enumerate(MOMENTS, start=1):
         killed.wait_for(iteration)
         killed.lose(moment, signal.SIGKILL)
     killed.wait_for(len(MOMENTS) + 2)
     killed.process.send_signal(signal.SIGKILL)
     killed.process.wait()
-    last = Command(folders[1], resume=True, **NFT)
+    last = Command(folders[1], resume=True, **settings)
     last.finish()
     assert_same(last.run, one.run)
     assert "follower.safetensors" in final_digests(last.run, ITERATIONS)
     rows = [row for row in read_rows(last.run / "metrics.jsonl") if row["kind"] == "train"]
     gates = [row["velocity_change"]["gate"] for row in rows]
     assert gates == [0.0] + [None] * (ITERATIONS - 1), "from then on other weights sample"
+    assert [row["staleness"] for row in rows] == [0] + [lag] * (ITERATIONS - 1)
 
 
 EDIT = {

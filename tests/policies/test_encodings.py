@@ -15,7 +15,7 @@ import pytest
 from editing import FAMILY, add_family, write_image
 from tiny_runs import CPU, LORA, PROMPTS, SIZE, small_spec
 
-from flowgrpo_ray.cluster.pictures import encode_on, with_files
+from flowgrpo_ray.cluster.pictures import Encoding, encode_on, with_files
 from flowgrpo_ray.cluster.rollout import RolloutWorker
 from flowgrpo_ray.common.errors import ModelError
 from flowgrpo_ray.common.sources import find_source, read_sources
@@ -201,7 +201,7 @@ def test_what_nobody_used_for_the_longest_time_goes_first(monkeypatch):
     there = [cache.file(p).exists() for cache in (old, new) for p in PROMPTS]
     assert there == [True, False, False, True, True, False]
     monkeypatch.setenv("FLOWGRPO_ENCODINGS_GIB", "1e-9")
-    new.add(PROMPTS)
+    new.add(new.missing(PROMPTS))
     there = [cache.file(p).exists() for cache in (old, new) for p in PROMPTS]
     assert there == [False] * 3 + [True] * 3
     assert (old.folder / "negative.safetensors").exists()
@@ -267,15 +267,22 @@ def test_a_worker_makes_the_conditions_of_an_edit_from_files_that_it_is_sent(mon
 
     class Actor:
         class missing:  # noqa: N801
-            remote = staticmethod(lambda prompts: _done(list(prompts)))
+            remote = staticmethod(lambda prompts: _done(list(prompts[1:])))
 
         class encode:  # noqa: N801
             remote = staticmethod(lambda p, f, more: _done(sent.append((len(p), len(f), more))))
 
     monkeypatch.setattr("flowgrpo_ray.cluster.pictures.SENT", 2)
     edits = [edit_of(tmp_path / f"{n}.png", (n, 0, 0)) for n in range(5)]
-    asyncio.run(encode_on(Actor, edits))
+    told: list[tuple[int, int]] = []
+    progress = Encoding(lambda *counts: told.append(counts))
+    asyncio.run(encode_on(Actor, ["there", *edits], progress))
     assert sent == [(2, 2, True), (2, 2, True), (1, 1, False)]
+    assert told == [(0, 5), (2, 5), (4, 5), (5, 5)]
+    asyncio.run(encode_on(Actor, ["there"], progress))
+    asyncio.run(encode_on(Actor, ["there", "a", "b", "c"], progress))
+    assert sent[3:] == [(2, 0, True), (1, 0, False)], "texts likewise"
+    assert told[-1] == (8, 8), "of all actors together"
 
 
 async def _done(value: Any) -> Any:
