@@ -21,7 +21,7 @@ from flowgrpo_ray.common.strict_json import parse, parse_at
 from flowgrpo_ray.run.found import as_written, mark_of
 from flowgrpo_ray.run.settings import SPEC, gpus_of, settings
 from flowgrpo_ray.run.state import ACTIVE, LIVE, leads_out, read_json, state_of
-from flowgrpo_ray.run.tracking import METRICS, PER_PROMPT, SUMMARY, TIMINGS, Row
+from flowgrpo_ray.run.tracking import METRICS, PER_PROMPT, SUMMARY, TIMINGS, Row, of_sets
 
 POINTS = 40  # of a small curve
 RECENT = 20  # iterations whose pace is told
@@ -95,8 +95,9 @@ def _rewards(
     evals: Sequence[Row], train: Sequence[tuple[int, Mapping[str, Any]]]
 ) -> dict[str, Row]:
     found: dict[str, Row] = {}
-    for name in dict.fromkeys(name for row in evals for name in row["rewards"]):
-        curve = [(row["iteration"], (row["rewards"].get(name) or {}).get("mean")) for row in evals]
+    held_out = [(row["iteration"], row["rewards"] | of_sets(row)) for row in evals]
+    for name in dict.fromkeys(name for _, rewards in held_out for name in rewards):
+        curve = [(at, (rewards.get(name) or {}).get("mean")) for at, rewards in held_out]
         seen = [(iteration, mean) for iteration, mean in curve if mean is not None]
         best = max(seen, key=lambda point: point[1], default=(None, None))
         found[name] = {

@@ -7,7 +7,6 @@ go to their own rows.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +23,7 @@ from flowgrpo_ray.common.types import (
     WeightsTicket,
     WorkUnit,
 )
-from flowgrpo_ray.run.tracking import PER_PROMPT
+from flowgrpo_ray.run.tracking import PER_PROMPT, of_sets
 from flowgrpo_ray.spec.plan import IterationPlan
 from flowgrpo_ray.spec.prompts import Prompt
 from flowgrpo_ray.spec.sections import AdvantagesSpec
@@ -131,14 +130,7 @@ def by_set(
 
 def means_by_set(row: Mapping[str, Any]) -> dict[str, float | None]:
     """Means of an evaluation for each prompt set, of rewards that score several."""
-    sets: Mapping[str, Mapping[str, Mapping[str, float]]] = row.get("sets", {})
-    scoring = Counter(reward for means in sets.values() for reward in means)
-    return {
-        f"{reward} of {name}": round(values["mean"], 6)
-        for name, means in sets.items()
-        for reward, values in means.items()
-        if scoring[reward] > 1
-    }
+    return {name: round(values["mean"], 6) for name, values in of_sets(row).items()}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -315,3 +316,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     raise TypeError(f"a row holds numbers, text, lists and mappings, not {type(value).__name__}")
+
+
+def of_sets(row: Row) -> dict[str, Row]:
+    """Rewards of an evaluation's row for each prompt set, as ``ocr of signs``, where they score
+    several: as they stand under ``rewards`` for all sets together."""
+    sets: Mapping[str, Mapping[str, Row]] = row.get("sets", {})
+    scoring = Counter(reward for rewards in sets.values() for reward in rewards)
+    return {
+        f"{reward} of {name}": values
+        for name, rewards in sets.items()
+        for reward, values in rewards.items()
+        if scoring[reward] > 1
+    }

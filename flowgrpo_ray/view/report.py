@@ -28,6 +28,7 @@ from flowgrpo_ray.run.tracking import (
     SUMMARY,
     TIMINGS,
     Row,
+    of_sets,
     read_rows,
 )
 from flowgrpo_ray.run.watch import Reading, describe, export_of_best, readings_of
@@ -86,9 +87,14 @@ def report_data(folder: str | Path) -> Row:
 
 
 def rows_of(path: Path) -> list[Row]:
-    """The rows of a file that need not be there yet, without what only the watch reads."""
+    """The rows of a file that need not be there yet, without what only the watch reads; rewards of
+    single prompt sets among the others."""
     rows = read_rows(path) if path.exists() and not leads_out(path) else []
-    return [{key: value for key, value in row.items() if key != PER_PROMPT} for row in rows]
+    for row in rows:
+        row.pop(PER_PROMPT, None)
+        if sets := of_sets(row):
+            row["rewards"] = row["rewards"] | sets
+    return rows
 
 
 def describe_run(folder: Path, metrics: list[Row], timings: list[Row], notes: list[str]) -> Row:
@@ -137,14 +143,14 @@ def _headline(
     """The summary where the run has ended; otherwise the same numbers as far as it got."""
     first = evals[0] if evals else {}
     last = evals[-1] if len(evals) > 1 else {}
-    before = summary.get("eval_before") or _means(first)
-    after = summary.get("eval_after") or _means(last)
+    before = _means(first) | (summary.get("eval_before") or {})
+    after = _means(last) | (summary.get("eval_after") or {})
     gates = [at for row in train if (at := (row.get(gate) or {}).get("gate")) is not None]
     timed = [row["seconds"] for row in timings if row.get("kind") in ("train", "eval")]
     return {
         "rewards": [
             {"name": name, "before": before.get(name), "after": after.get(name)}
-            for name in (before or after)
+            for name in before | after
         ],
         "prompts": first.get("prompts"),
         "weights": (last or first).get("weights"),

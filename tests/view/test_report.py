@@ -15,9 +15,11 @@ from PIL import Image
 from sample_runs import HOSTILE, make_run, train_row, write_live
 
 from flowgrpo_ray.common.errors import RunFolderError
+from flowgrpo_ray.run.brief import brief
 from flowgrpo_ray.run.state import state_of
 from flowgrpo_ray.run.tracking import RunRecorder, read_rows, save_samples, save_sources
 from flowgrpo_ray.run.watch import Reading
+from flowgrpo_ray.view.compared import curves
 from flowgrpo_ray.view.page import SCRIPTS, STYLE, asset
 from flowgrpo_ray.view.report import LARGEST_TILE, LONGEST_LOG, report_data, spread, write_report
 
@@ -366,6 +368,43 @@ def test_the_page_draws_steps_and_refills_where_rows_have_them(tmp_path: Path, b
     older = drawn(browser, write_report(make_run(tmp_path / "older", iterations=2, prompts=4)))
     assert "by stochastic step" not in older
     assert "refilled<b>" not in older
+
+
+@needs_browser
+def test_every_prompt_set_has_a_line_of_its_own(tmp_path: Path, browser: Browser):
+    """On the page, in lists of runs and in comparisons; of rewards that score several."""
+    recorder, summary = RunRecorder(tmp_path), {}
+    for iteration, signs, scenes in ((0, 0.25, 0.5), (4, 0.75, 0.125)):
+        of = {"signs": {"ocr": spread_of(signs)}, "scenes": {"ocr": spread_of(scenes)}}
+        of["scenes"]["geneval"] = spread_of(0.375)
+        whole = {"ocr": spread_of((signs + scenes) / 2), "geneval": spread_of(0.375)}
+        row = {"kind": "eval", "iteration": iteration, "prompts": 4, "rewards": whole, "sets": of}
+        recorder.log(row)
+        key = "eval_after" if iteration else "eval_before"
+        summary[key] = {name: round(value["mean"], 6) for name, value in whole.items()}
+        if not iteration:
+            recorder.log(train_row(1, 0.5, np.random.default_rng(0)))
+    recorder.write_summary({"name": "a", **summary})
+    moved = {
+        "ocr": (0.375, 0.4375),
+        "geneval": (0.375, 0.375),
+        "ocr of signs": (0.25, 0.75),
+        "ocr of scenes": (0.5, 0.125),
+    }
+    headline = report_data(tmp_path)["headline"]["rewards"]
+    assert {one["name"]: (one["before"], one["after"]) for one in headline} == moved
+    listed = brief(tmp_path, "a")["rewards"]
+    assert {name: (one["before"], one["after"]) for name, one in listed.items()} == moved
+    compared = curves(tmp_path, (1,))
+    assert [row["rewards"]["ocr of signs"]["mean"] for row in compared["evals"]] == [0.25, 0.75]
+    assert compared["rewards"].keys() >= moved.keys()
+    page = drawn(browser, write_report(tmp_path))
+    for name in moved:
+        assert re.search(rf">{name}<", page), name
+
+
+def spread_of(mean: float) -> dict[str, float]:
+    return {"mean": mean, "std": 0.1}
 
 
 @needs_browser

@@ -152,7 +152,7 @@ function drawCurves() {
   ].filter(([, , get, wanted]) => wanted && known_(get));
   const all = names.flatMap((name) => [
     overlay(`${name}, held-out`, "reward", "dots", heldOut(name)),
-    overlay(`${name}, training`, "reward", "line", training((curves) => curves.rewards[name])),
+    ...(known_((curves) => curves.rewards[name]) ? [overlay(`${name}, training`, "reward", "line", training((curves) => curves.rewards[name]))] : []),
   ]);
   place(byId("compare-charts"), [...all, ...more.map(([title, unit, get]) => overlay(title, unit, "line", training(get), unit === "reward" ? undefined : 0))]);
 }

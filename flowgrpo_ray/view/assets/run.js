@@ -170,7 +170,7 @@ function renderRewards() {
     : "";
   const panel = (title, ...series) => {
     const marks = marksOf(run.watch.find((watched) => watched.name === title));
-    return chart({ id: `reward ${title}`, title, unit: "reward", wall: true, height: 220, series, marks });
+    return chart({ id: `reward ${title}`, title, unit: "reward", wall: true, height: 220, series: drawn(series), marks });
   };
   const training = (get) => line("training", COLORS[0], run.train, (row) => get(row)?.mean, (row) => around(get(row)?.mean, get(row)?.std));
   const panels = run.rewards.map((name) => {
@@ -183,13 +183,15 @@ function renderRewards() {
   place(byId("header-chart"), panels.length ? [trainedChart(training)] : []);
 }
 
+const drawn = (series) => series.filter((one) => one.points.some((point) => isNumber(point.y)));
+
 // What is trained: the one reward of a weight, or their weighted total.
 function trainedChart(training) {
   const trained = run.rewards.filter((name) => run.weights[name]);
   const one = trained.length === 1 ? trained[0] : run.rewards.length === 1 ? run.rewards[0] : null;
   const get = (row) => (one ? row.rewards?.[one] : row.reward);
   const measured = line("held-out", COLORS[1], run.evals, (row) => get(row)?.mean, (row) => ({ spread: get(row)?.std }));
-  return chart({ id: "trained", title: one ? `${one}, which is trained` : "Weighted total, which is trained", unit: "reward", wall: true, height: 300, series: [training(get), { ...measured, kind: "dots" }].filter((one) => one.points.some((point) => isNumber(point.y))) });
+  return chart({ id: "trained", title: one ? `${one}, which is trained` : "Weighted total, which is trained", unit: "reward", wall: true, height: 300, series: drawn([training(get), { ...measured, kind: "dots" }]) });
 }
 
 // ---- ratio -----------------------------------------------------------------------------------------
