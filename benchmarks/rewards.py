@@ -2,8 +2,11 @@
 
 Each reward scores requests of 8 images: called directly in this process, through a handle with
 object references (as a training run does) on 1 and on 2 replicas, and over HTTP with raw images and
-with PNG files. Direct calls come one after another, the others from 4 callers at once. The ways
-take turns, because machines drift; medians over the rounds are printed, and ratios within a round.
+with PNG files, the files on 2 replicas, too. To the rewards that compare images a request is one
+group: `rank` of `ocr`, and `pairwise_judge`, which asks 48 times about two of the images; that
+judge answers at once. Direct calls come one after another, the others from 4 callers at once. The
+ways take turns, because machines drift; medians over the rounds are printed, and ratios within a
+round.
 Bytes are those that crossed sockets of this machine, from the counters of its loopback interface:
 what shared memory hands over is not among them.
 
@@ -21,13 +24,19 @@ import asyncio
 import io
 import json
 import logging
+import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from math import log
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import httpx
 import numpy as np
@@ -40,10 +49,12 @@ from flowgrpo_ray.rewards.signs import render_plain
 
 IMAGES, CALLERS = 8, 4
 SIZES = {"small": (32, 48), "512": (512, 512)}
-REWARDS = {
+Rewards = dict[str, dict[str, dict[str, Any]]]  # options, by reward and size
+REWARDS: Rewards = {
     "sign_colour": {"small": {}, "512": {}},
     "jpeg_compressibility": {"small": {}, "512": {}},
     "ocr": {"small": {"detect": False}, "512": {"detect": True}},
+    "rank": {"small": {"reward": "ocr", "options": {"detect": False}}},
 }
 PROMPT = 'red sign "407"'
 CROWDS, AT_A_TIME = (65, 200), 16
@@ -89,22 +100,59 @@ def png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+class Judge(BaseHTTPRequestHandler):
+    """Prefers the first image by 3 to 1."""
+
+    protocol_version = "HTTP/1.1"  # connections stay open
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        likeliest = [{"token": "1", "logprob": log(0.75)}, {"token": "2", "logprob": log(0.25)}]
+        said = {"message": {"content": "1"}, "logprobs": {"content": [{"top_logprobs": likeliest}]}}
+        body = json.dumps({"choices": [said]}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_request(self, code: object = "-", size: object = "-") -> None: ...
+
+
+def judge(tell: Connection) -> None:
+    """A process: tells the port at which it judges."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    tell.send(server.server_port)
+    server.serve_forever()
+
+
+@contextmanager
+def judged() -> Iterator[Rewards]:
+    """All rewards, while there is a judge for those that ask one."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=judge, args=(theirs,), daemon=True)
+    process.start()
+    url = f"http://127.0.0.1:{ours.recv()}"
+    yield REWARDS | {"pairwise_judge": {"small": {"url": url, "model": "judge"}}}
+    process.terminate()
+
+
 class Bench:
     """One reward at one size."""
 
-    def __init__(self, reward: str, size: str, port: int) -> None:
+    def __init__(self, reward: str, size: str, options: dict[str, Any], port: int) -> None:
         from flowgrpo_ray.serving.client import Patience, RewardClient
 
         self.reward, self.size = reward, size
         self.images = np.stack([render_plain("407", "red", SIZES[size])] * IMAGES)
         self.prompts, self.metadata = [PROMPT] * IMAGES, [{}] * IMAGES
-        self.direct = build(reward, REWARDS[reward][size])
+        self.direct = build(reward, options)
         name = f"{reward}-{size}"
         self.clients = {
             replicas: RewardClient({f"{name}-{replicas}": Patience(retries=0)})
             for replicas in (1, 2)
         }
-        self.url = f"http://127.0.0.1:{port}/{name}-1/score"
+        self.url = f"http://127.0.0.1:{port}/{name}-{{}}/score"
 
     async def round(self, seconds: float) -> dict[str, Measured]:
         async def direct() -> object:
@@ -119,10 +167,14 @@ class Bench:
         files = [("images", (f"{i}.png", png(image))) for i, image in enumerate(self.images)]
         data = {"prompts": json.dumps(self.prompts)}
         async with httpx.AsyncClient(timeout=60) as http:
-            for way, parts in (("http raw", [("images", raw)]), ("http png", files)):
+            for way, parts, replicas in (
+                ("http raw", [("images", raw)], 1),
+                ("http png", files, 1),
+                ("http png x2", files, 2),
+            ):
 
-                async def post(parts: list = parts) -> object:
-                    answer = await http.post(self.url, data=data, files=parts)
+                async def post(parts: list = parts, url: str = self.url.format(replicas)) -> object:
+                    answer = await http.post(url, data=data, files=parts)
                     answer.raise_for_status()
                     return answer
 
@@ -142,7 +194,7 @@ class Bench:
         return call
 
 
-def deploy(port: int) -> None:
+def deploy(rewards: Rewards, port: int) -> None:
     from flowgrpo_ray.serving.args import RewardServiceArgs
     from flowgrpo_ray.serving.deploy import start_rewards
 
@@ -156,7 +208,7 @@ def deploy(port: int) -> None:
             max_batch_images=IMAGES,
             batch_wait_ms=0.0,
         )
-        for reward, sizes in REWARDS.items()
+        for reward, sizes in rewards.items()
         for size, options in sizes.items()
         for replicas in (1, 2)
     ]
@@ -183,12 +235,14 @@ def main() -> None:
         logging_level=logging.ERROR,
         _temp_dir=folder,
     )
-    deploy(port)
-    reserved.close()  # Serve listens there
     rows = []
-    for reward, sizes in REWARDS.items():
-        for size in sizes:
-            rows += measure(Bench(reward, size, port), options.rounds, options.seconds)
+    with judged() as rewards:
+        deploy(rewards, port)
+        reserved.close()  # Serve listens there
+        for reward, sizes in rewards.items():
+            for size, given in sizes.items():
+                bench = Bench(reward, size, given, port)
+                rows += measure(bench, options.rounds, options.seconds)
     rows += [crowd(port, calls, options.rounds) for calls in CROWDS]
     ray.shutdown()
     if options.out:
@@ -206,7 +260,7 @@ def measure(bench: Bench, count: int, seconds: float) -> list[dict[str, object]]
         rows.append({"reward": bench.reward, "size": bench.size, "way": way, **of_way})
         rows[-1]["of_direct"] = ratio
         print(
-            f"{bench.reward:22} {bench.size:6} {way:10} {of_way['rate']:8.1f} requests/s "
+            f"{bench.reward:22} {bench.size:6} {way:11} {of_way['rate']:8.1f} requests/s "
             f"({ratio:5.2f} of direct)  p50 {1000 * of_way['p50']:7.1f} ms  "
             f"p95 {1000 * of_way['p95']:7.1f} ms  {of_way['socket_bytes']:10.0f} B/image",
             flush=True,

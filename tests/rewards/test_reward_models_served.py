@@ -7,6 +7,7 @@ import pytest
 import ray
 import torch
 from test_rewards_geneval import tiny_detector
+from test_rewards_hps import tiny_hps
 from test_rewards_imagereward import WORDS, checkpoint
 from test_rewards_pickscore import one_thread, tiny_clip
 from transformers import BertTokenizer
@@ -26,12 +27,13 @@ DOG = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
 def options(tmp_path_factory):
     """Of each reward, with a tiny random model of the real class."""
     folder = tmp_path_factory.mktemp("models")
-    clip = tiny_clip(folder / "clip")
+    clip, hps = tiny_clip(folder / "clip"), tiny_hps(folder / "hps")
     tokenizer, blip = folder / "tokenizer", folder / "ImageReward.pt"
     BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}).save_pretrained(tokenizer)
     torch.save(checkpoint(), blip)
     return {
         "pickscore": {"path": clip, "processor": clip},
+        "hps": {"path": hps, "processor": hps},
         "imagereward": {"path": str(blip), "tokenizer": str(tokenizer)},
         "geneval": {"detector": tiny_detector(folder / "detector"), "clip": clip},
     }

@@ -118,10 +118,13 @@ def pixels(image):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The checkpoint, and configuration and tokenizer of its CLIP."""
+    return tiny_hps(tmp_path_factory.mktemp("hps"))
+
+
+def tiny_hps(folder):
+    """The checkpoint, and configuration and tokenizer of its CLIP, in `folder`."""
     from transformers import CLIPConfig, CLIPTokenizer
 
-    folder = tmp_path_factory.mktemp("hps")
     vision, text = (
         {"hidden_size": WIDTHS[tower], "intermediate_size": 4 * WIDTHS[tower], "hidden_act": "gelu"}
         | {"num_attention_heads": HEADS[tower], "num_hidden_layers": DEPTH}
