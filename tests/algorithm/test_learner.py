@@ -503,6 +503,19 @@ def test_the_first_scale_is_that_of_a_mean(samples, exponent):
     assert LossScale(torch.bfloat16, samples).value == 1.0
 
 
+@pytest.mark.parametrize("objective", [(grpo("0.9"),), NFT], ids=["grpo", "nft"])
+def test_no_update_is_lost_at_the_first_scale(objective):
+    """Of the first ten, with the advantages of one good image in 24; that of a mean, which a sum
+    over the samples is not, may be too large already."""
+    spec = small_spec(TUNINGS["full"], "model.dtype=float16", *objective)
+    (batch,) = draw_batches(spec, 1)
+    advantages = np.array([4.8, -0.2, 4.8, -0.2], np.float32)
+    batch = replace(batch, advantages=advantages, keep=np.ones(4, bool))
+    learner = Learner(spec, CPU)
+    assert [update(learner, [batch]).overflow for _ in range(10)] == [False] * 10
+    assert learner.scale.value == 2.0**14
+
+
 def test_an_overflow_costs_an_update_and_halves_the_scale():
     """The next update is that of a learner that never overflowed, but for its scale."""
     spec = small_spec(LORA, "model.dtype=float16", "ema={decay: 0.5, every: 1}", grpo("0.9"))

@@ -83,10 +83,22 @@ def test_whoever_comes_later_needs_no_text_encoder(monkeypatch):
     assert np.isfinite(cache.get(PROMPTS[2])["embeds"]).all()
 
 
-def test_text_encoders_are_dropped_after_the_prompts():
-    made = policy()
-    EncodingCache(made).add(PROMPTS[:1])
-    assert not hasattr(made, "encoder")
+def test_a_gpus_memory_is_handed_back_before_text_encoders_come_and_after_they_went(monkeypatch):
+    """What sampling has left in torch's cache makes room for them, and theirs for the network."""
+    made, did = policy(), list[str]()
+    for name in ("load_encoder", "drop_encoder"):
+        real = getattr(made, name)
+        monkeypatch.setattr(made, name, lambda name=name, real=real: (did.append(name), real()))
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr(
+        "torch.cuda.empty_cache", lambda: did.append(f"free: {hasattr(made, 'encoder')}")
+    )
+    cache = EncodingCache(made)
+    cache.add(PROMPTS[:1], more=True)
+    cache.add(PROMPTS)
+    assert did == ["free: False", "load_encoder", "drop_encoder", "free: False"]
+    cache.add(PROMPTS)
+    assert len(did) == 4, "nothing was encoded"
 
 
 @pytest.mark.parametrize(
