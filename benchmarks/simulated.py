@@ -119,6 +119,8 @@ class SimulatedLearner:
 
     def set_floor(self, floor: Any) -> None: ...
 
+    def tie(self, weight: float) -> None: ...
+
     def accumulate(
         self, unit: WorkUnit, trajectory: Trajectory, advantages: Any, keep: Any, *conditions: Any
     ) -> MicrobatchStats:

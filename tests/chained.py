@@ -168,6 +168,9 @@ class LearnerRank:
 
     def set_floor(self, floor: Any) -> None: ...
 
+    def tie(self, weight: float) -> None:
+        self.gradient = numbers(self.gradient, weight)
+
     def accumulate(
         self, unit: WorkUnit, trajectory: Any, advantages: Any, keep: Any, *conditions: Any
     ) -> MicrobatchStats:

@@ -164,6 +164,10 @@ class Learner:
 
     # --- one iteration
 
+    def tie(self, weight: float) -> None:
+        """Hold on to the untrained model with this weight from now on."""
+        self.objective = self.spec.objective.tied(weight)
+
     def accumulate(
         self,
         unit: WorkUnit,

@@ -84,6 +84,8 @@ class Trainer:
         await self.crew.encode(iteration)
         self.display.stage("sampling, scoring, training")
         ticket = await self.crew.publish(iteration)
+        if self.journal.tie:
+            await self.crew.learners.tie(self.journal.tie.weight)
         with self._stream(iteration, ticket) as stream:
             numbers = [*range(len(stream.plan.updates))] * self.spec.objective.epochs
             updates = [

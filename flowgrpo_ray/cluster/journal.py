@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from flowgrpo_ray.algorithm.objectives import Tie
 from flowgrpo_ray.cluster.crew import Crew
 from flowgrpo_ray.cluster.live import Display
 from flowgrpo_ray.cluster.stages import StageReader
@@ -131,7 +132,11 @@ class Journal:
         """An iteration has ended; ``RewardError`` if too many groups could not be scored."""
         seconds, accounts = time.perf_counter() - self._began, self._crew.ledger.cut()
         results, stream = done.stream.results, done.stream
-        row = train_row(self._spec, stream.plan, done.ticket, stream.ticket, results, done.updates)
+        tie = self.tie and self.tie.weight
+        row = train_row(
+            self._spec, stream.plan, done.ticket, stream.ticket, results, done.updates, tie
+        )
+        self._follow(row)
         self._recorder.log(row)
         speed = row["images"] / seconds
         where, advice = self._stages.read(accounts, seconds, self._crew.rewards.take_stats())
@@ -142,6 +147,26 @@ class Journal:
         self._advance(done.iteration, row, scores)
         self._tell_missing(row, scores)
         self._display.iteration(row, seconds)
+
+    @property
+    def tie(self) -> Tie | None:
+        """Of the next iteration to the untrained model, where its weight follows a reward."""
+        objective = self._spec.objective
+        if objective.adapts is None:
+            return None
+        begun = Tie.of(objective.penalties[objective.tie])
+        return Tie(**self.progress.tie) if self.progress.tie else begun
+
+    def _follow(self, row: dict[str, Any]) -> None:
+        """Set the tie of the next iteration; add to ``row`` that of this one, and what was seen."""
+        objective, tie = self._spec.objective, self.tie
+        if objective.adapts is None or tie is None:
+            return
+        found = row["rewards"][objective.adapts.reward]
+        then = objective.adapts.follow(tie, found["mean"], found["std"])
+        self.progress = replace(self.progress, tie=asdict(then))
+        seen = {"fall": then.fall, "level": then.level, "smoothed": then.smoothed}
+        row["tie"] = {"weight": tie.weight, **seen}
 
     def _look_for_divergence(self, row: dict[str, Any]) -> None:
         """Add the watch's readings to ``row``; say when one diverges, and stop if the spec does."""

@@ -127,6 +127,9 @@ class LearnerRank:
     def set_floor(self, floor: Floor) -> None:
         self.learner.gate.floor = floor
 
+    def tie(self, weight: float) -> None:
+        self.learner.tie(weight)
+
     def step(self, samples: int, points: int, last: bool) -> StepStats:
         return self.learner.step(samples, points, last=last)
 
@@ -229,6 +232,11 @@ class LearnerGroup(ActorGroup):
         """Have every rank's gate hold what it sees against ``floor``."""
         calls = zip(self.calls, self.ranks, strict=True)
         await self._of_all([of.answer("load", r.set_floor.remote(floor)) for of, r in calls])
+
+    async def tie(self, weight: float) -> None:
+        """Have every rank hold on to the untrained model with this weight from now on."""
+        calls = zip(self.calls, self.ranks, strict=True)
+        await self._of_all([of.answer("load", r.tie.remote(weight)) for of, r in calls])
 
     def _for_rank(self, rank: int, contribution: Contribution) -> Contribution:
         """As that rank can take it."""

@@ -51,6 +51,7 @@ class Progress:
     best_by: str = ""
     best_iteration: int = 0
     best_value: float = 0.0
+    tie: dict[str, Any] = field(default_factory=dict)  # of a weight that adapts: its controller
 
     @property
     def best(self) -> dict[str, Any] | None:

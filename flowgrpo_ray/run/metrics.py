@@ -149,16 +149,19 @@ def train_row(
     behaviour: WeightsTicket,
     results: Sequence[UnitResult],
     updates: Sequence[tuple[Sequence[MicrobatchStats], StepStats]],
+    tie: float | None = None,
 ) -> dict[str, Any]:
     """The metrics row of one iteration; ``results`` in plan order, ``updates`` in theirs.
 
-    ``published`` are the weights that it began to update, ``behaviour`` those it was sampled with.
+    ``published`` are the weights that it began to update, ``behaviour`` those it was sampled with;
+    ``tie`` is the weight of the tie to the untrained model, where it is not that of the spec.
     """
     window, points = plan.schedule.stochastic_steps, plan.points
     stats = [s for of_update, _ in updates for s in of_update]
     steps = [step for _, step in updates]
     first = [s.gate_max for s in updates[0][0] if s.gated]
     groups = count_groups(results)
+    objective = spec.objective if tie is None else spec.objective.tied(tie)
     row = {
         "kind": "train",
         "iteration": plan.iteration,
@@ -176,7 +179,7 @@ def train_row(
             "max_abs": max((s.gate_max for s in stats), default=None),
             **gate_moments(points, stats),
         },
-        **losses(spec.objective, len(points), stats),
+        **losses(objective, len(points), stats),
         "grad_norm": [step.grad_norm for step in steps],
         "updates": sum(step.grad_norm is not None for step in steps),
         "learning_rate": steps[-1].learning_rate,

@@ -100,6 +100,11 @@ class TrainingSpec(Strict):
     @model_validator(mode="after")
     def _objective_fits(self) -> TrainingSpec:
         self.objective.check(self.sampling)
+        adapts, key = self.objective.adapts, f"{self.objective.adapt_key}.reward"
+        if adapts and adapts.reward not in self.rewards:
+            raise ValueError(
+                f"{key} = {adapts.reward!r} is no reward of this run ({', '.join(self.rewards)})"
+            )
         return self
 
     @model_validator(mode="after")

@@ -63,6 +63,8 @@ class RunDisplay:
         remaining = (self.total - row["iteration"]) * self._mean_seconds
         largest = row[self._gate.name]["max_abs"] or 0
         numbers = f"reward {row['reward']['mean']:.3f}  |{self._gate.symbol}| {largest:.1e}"
+        if "tie" in row:
+            numbers += f"  tie {row['tie']['weight']:.1e}"
         left = f"{_clock(remaining)} left"
         if self._live:
             self._live.update(self._task, completed=row["iteration"], numbers=numbers, left=left)

@@ -456,6 +456,26 @@ def test_masked_samples_contribute_nothing(tuning, objective):
     assert sums == other_sums
 
 
+def test_a_tie_is_the_weight_of_the_kl_from_now_on():
+    """Bit for bit the gradient of a learner whose spec says so."""
+    changed, weaker = (
+        Learner(small_spec(grpo("1e-3", kl)), CPU)
+        for kl in ("{beta: 0.3, adapt: {reward: sign_colour}}", "{beta: 0.07}")
+    )
+    first, second = draw_batches(changed.spec, 2)
+    found = []
+    for learner, weight in ((changed, None), (changed, 0.07), (weaker, None)):
+        if not learner.optimizer.updates:
+            update(learner, [first])  # away from the reference, so that KL has a gradient
+        if weight:
+            learner.tie(weight)
+        second.into(learner)
+        found.append(gradients(learner))
+        learner.step(0, 2)
+    assert largest_difference(found[1], found[2]) == 0
+    assert largest_difference(found[0], found[1]) > 0
+
+
 def test_a_step_without_samples_changes_nothing():
     spec = small_spec(KL)
     batches = draw_batches(spec, 2)

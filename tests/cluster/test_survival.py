@@ -34,6 +34,8 @@ RUN: dict[str, Any] = {
     "tracking.tensorboard": "false",
 }
 REWARD = "reward-ocr"
+# The weight of the KL follows the reward, and actors are told it: it counts in their digests.
+ADAPTING = {"objective.kl": "{beta: 0.1, adapt: {reward: ocr, fall: 0.05}}"}
 TWO_REPLICAS = {"rewards.ocr.deadline_s": "8", "rewards.ocr.replicas": "2"}
 
 
@@ -91,10 +93,17 @@ def test_the_same_weights_whatever_dies_or_hangs(
     assert told >= sum("ray::" in moment for moment, _ in losses)
 
 
+def assert_adapted(run: Path) -> None:
+    weights = [row["tie"]["weight"] for row in read_rows(run / "metrics.jsonl") if "tie" in row]
+    assert weights[0] == 0.1
+    assert len(set(weights)) == len(weights) > 5, "it moves"
+
+
 def test_workers_that_sample_and_train_are_replaced_together(tmp_path: Path) -> None:
     """Whatever dies in whichever role, the run goes back to its checkpoint; so it does after Ctrl-C
     and --resume, and its rows of time still add up."""
     colocated = {**RUN, "cluster.layout": "colocated", "cluster.learner.parallel": "replicate"}
+    colocated |= ADAPTING
     folders = [tmp_path / name for name in ("alone", "disturbed")]
     alone = Chained(folders[0], **colocated)
     alone.finish()
@@ -117,6 +126,7 @@ def test_workers_that_sample_and_train_are_replaced_together(tmp_path: Path) -> 
     resumed = Chained(folders[1], resume=True, **colocated)
     resumed.finish()
     assert_same(resumed.run, alone.run)
+    assert_adapted(resumed.run)
     rows = [row for row in read_rows(resumed.run / "timings.jsonl") if row["kind"] == "train"]
     assert len(rows) == LONG
     for row in rows:
@@ -126,28 +136,29 @@ def test_workers_that_sample_and_train_are_replaced_together(tmp_path: Path) -> 
 
 def test_the_same_weights_however_a_run_is_interrupted(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("alone", "disturbed")]
-    undisturbed = Chained(folders[0])
+    undisturbed = Chained(folders[0], **ADAPTING)
     undisturbed.finish()
-    killed = Chained(folders[1], iterations="5")
+    killed = Chained(folders[1], **ADAPTING, iterations="5")
     killed.wait_for(4)
     killed.process.send_signal(KILL)  # the driver alone, as the kernel's OOM killer does
     killed.process.wait()
     assert not killed.left_behind(), "what is beside the driver clears up after it"
     assert list((killed.run / "logs").rglob("gcs_server*")), "Ray's logs are kept"
 
-    asked_for_more = Chained(folders[1], resume=True, iterations="5")
+    asked_for_more = Chained(folders[1], resume=True, **ADAPTING, iterations="5")
     asked_for_more.finish()  # off the rhythm of evaluations and checkpoints, and then longer:
 
-    interrupted = Chained(folders[1], resume=True)
+    interrupted = Chained(folders[1], resume=True, **ADAPTING)
     interrupted.wait_for(6)
     interrupted.signal_group(signal.SIGINT)
     assert "continue with" in interrupted.finish()
     done = interrupted.trained()
     assert list_checkpoints(interrupted.run / "checkpoints")[-1].name.endswith(str(done))
 
-    last = Chained(folders[1], resume=True, **ONE_WORKER)
+    last = Chained(folders[1], resume=True, **ADAPTING, **ONE_WORKER)
     last.finish()
     assert_same(last.run, undisturbed.run, ITERATIONS)
+    assert_adapted(last.run)
 
 
 LAG: dict[str, Any] = {**RUN, "iterations": "12", "sampling.max_lag": "1"}

@@ -565,6 +565,7 @@ def test_the_tiny_recipes_differ_in_what_their_names_say():
     no_steps = {"iterations", "sampling", "advantages", "objective", "optimizer", "evaluation"}
     for name, sections in {
         "tiny-ocr-guard": {"objective"},
+        "tiny-ocr-steady": {"objective"},
         "tiny-ocr-flow-grpo": {"sampling", "objective"},
         "tiny-ocr-cps": {"sampling"},
         "tiny-two-rewards": {"rewards", "advantages", "objective"},

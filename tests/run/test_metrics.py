@@ -269,11 +269,16 @@ def scored(ocr: list[float], colour: list[float]) -> Scores:
 SCORES = [scored([0, 1], [1, NAN]), scored([1, 1], [0, 0.5])]
 
 
-def make_row(spec: TrainingSpec, updates=UPDATES, more: Sequence[UnitResult] = ()) -> dict:
+def make_row(
+    spec: TrainingSpec,
+    updates=UPDATES,
+    more: Sequence[UnitResult] = (),
+    tie: float | None = None,
+) -> dict:
     plan = plan_iteration(spec, 3, 9, (1.0, 0.75, 0.5, 0.25, 0.0))
     given = [*results(plan.units, SCORES, spec.advantages, spec.weights), *more]
     published, behaviour = WeightsTicket(3, "9f"), WeightsTicket(2, "8e")
-    return train_row(spec, plan, published, behaviour, given, updates)
+    return train_row(spec, plan, published, behaviour, given, updates, tie)
 
 
 def test_train_row_by_hand():
@@ -313,6 +318,12 @@ def test_train_row_by_hand():
         "weights": {"version": 2, "digest": "8e"},
         "staleness": 1,
     }
+
+
+def test_the_loss_of_a_row_has_the_weight_that_the_tie_had():
+    spec = row_spec("objective.kl.adapt={reward: sign_colour}")
+    assert make_row(spec)["loss"] == -0.5 + 0.5 * 0.5
+    assert make_row(spec, tie=4.0)["loss"] == -0.5 + 4 * 0.5
 
 
 def test_train_row_without_kl():

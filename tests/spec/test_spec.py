@@ -71,6 +71,18 @@ BAD = {
         ["objective.kl={beta: 0.1, from: gaussian}"],
         ["objective.kl.from: unknown key", "'form'"],
     ),
+    "a tie that follows no reward of the run": (
+        ["objective.kl={beta: 0.1, adapt: {reward: colour}}"],
+        ["objective.kl.adapt.reward = 'colour'", "no reward of this run (ocr, sign_colour)"],
+    ),
+    "a tie that allows no fall": (
+        ["objective.kl={beta: 0.1, adapt: {reward: sign_colour, fall: 0}}"],
+        ["objective.kl.adapt.fall", "greater than 0", "not 0"],
+    ),
+    "unknown key of a tie": (
+        ["objective.kl={beta: 0.1, adapt: {reward: sign_colour, rates: 0.1}}"],
+        ["objective.kl.adapt.rates: unknown key", "'rate'"],
+    ),
     "unknown key of a reward named as a kind": (
         ["rewards.all={reward: ocr, wieght: 1}"],
         ["rewards.all.wieght: unknown key"],
@@ -618,10 +630,11 @@ def test_a_folder_in_use_is_refused_until_its_process_ends(tmp_path: Path):
             "advantages={std: global, per_reward: true, refill: 2}",
             "watch={fall: 1, action: stop}",
         ],
+        ["objective.kl={beta: 0.1, adapt: {reward: sign_colour, rate: 0.25}}"],
         ["objective.kl=null", "model.path=/a b/ü", "optimizer.learning_rate=1.234567890123e-7"],
         ["name='1e5'", "prompts.train='1e-4'", "model.path='2026-11-22'", "tracking.wandb='no'"],
     ],
-    ids=["recipe", "unions", "other kinds", "values", "text like numbers"],
+    ids=["recipe", "unions", "other kinds", "a tie", "values", "text like numbers"],
 )
 def test_resolved_spec_reads_back_equal(tmp_path: Path, overrides: list[str]):
     """A run folder keeps the resolved spec: if it read back otherwise, no run could resume."""

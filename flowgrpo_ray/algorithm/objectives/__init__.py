@@ -29,11 +29,13 @@ from flowgrpo_ray.algorithm.objectives.surrogate import (
     guard_log_ratio,
     kl_to_reference,
 )
+from flowgrpo_ray.algorithm.objectives.tie import Adapt, Tie
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.own_classes import import_class, nearest
 
 __all__ = [
     "BUILTIN",
+    "Adapt",
     "Awm",
     "DiffusionNft",
     "FlowDppo",
@@ -48,6 +50,7 @@ __all__ = [
     "Step",
     "StepObjective",
     "Term",
+    "Tie",
     "Times",
     "clipped",
     "clipped_loss",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flowgrpo_ray.algorithm.objectives.noised import Follower
+    from flowgrpo_ray.algorithm.objectives.tie import Adapt
     from flowgrpo_ray.spec.sampling import SamplingSpec
 
 
@@ -109,7 +110,9 @@ class Objective(Strict):
     stochastic: ClassVar[bool]  # trains stochastic steps of sampling; else draws by ODE steps
     keeps_old: ClassVar[bool]  # a trajectory keeps what the sampling policy predicted
     samples_with_follower: ClassVar[bool] = False  # not with the weights that are trained
-    without_tie: ClassVar[str] = ""  # the setting that drops the untrained model
+    tie: ClassVar[str] = ""  # the penalty that holds on to the untrained model
+    without_tie: ClassVar[str] = ""  # the setting that drops it
+    adapt_key: ClassVar[str] = ""  # where ``adapts`` stands in a spec
 
     kind: Any  # text; each class narrows it to its own
     updates: int = Field(default=2, ge=1, description="optimizer updates per pass over the samples")
@@ -160,6 +163,15 @@ class Objective(Strict):
         old = self.keeps_old and not self.stochastic
         return points * (self.compares_reference + old + anchored)
 
+    @property
+    def adapts(self) -> Adapt | None:
+        """How the weight of the tie to the untrained model follows a reward; ``None``: it stays."""
+        return None
+
+    def tied(self, weight: float) -> Objective:
+        """The same with another weight of its tie to the untrained model."""
+        raise NotImplementedError(f"{type(self).__name__} has no tie that adapts")
+
     def untied(self) -> Objective:
         """The same without its tie to the untrained model."""
         return self
@@ -182,14 +194,25 @@ class Objective(Strict):
                         for label, path in zip(statistic.labels, statistic.paths, strict=True)
                     ],
                 }
-                for statistic in self.statistics
+                for statistic in (*self.statistics, *self._of_tie)
             ],
         }
+
+    @property
+    def _of_tie(self) -> tuple[Statistic, ...]:
+        """What is reported of a weight that adapts, by the driver who sets it."""
+        if self.adapts is None:
+            return ()
+        kept = f"the fall of {self.adapts.reward}"
+        return (
+            Statistic("tie.weight", "Weight of the tie", "weight in the loss", "", penalty=True),
+            Statistic("tie.fall", f"What the tie follows: {kept}", "allowed: 1", "", penalty=True),
+        )
 
     def numbers(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The objective's own numbers that a row of ``metrics.jsonl`` has, by their paths."""
         paths = [f"{self.gate.name}.{what}" for what in ("gate", "max_abs", "mean", "std")]
-        paths += [path for statistic in self.statistics for path in statistic.paths]
+        paths += [path for of in (*self.statistics, *self._of_tie) for path in of.paths]
         found: dict[str, Any] = {}
         for path in paths:
             head, _, rest = path.partition(".")

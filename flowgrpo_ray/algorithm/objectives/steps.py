@@ -10,6 +10,7 @@ from pydantic import Field
 
 from flowgrpo_ray.algorithm.objectives.base import Gate, Objective, Statistic, Term
 from flowgrpo_ray.algorithm.objectives.surrogate import clipped, clipped_losses, kl_to_reference
+from flowgrpo_ray.algorithm.objectives.tie import Adapt
 from flowgrpo_ray.common.strict import Strict
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ class KlSpec(Strict):
     form: Literal["time_weighted", "gaussian"] = Field(
         default="time_weighted",
         description="time_weighted (what published betas mean) is KL x |dt|",
+    )
+    adapt: Adapt | None = Field(
+        default=None, description="`beta` is where it starts, and then follows a watched reward"
     )
 
 
@@ -85,6 +89,8 @@ class StepObjective(Objective):
     statistics = (CLIPPED, KL)
     stochastic = True
     without_tie = "objective.kl=null"
+    tie = "kl"
+    adapt_key = "objective.kl.adapt"
 
     kl: KlSpec | None = None
 
@@ -98,6 +104,14 @@ class StepObjective(Objective):
             return {}
         assert point.reference is not None, "rollout workers keep the reference with KL"
         return {"kl": kl_to_reference(point.new, point.reference, point.dt, self.kl.form)}
+
+    @property
+    def adapts(self) -> Adapt | None:
+        return self.kl and self.kl.adapt
+
+    def tied(self, weight: float) -> StepObjective:
+        assert self.kl is not None
+        return self.model_copy(update={"kl": self.kl.model_copy(update={"beta": weight})})
 
     def untied(self) -> StepObjective:
         return self.model_copy(update={"kl": None})
