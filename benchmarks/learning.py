@@ -1,6 +1,6 @@
 """Learning curves of the algorithms on the embedded model, and what over-optimization does to it.
 
-    python benchmarks/learning.py run --runs runs/learning        # 3 seeds: about four hours
+    python benchmarks/learning.py run --runs runs/learning        # 3 seeds: about eight hours
     python benchmarks/learning.py time --runs runs/learning-time  # seconds per iteration, in turns
     python benchmarks/learning.py collect --runs runs/learning    # -> benchmarks/learning.json
     python benchmarks/learning.py draw                            # -> docs/images/*.png
@@ -36,6 +36,11 @@ def _window(length: int) -> str:
     return f"sampling.window={{kind: random, length: {length}, within: [0, 4]}}"
 
 
+def _adapting(beta: float) -> str:
+    adapt = "{reward: sign_colour}"
+    return f"objective.kl={{beta: {beta}, form: gaussian, adapt: {adapt}}}"
+
+
 NFT, AWM = "tiny-ocr-nft", "tiny-ocr-awm"  # recipes; all other curves are of tiny-ocr
 
 # name -> (iterations, overrides of the recipe; tiny-ocr's: window 2, KL, clip 1e-3)
@@ -50,6 +55,11 @@ CURVES: dict[str, tuple[int, list[str]]] = {
     "awm": (40, []),
 }
 RECIPES = {"nft": NFT, "awm": AWM, "nft-long": NFT, "awm-long": AWM}
+# a KL whose weight finds itself, from ten times too little and from ten times too much
+STEADY: dict[str, tuple[int, list[str]]] = {
+    "steady-low": (600, [_adapting(0.01)]),
+    "steady-high": (600, [_adapting(1.0)]),
+}
 # the same, of one seed only
 ONCE: dict[str, tuple[int, list[str]]] = {
     "plain-long": (120, [ALL_STEPS, NO_KL]),
@@ -75,6 +85,8 @@ LABELS = {
     "fast-guard-long": "Guard, window 2, no KL",
     "nft-long": "DiffusionNFT",
     "awm-long": "AWM",
+    "steady-low": "KL that adapts, from 0.01",
+    "steady-high": "KL that adapts, from 1",
 }
 
 
@@ -96,7 +108,8 @@ def train(name: str, seed: int, runs: Path, iterations: int, overrides: list[str
 def run(runs: Path, only: list[str], seeds: list[int]) -> None:
     """All curves of one seed before those of the next."""
     for seed in seeds:
-        for name, (iterations, overrides) in (CURVES | (ONCE if seed == 0 else {})).items():
+        wanted = CURVES | STEADY | (ONCE if seed == 0 else {})
+        for name, (iterations, overrides) in wanted.items():
             if not only or name in only:
                 every = 10 if iterations > 120 else 5
                 train(name, seed, runs, iterations, [f"evaluation.every={every}", *overrides])
@@ -131,7 +144,7 @@ def time(runs: Path, rounds: int, only: list[str]) -> None:
 def collect(runs: Path) -> None:
     """Held-out rewards, and the ratio per step, of every run that is complete."""
     found: dict[str, dict[str, Any]] = {}
-    for name in CURVES | ONCE:
+    for name in CURVES | STEADY | ONCE:
         for seed in SEEDS:
             file = runs / f"{name}-{seed}" / "metrics.jsonl"
             if file.with_name("summary.json").exists():
@@ -149,6 +162,8 @@ def _curve(file: Path) -> dict[str, Any]:
     }
     if not trained[0]["window"]:
         return curve  # of finished images
+    if "tie" in trained[0]:
+        curve["beta"] = [float(f"{row['tie']['weight']:.3g}") for row in trained]
     # Over the second half, where every step has been through its window often.
     later = [row["log_ratio"]["per_step"] for row in trained[len(trained) // 2 :]]
     steps = sorted({step for row in later for step in row["step"]})
@@ -189,10 +204,14 @@ COLOURS = {
     "fast-guard-long": "#2e8b57",
     "nft-long": "#8e44ad",
     "awm-long": "#d81b60",
+    "steady-low": "#e6842a",
+    "steady-high": "#8e44ad",
 }
 SIX = ("flow-grpo", "fast-1", "fast-2", "fast-3", "cps", "guard")
 FOUR = ("fast-2", "guard", "nft", "awm")
 LONG = ("fast-long", "fast-guard-long", "nft-long", "awm-long")
+FOUND = ("fast-long", "fast-guard-long", "steady-low", "steady-high")
+STOPPED = {"fast-guard-long": 100}  # where the watch would have ended it
 
 
 def draw() -> None:
@@ -206,6 +225,7 @@ def draw() -> None:
     _draw_curves(data, SIX, data["seconds_per_iteration"], "learning.png")
     _draw_curves(data, FOUR, data["seconds_together"], "objectives.png")
     _draw_long(data)
+    _draw_steady(data)
     _draw_over_optimization(data)
 
 
@@ -238,6 +258,29 @@ def _draw_long(data: dict[str, Any]) -> None:
     watched.set(xlabel="iteration", title="watched: colour, held out")
     trained.legend(fontsize=8, loc="lower right")
     _save(figure, "objectives-long.png")
+
+
+def _draw_steady(data: dict[str, Any]) -> None:
+    """Does a weight that adapts come to the same from both sides, and does it hold the colours."""
+    from matplotlib import pyplot
+
+    figure, (trained, watched, weight) = pyplot.subplots(1, 3, figsize=(14, 4.2))
+    for name in FOUND:
+        _band(trained, data, name, "ocr")
+        _band(watched, data, name, "sign_colour")
+        if name in STOPPED:
+            watched.axvline(STOPPED[name], color=COLOURS[name], linestyle=":", label="stopped")
+        for run in data["runs"][name].values():
+            betas = run.get("beta", [0.1] * 200 if name == "fast-long" else [])
+            weight.plot(range(1, len(betas) + 1), betas, color=COLOURS[name], linewidth=0.7)
+    start = data["runs"]["fast-long"]["0"]["sign_colour"][0]
+    watched.axhline(start - 0.02, color="#888888", linestyle="--", label="0.02 below the start")
+    trained.set(xlabel="iteration", title="trained: OCR, held out", ylim=(0.25, 1.02))
+    watched.set(xlabel="iteration", title="watched: colour, held out")
+    weight.set(xlabel="iteration", title="weight of the KL", yscale="log")
+    trained.legend(fontsize=8, loc="lower right")
+    watched.legend(fontsize=8, loc="lower right")
+    _save(figure, "steady.png")
 
 
 def _draw_over_optimization(data: dict[str, Any]) -> None:

@@ -165,8 +165,7 @@ class Journal:
         found = row["rewards"][objective.adapts.reward]
         then = objective.adapts.follow(tie, found["mean"], found["std"])
         self.progress = replace(self.progress, tie=asdict(then))
-        seen = {"fall": then.fall, "level": then.level, "smoothed": then.smoothed}
-        row["tie"] = {"weight": tie.weight, **seen}
+        row["tie"] = then.row(tie.weight)
 
     def _look_for_divergence(self, row: dict[str, Any]) -> None:
         """Add the watch's readings to ``row``; say when one diverges, and stop if the spec does."""

@@ -2,12 +2,12 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
-from flowgrpo_ray.algorithm.objectives import Adapt, Tie
+from flowgrpo_ray.algorithm.objectives import Adapt, FlowGrpo, KlSpec, Tie
 
 ADAPT = Adapt(reward="colour", fall=0.5, window=2, rate=0.2, pull=2.0)
 
@@ -33,6 +33,8 @@ def test_the_controller_by_hand():
     tie = ADAPT.follow(tie, mean=-5, std=0.1)
     assert tie.fall == 3, "one broken iteration moves no more"
     assert tie.weight == pytest.approx(0.1 * math.exp(-0.4 + 0.2 + 0.4 + 6))
+    back = ADAPT.follow(replace(tie, ground=0.1, smoothed=0.8), mean=0.8, std=0.1)
+    assert back.weight == pytest.approx(0.1 * math.exp(-0.02)), "sinks at a tenth of the rate"
 
 
 def test_an_iteration_without_scores_changes_nothing():
@@ -73,3 +75,14 @@ def test_from_either_side_it_comes_to_the_weight_that_holds_the_fall(start: floa
     assert max(losses) < 3 * allowed
     assert np.mean(losses[300:]) == pytest.approx(allowed, rel=0.5)
     assert np.exp(np.mean(np.log(weights[300:]))) == pytest.approx(0.05, rel=0.5)
+
+
+def test_page_and_prometheus_show_the_tie_of_an_objective_that_adapts():
+    plain = FlowGrpo(kind="flow_grpo", kl=KlSpec(beta=0.1))
+    adapting = FlowGrpo(kind="flow_grpo", kl=KlSpec(beta=0.1, adapt=ADAPT))
+    row = {"kl": 0.5, "tie": {"weight": 0.2, "fall": 1.5}}
+    of_tie = {"tie.weight": 0.2, "tie.fall": 1.5}
+    assert adapting.numbers(row) == plain.numbers(row) | of_tie
+    charts = {line["path"] for chart in adapting.card()["charts"] for line in chart["lines"]}
+    assert charts >= of_tie.keys()
+    assert plain.tied(0.2).penalties == {"kl": 0.2}

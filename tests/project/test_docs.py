@@ -20,6 +20,7 @@ import yaml
 from scripts import load_script
 
 from flowgrpo_ray import cli
+from flowgrpo_ray.algorithm.objectives import Tie
 from flowgrpo_ray.cli import commands
 from flowgrpo_ray.cluster.run import _summary
 from flowgrpo_ray.common.errors import PromptError, SpecError
@@ -422,6 +423,7 @@ def test_every_field_of_a_metrics_row_is_documented():
     """Of every objective that reports something of its own."""
     fields = fields_of_a_row("tiny-ocr", "model.dtype=float16")
     fields |= fields_of_a_row("tiny-ocr-nft") | fields_of_a_row("tiny-ocr-awm")
+    fields |= set(flat({"tie": Tie.of(1.0).row(1.0)}))
     assert fields <= documented("runs.md", "metrics.jsonl")
     evaluation = fields_of_an_evaluation()
     assert evaluation <= documented("runs.md", "metrics.jsonl")

@@ -18,6 +18,7 @@ from flowgrpo_ray.common.strict import Strict
 
 MOST_FALL = 3.0  # that counts, in what is allowed
 LEAST = 1e-3  # of the weight that a run starts with: one that sinks for ever would not be back
+SETTLED = 0.1  # of the rate, by which it sinks once it has been too small
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,13 @@ class Tie:
     ``ground`` is the weight where nothing has fallen, never below ``least``. ``level`` and
     ``spread`` are the watched reward's mean and standard deviation over images in the first
     iterations, ``smoothed`` its mean now, ``seen`` the iterations that were scored; ``fall`` is in
-    what is allowed.
+    what is allowed. ``sinks`` is the share of the rate by which the ground sinks.
     """
 
     weight: float
     ground: float
     least: float
+    sinks: float = 1.0
     seen: int = 0
     level: float = 0.0
     spread: float = 0.0
@@ -43,6 +45,11 @@ class Tie:
     def of(cls, weight: float) -> Tie:
         """Of a run that begins with this weight."""
         return cls(weight, weight, LEAST * weight)
+
+    def row(self, weight: float) -> dict[str, float]:
+        """For ``row["tie"]`` of an iteration that had this weight, and led to this state."""
+        seen = {"fall": self.fall, "level": self.level, "smoothed": self.smoothed}
+        return {"weight": weight, **seen}
 
 
 class Adapt(Strict):
@@ -60,11 +67,12 @@ class Adapt(Strict):
         default=5, ge=1, description="iterations that its level is a mean of, first and now"
     )
     rate: float = Field(
-        default=0.15,
+        default=0.2,
         gt=0,
         le=1,
-        description="by which the logarithm of the weight sinks in an iteration without a fall; it "
-        "rises as fast with twice the fall that is allowed",
+        description="by which the logarithm of the weight rises in an iteration with twice the "
+        "fall that is allowed, and sinks in one without a fall; by a tenth of it after the first "
+        "time that more has fallen than is allowed",
     )
     pull: float = Field(
         default=2.0,
@@ -77,8 +85,9 @@ class Adapt(Strict):
         """The state after an iteration whose images have that mean and standard deviation.
 
         With ``f`` the fall, in what is allowed and within 0 and ``MOST_FALL``:
-        ``log ground += rate (f - 1)`` and ``log weight = log ground + pull f``. An iteration that
-        was not scored (NaN) changes nothing.
+        ``log ground += rate (f - 1)`` and ``log weight = log ground + pull f``. Once ``f`` has been
+        above 1 the right order of magnitude is found, and a negative step is ``SETTLED`` as long.
+        An iteration that was not scored (NaN) changes nothing.
         """
         if math.isnan(mean):
             return tie
@@ -90,6 +99,8 @@ class Adapt(Strict):
         smoothed += (mean - smoothed) / min(seen, self.window)
         fallen, allowed = max(0.0, level - smoothed), self.fall * spread
         fall = min(fallen / allowed, MOST_FALL) if allowed else MOST_FALL * (fallen > 0)
-        ground = max(tie.ground * math.exp(self.rate * (fall - 1)), tie.least)
+        sinks = SETTLED if fall > 1 else tie.sinks
+        step = self.rate * (fall - 1) * (1 if fall > 1 else sinks)
+        ground = max(tie.ground * math.exp(step), tie.least)
         weight = ground * math.exp(self.pull * fall)
-        return Tie(weight, ground, tie.least, seen, level, spread, smoothed, fall)
+        return Tie(weight, ground, tie.least, sinks, seen, level, spread, smoothed, fall)
