@@ -73,10 +73,7 @@ def show_plan(
         says += f"to score {work.images:,} images an iteration, {held_out:,} an evaluation"
         say(console, says)
     if spec.checkpoint.best:
-        count, every = -(-spec.iterations // spec.evaluation.every), spec.evaluation.every
-        says = f"checkpoint.best: the best by {spec.checkpoint.best} of {count:,} evaluations, one "
-        says += f"every {every} iterations and at the end; one that is better is saved there"
-        say(console, says)
+        say(console, _best(spec))
     if cost is not None:
         for line in _cost_lines(cost):
             say(console, line)
@@ -96,6 +93,14 @@ def show_plan(
     if footprint.layouts:
         print_table(console, _layouts(spec, footprint))
         console.print(advised(spec, footprint, device), highlight=False)
+
+
+def _best(spec: TrainingSpec) -> str:
+    every = spec.evaluation.every
+    return (
+        f"checkpoint.best: the best by {spec.checkpoint.best} of {-(-spec.iterations // every):,} "
+        f"evaluations, one every {every} iterations and at the end; a better one is saved there"
+    )
 
 
 def price_of_watched(spec: TrainingSpec) -> dict[str, dict[str, float]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from flowgrpo_ray.cluster.upload import SPEC, pack
-from flowgrpo_ray.common.addresses import probe_jobs
+from flowgrpo_ray.common.addresses import jobs_address, probe_cluster, probe_jobs
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.estimate.preflight import check_run
 from flowgrpo_ray.spec.training import TrainingSpec
@@ -32,7 +32,10 @@ def submit_run(
         folder = Path(name)
         files = pack(spec, folder)
         from flowgrpo_ray.cluster import jobs
+        from flowgrpo_ray.serving.ray_private import cluster_here
 
+        if (address or jobs_address() or "auto") == "auto":
+            probe_cluster(cluster_here("auto"), "RAY_ADDRESS")
         arguments = ["train", SPEC, "--resume", *(["--runs", str(runs)] if runs else [])]
         with console.status("submitting to the Ray cluster"):
             client = jobs.connect(address)

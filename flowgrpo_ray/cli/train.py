@@ -36,6 +36,9 @@ def train(
         bool, typer.Option("--overwrite", help="delete the run of this name, and begin it anew")
     ] = False,
     runs: RunsOption = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="print errors alone; driver.log has the notes")
+    ] = False,
     validate: Annotated[
         int | None,
         typer.Option(
@@ -48,6 +51,7 @@ def train(
     Ctrl-C finishes the iteration and saves; Ctrl-C again stops at once. Continue with --resume.
     """
     runs, resolved = runs_root(runs), None
+    console.quiet = quiet
     try:
         from flowgrpo_ray.cluster.run import train as run_training
         from flowgrpo_ray.view.console import RunDisplay

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from flowgrpo_ray.cluster import machine
@@ -124,6 +125,7 @@ def _trained(
         if resume and saved is None:
             near = "".join(f"; did you mean --set name={name}?" for name in folder.near()[:1])
             live.note(f"{folder.path} holds no checkpoint: the run begins{near}")
+        live.note(f"watch it: flowgrpo-ray monitor {quote(str(folder.path))}")
         live.stage("joining the Ray cluster" if joined() else "starting Ray")
         for note in () if joined() else machine.notes(spec):
             live.note(note)

@@ -48,8 +48,13 @@ def joined() -> bool:
 
 def probe() -> None:
     """``ClusterError`` if a cluster is named to join and none is there."""
-    if (address := ray_address()) is not None:
-        probe_cluster(address, "RAY_ADDRESS")
+    if (address := ray_address()) is None:
+        return
+    if address == "auto":
+        from flowgrpo_ray.serving.ray_private import cluster_here
+
+        os.environ["RAY_ADDRESS"] = address = cluster_here(address)
+    probe_cluster(address, "RAY_ADDRESS")
 
 
 @contextmanager

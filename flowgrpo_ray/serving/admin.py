@@ -30,7 +30,7 @@ from flowgrpo_ray.rewards.environments import python_of
 from flowgrpo_ray.serving.args import RewardServiceArgs
 from flowgrpo_ray.serving.deploy import check_environments_there
 from flowgrpo_ray.serving.deploy import remove as take_away
-from flowgrpo_ray.serving.ray_private import free_by_node
+from flowgrpo_ray.serving.ray_private import cluster_here, free_by_node
 from flowgrpo_ray.serving.types import ReplicaStats, app_name
 from flowgrpo_ray.serving.waiting import until_running
 from flowgrpo_ray.spec.file import parse_yaml
@@ -44,7 +44,7 @@ def connection(address: str | None) -> Iterator[ServeSubmissionClient]:
     """A connection to the cluster at `address` (default: RAY_ADDRESS, else the one that runs here)
     and to its dashboard."""
     source = "--address" if address else "RAY_ADDRESS"
-    address = address or ray_address() or "auto"
+    address = cluster_here(address or ray_address() or "auto")
     probe_cluster(address, source)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:

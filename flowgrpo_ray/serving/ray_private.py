@@ -25,6 +25,18 @@ def actor_id(actor: Any) -> str:
     return actor._actor_id.hex()
 
 
+def cluster_here(address: str) -> str:
+    """The address itself, or what "auto" stands for on this machine if Ray knows of a cluster: it
+    may be gone, and Ray asks it for minutes."""
+    from ray._private.services import get_ray_address_from_environment
+
+    if address != "auto":
+        return address
+    with suppress(ConnectionError):  # none is known
+        return get_ray_address_from_environment(address, None) or address
+    return address
+
+
 def dashboard_address() -> str | None:
     """Host and port of the connected cluster's dashboard, if it has one; only `ray.init` tells."""
     return get_dashboard_url()

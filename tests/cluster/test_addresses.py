@@ -58,6 +58,28 @@ def test_a_dead_cluster_is_named_by_every_command_that_asks_one(closed, command_
     assert f"RAY_ADDRESS = '{closed}'" in err.replace("\n", " ")
 
 
+def test_a_cluster_that_ray_remembers_is_asked_first(closed, command_line, monkeypatch):
+    """What "auto" means may be gone: Ray itself would ask it for minutes."""
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    remembered = "ray._private.services.find_bootstrap_address"
+    monkeypatch.setattr(remembered, lambda _: closed)
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)
+    for command in (
+        ("rewards", "status"),
+        ("rewards", "status", "--address", "auto"),
+        ("submit", "tiny-ocr"),
+    ):
+        status, _, err = command_line(*command)
+        assert (status, closed in err.replace("\n", "")) == (2, True)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    status, _, err = command_line("train", "tiny-ocr")
+    assert (status, f"RAY_ADDRESS = '{closed}'" in err.replace("\n", " ")) == (2, True)
+    monkeypatch.setattr(remembered, lambda _: None)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    session.probe()  # Ray says at once that there is none
+
+
 def test_a_host_that_swallows_what_is_sent_takes_three_seconds(monkeypatch):
     asked = []
 

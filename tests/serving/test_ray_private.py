@@ -15,6 +15,7 @@ PACKAGE = Path(flowgrpo_ray.__file__).parent
 NEEDED = [
     ("ray.actor", "ActorHandle._actor_id", None),
     ("ray._private.worker", "get_dashboard_url", None),
+    ("ray._private.services", "get_ray_address_from_environment", "Could not find any running"),
     ("ray._private.state", "available_resources_per_node", None),
     ("ray._private.utils", "set_sigterm_handler", None),
     ("ray._private.services", "ConsolePopen", None),
