@@ -137,7 +137,9 @@ class LearnerRank:
         self.listener = Listener(("127.0.0.1", 0))
         return self.listener.address
 
-    def join(self, address: Any) -> Parallel:
+    def join(self, address: Any, prompts: int, sources: int) -> Parallel:
+        assert prompts > 0
+        assert sources == 0
         if self.rank:
             self.links = [Client(address)]
             self.links[0].send(self.rank)

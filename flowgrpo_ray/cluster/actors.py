@@ -181,6 +181,8 @@ class RunOnRay:
     placement: Placement
     ledger: Ledger
     losses: Losses
+    prompts: int | None = None  # in the training set
+    sources: int | None = None  # images to change that each of them names
 
 
 class ActorGroup:

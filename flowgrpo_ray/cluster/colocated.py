@@ -59,9 +59,9 @@ class ColocatedWorker(RolloutWorker, LearnerRank):
         self.loaded: WeightsTicket | None = None
         self._kept: dict[Hashable, Trajectory] = {}  # of this iteration
 
-    def join(self, address: tuple[str, int]) -> Parallel:
+    def join(self, address: tuple[str, int], *asked: int | None) -> Parallel:
         """Meet the other workers, ready to encode."""
-        self.join_group(address)
+        self.join_group(address, *asked)
         self.on_host = self.parallel.sharded
         self.start()
         if self.parallel.sharded and hasattr(self, "learner"):  # the network itself reads prompts

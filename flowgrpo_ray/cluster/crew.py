@@ -89,7 +89,9 @@ class Crew:
         self.placement = await place(self.spec)
         await fetch_model(self.spec, self.placement.nodes, self.display)
         self.spec = await settled(self.spec, self.placement.group, self.display.note)
-        run = RunOnRay(self.spec, self.placement, self.ledger, self.losses)
+        train = self.prompts["train"]
+        asked = (len(train), len(train[0].images))
+        run = RunOnRay(self.spec, self.placement, self.ledger, self.losses, *asked)
         if self.spec.cluster.layout == "colocated":
             self.rollouts = pool = WorkerPool(run, self._kinds.workers)
             self.learners = WorkerGroup(run, self._kinds.workers, pool)

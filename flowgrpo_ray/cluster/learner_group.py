@@ -72,14 +72,17 @@ class LearnerRank:
         self._listener = socket.create_server((ray.util.get_node_ip_address(), 0))
         return self._listener.getsockname()
 
-    def join(self, address: tuple[str, int]) -> Parallel:
+    def join(self, address: tuple[str, int], *asked: int | None) -> Parallel:
         """Meet the other ranks and load the model."""
-        self.join_group(address)
+        self.join_group(address, *asked)
         self.make_learner()
         return self.parallel
 
-    def join_group(self, address: tuple[str, int]) -> None:
-        """Meet the other ranks, and agree how all will hold the network."""
+    def join_group(
+        self, address: tuple[str, int], prompts: int | None = None, sources: int | None = None
+    ) -> None:
+        """Meet the other ranks, and agree how all will hold the network, given how many prompts
+        there are and how many images each of them changes."""
         from flowgrpo_ray.algorithm.parallel import agree, join_group
 
         ranks = self.spec.ranks.count
@@ -92,7 +95,7 @@ class LearnerRank:
 
         gpu = gpu_here() if self.device.type == "cuda" else None
         place = ray.get_runtime_context().get_node_id(), gpu and gpu[1] * 2**30
-        self.parallel = agree(place, lambda places: decide(self.spec, places))
+        self.parallel = agree(place, lambda places: decide(self.spec, places, prompts, sources))
 
     def make_learner(self, policy: Policy | None = None) -> None:
         from flowgrpo_ray.algorithm.learner import Learner
@@ -163,6 +166,7 @@ class LearnerGroup(ActorGroup):
 
     def __init__(self, run: RunOnRay, rank_class: type) -> None:
         super().__init__(run, rank_class)
+        self._asked = (run.prompts, run.sources)
         self.ranks: list[Any] = []
         self.calls: list[Calls] = []
         self._row: list[Contribution] = []
@@ -194,7 +198,9 @@ class LearnerGroup(ActorGroup):
         self.calls = [calls for _, calls in launched]
         self._row, self._running = [], []
         address = (await self._answers([self.ranks[0].address.remote()]))[0]
-        joined = await self._answers([rank.join.remote(address) for rank in self.ranks])
+        joined = await self._answers(
+            [rank.join.remote(address, *self._asked) for rank in self.ranks]
+        )
         self.parallel: Parallel = joined[0]
 
     async def _answers(self, calls: Sequence[Awaitable[Any]]) -> list[Any]:

@@ -282,12 +282,19 @@ def size_up(
     return Sized(policy, cost, encoders, rewards, memory, encodes_later)
 
 
-def decide(spec: TrainingSpec, places: Sequence[tuple[object, float | None]]) -> Parallel:
-    """How ranks hold the network that are at these ``places``: machine, and bytes of their GPU."""
+def decide(
+    spec: TrainingSpec,
+    places: Sequence[tuple[object, float | None]],
+    prompts: int | None = None,
+    sources: int | None = None,
+) -> Parallel:
+    """How ranks hold the network that are at these ``places``: machine, and bytes of their GPU.
+
+    For a training set as ``estimate`` has it, which so decides alike."""
     nodes, memory = [node for node, _ in places], [size for _, size in places if size]
     if not memory or len(ways(spec, nodes)) == 1:
         return ways(spec, nodes)[0]
-    sized = size_up(spec, min(memory))
+    sized = size_up(spec, min(memory), prompts, sources)
     return sized.on(spec, nodes)[0] if sized else unmeasured(spec, nodes)
 
 

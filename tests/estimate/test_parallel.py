@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tiny_models import spec_of
 from tiny_runs import TUNINGS, small_spec
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -87,6 +88,22 @@ def test_ranks_decide_by_the_smallest_of_their_gpus():
     less = footprint.decide(spec, [("a", need), ("a", need - 1), ("b", need), ("b", need)])
     assert (less.sharded, less.groups) == (True, ((0, 1), (2, 3)))
     assert footprint.decide(spec, [("a", None)] * 4) == whole.parallel, "and on the CPU"
+
+
+def test_ranks_count_the_images_to_change_as_the_plan_does():
+    spec = spec_of("flux2", "sampling.groups=8", GPUS, "sampling.size=[128, 128]")
+
+    def need(sources: int) -> int:
+        found = footprint.estimate(spec, sources=sources)
+        assert found is not None
+        assert not found.parallel.sharded
+        return max(sum(parts.values()) for parts in found.actors["learner"].values())
+
+    most = need(4)
+    for sources, sharded in {0: False, 4: True}.items():
+        places = [("a", most - 1)] * 4
+        assert footprint.decide(spec, places, sources=sources).sharded == sharded
+    assert not footprint.decide(spec, [("a", most)] * 4, sources=4).sharded
 
 
 def test_models_of_unknown_size_are_sharded_where_all_is_tuned():
