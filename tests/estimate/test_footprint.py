@@ -537,11 +537,12 @@ SIZES = {
     "qwen": (6.9, 20.5),  # Qwen-Image-2.1, "7B", and Qwen-Image
     "sana": (1.55, 1.65),
     "z": (6.1, 6.2),  # Z-Image, "6B"
-    "flux2": (3.8, 9.1),
+    "flux2": (3.8, 32.5),  # klein and dev
     "bagel": (13.0, 14.7),
 }
 QUICK = ("tiny-ocr", "sd35-ocr-1gpu-24gb")
 H100 = 79  # GiB that torch can use
+LARGER = {"flux2-dev-multi": 139}  # of an H200
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -553,7 +554,7 @@ def _costs_once() -> Iterator[None]:
 @cache
 def estimate_of(recipe: str) -> tuple[TrainingSpec, footprint.Footprint]:
     spec = load_spec(recipe)
-    found = footprint.estimate(spec, H100 * GIB)
+    found = footprint.estimate(spec, LARGER.get(recipe, H100) * GIB)
     assert found is not None
     return spec, found
 
@@ -581,12 +582,13 @@ def test_every_recipe_has_an_estimate(name: str):
         if not found.parallel.sharded:  # else by blocks
             assert stages["loading"]["weights"] >= 2 * found.parameters
     if spec.gpus:  # each has the layout that plan recommends, and fits
-        chosen = recommended(found.layouts, H100 * GIB)
+        limit = LARGER.get(name, H100) * GIB
+        chosen = recommended(found.layouts, limit)
         assert chosen is not None
         assert chosen.layout == spec.cluster.layout
         assert (chosen.parallel == "shard") == found.parallel.sharded
         kinds = gpus(spec, found.actors, found.rewards)
-        assert max(gpu.largest()[1] for gpu in kinds) < H100 * GIB
+        assert max(gpu.largest()[1] for gpu in kinds) < limit
 
 
 def test_a_gpu_of_24_gb_has_room_for_every_phase_of_its_recipe():
