@@ -150,16 +150,23 @@ def prompt_check(
     reward: str, options: Mapping[str, Any] | None = None
 ) -> Callable[[str, Mapping[str, Any]], None]:
     """The function that raises ValueError for a prompt which `reward` could never score."""
-    check = getattr(resolve(reward), "check_prompt", _accept)
+    return _own_check(reward, "check_prompt", options)
+
+
+def read_check(
+    reward: str, options: Mapping[str, Any] | None = None
+) -> Callable[[str, Mapping[str, Any], str], None]:
+    """The function that raises ValueError for a prompt of which the model reads a beginning only,
+    and `reward` asks for the rest."""
+    return _own_check(reward, "check_read", options)
+
+
+def _own_check(reward: str, name: str, options: Mapping[str, Any] | None) -> Callable[..., None]:
+    """A check of the reward's class by its name, which is given the options if it takes any."""
+    check = getattr(resolve(reward), name, _accept)
     if "options" in inspect.signature(check).parameters:
         return functools.partial(check, options=options or {})
     return check
-
-
-def read_check(reward: str) -> Callable[[str, Mapping[str, Any], str], None]:
-    """The function that raises ValueError for a prompt of which the model reads a beginning only,
-    and `reward` asks for the rest."""
-    return getattr(resolve(reward), "check_read", _accept)
 
 
 def keys_read(reward: str, options: Mapping[str, Any] | None = None) -> frozenset[str] | None:

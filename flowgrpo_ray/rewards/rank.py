@@ -25,6 +25,7 @@ from flowgrpo_ray.rewards import (
     keys_read,
     needs_sources,
     prompt_check,
+    read_check,
 )
 from flowgrpo_ray.rewards.golden import Rankings, golden_of
 
@@ -61,6 +62,13 @@ class RankReward:
     def check_prompt(prompt: str, metadata: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         """ValueError for a prompt that the ranked reward could never score."""
         prompt_check(options["reward"], options.get("options"))(prompt, metadata)
+
+    @staticmethod
+    def check_read(
+        prompt: str, metadata: Mapping[str, Any], read: str, options: Mapping[str, Any]
+    ) -> None:
+        """ValueError where the model does not read what the ranked reward asks for."""
+        read_check(options["reward"], options.get("options"))(prompt, metadata, read)
 
     @staticmethod
     def reads(options: Mapping[str, Any]) -> frozenset[str] | None:

@@ -130,7 +130,7 @@ def check_lengths(spec: TrainingSpec, prompts: Sequence[Prompt], found: Overlong
         tokens, read = found.cut.get(prompt.text, (0, 0))
         for name, reward in spec.rewards.items():
             if tokens and reward.scores(prompt.set):
-                check = read_check(reward.reward or name)
+                check = read_check(reward.reward or name, reward.options)
                 try:
                     check(prompt.text, prompt.metadata, prompt.text[:read])
                 except ValueError as error:

@@ -12,7 +12,6 @@ from tiny_runs import small_spec
 from flowgrpo_ray.cluster.crew import REAL, Crew
 from flowgrpo_ray.common.errors import PromptError
 from flowgrpo_ray.common.types import Overlong
-from flowgrpo_ray.spec.file import load_spec
 from flowgrpo_ray.spec.prompts import Prompt
 
 PROMPTS = {"train": [Prompt('a sign "4"'), Prompt('a sign "5"')], "eval": [Prompt('a sign "4"')]}
@@ -67,8 +66,11 @@ def test_images_of_prompt_lines_are_told():
     )
 
 
-def test_a_run_whose_reward_cannot_be_earned_is_refused():
-    crew, notes = crew_of(load_spec("tiny-ocr"), Overlong(6, 512, {'a sign "5"': (7, 9)}))
+@pytest.mark.parametrize("reward", ["{}", "{reward: rank, options: {reward: ocr}}"])
+def test_a_run_whose_reward_cannot_be_earned_is_refused(reward: str):
+    crew, notes = crew_of(
+        small_spec(f"rewards={{ocr: {reward}}}"), Overlong(6, 512, {'a sign "5"': (7, 9)})
+    )
     with pytest.raises(PromptError, match=r"the text '5' is cut off the prompt"):
         asyncio.run(crew.check_prompts())
     assert not notes

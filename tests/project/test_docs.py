@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
 import re
 import shlex
@@ -32,7 +33,8 @@ from flowgrpo_ray.run.metrics import Scores, Signal, UnitResult, eval_row, train
 from flowgrpo_ray.run.watch import Reading
 from flowgrpo_ray.spec.file import RECIPES, load_spec, recipe_names
 from flowgrpo_ray.spec.plan import plan_iteration
-from flowgrpo_ray.spec.prompt_files import Prompt
+from flowgrpo_ray.spec.prompt_files import Prompt, load_prompts
+from flowgrpo_ray.spec.sources import with_sources
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -183,6 +185,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("block", SPECS, ids=lambda b: f"{relative(b.page)}-{b.name}")
 def test_specs_are_valid_and_can_be_planned(block: Block, folder: Path):
     check_run(load_spec(block.name))
+
+
+def test_pictures_of_a_parquet_file_become_files_that_prompts_name(folder: Path):
+    import pyarrow
+    import pyarrow.parquet
+
+    sign = ROOT / "flowgrpo_ray/tiny/assets/prompts/tiny-edit/red-298.png"
+    cell = {"bytes": sign.read_bytes(), "path": "a.png"}
+    rows = [{"instruction": text, "source_image": cell, "id": 1} for text in ("a", "b")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "set.parquet")
+    subprocess.run([sys.executable, "unpack.py", "set.parquet", "edits"], check=True)
+    file = str(folder / "edits" / "edits.jsonl")
+    prompts = with_sources(load_prompts(file, "P"), file, "P", range(1, 2), "a family")
+    assert [prompt.text for prompt in prompts] == ["a", "b"]
+    digest = hashlib.sha256(sign.read_bytes()).hexdigest()
+    assert [prompt.images[0].digest for prompt in prompts] == [digest] * 2
 
 
 def test_the_readme_has_a_spec():
