@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from editing import FAMILY, add_family, write_image
 from tiny_runs import CPU, LORA, PROMPTS, SIZE, small_spec
 
@@ -155,7 +156,7 @@ def test_a_torn_or_lost_file_is_an_error_that_names_it():
 def test_a_rollout_worker_holds_nothing_else_while_prompts_are_encoded(monkeypatch):
     """Encoders come first and leave; then the network; a worker that starts later does the same."""
     monkeypatch.setattr("os.nice", lambda _: 0)  # of the tests' own process
-    worker = RolloutWorker(small_spec(), 0)
+    worker = RolloutWorker(small_spec("model.dtype=bfloat16"), 0)
     worker.start()
     held: list[bool] = []
     reader = worker.encodings._policy
@@ -171,6 +172,10 @@ def test_a_rollout_worker_holds_nothing_else_while_prompts_are_encoded(monkeypat
     assert not hasattr(reader, "encoder")
     worker.load_model()
     network = worker.policy.network
+    halves = [network.get_parameter(name) for name in worker.policy.halved(network)]
+    assert {weight.dtype for weight in halves} == {torch.bfloat16}, "no masters"
+    numbers = sum(weight.numel() for weight in network.parameters())
+    assert sum(weight.numel() for weight in halves) > 0.9 * numbers
     worker.load_model()
     assert worker.policy.network is network, "loaded once"
     assert not hasattr(worker.policy, "encoder")
