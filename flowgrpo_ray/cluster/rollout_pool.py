@@ -20,7 +20,8 @@ from flowgrpo_ray.common.errors import ClusterError, ContractError
 from flowgrpo_ray.common.types import Request, WeightsTicket
 from flowgrpo_ray.serving.ray_private import actor_id
 
-KEPT = 3  # published weights that can still be asked for: of training, its past, the averaged
+KEPT = 1, 3  # published weights that can still be asked for, by ``sampling.max_lag``: the last
+# ones, which units of nothing else are on their way with; or of training, its past, the averaged.
 
 
 class RolloutPool(Pool):
@@ -137,7 +138,7 @@ class RolloutPool(Pool):
         """Keep the arrays for the workers that will need them."""
         self._weights.pop(ticket, None)
         self._weights[ticket] = arrays
-        for old in list(self._weights)[:-KEPT]:
+        for old in list(self._weights)[: -KEPT[self.spec.sampling.max_lag]]:
             del self._weights[old]
 
     def _load(self, worker: Worker, ticket: WeightsTicket) -> asyncio.Task[None]:

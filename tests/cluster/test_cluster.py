@@ -400,6 +400,18 @@ def test_learner_ranks_meet_where_the_first_listens_already(ray_cluster: None) -
         ray.kill(rank)
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+def test_no_more_weights_are_kept_than_may_be_asked_for(lag: int) -> None:
+    """With full tuning each version is as large as the network."""
+    from flowgrpo_ray.cluster.rollout_pool import RolloutPool
+
+    pool = RolloutPool.__new__(RolloutPool)
+    pool.spec, pool._weights = load_spec("tiny-ocr", [f"sampling.max_lag={lag}"]), {}
+    for version in range(5):
+        pool.publish(WeightsTicket(version, ""), object())  # type: ignore[arg-type]
+    assert [ticket.version for ticket in pool._weights] == ([2, 3, 4] if lag else [4])
+
+
 def test_a_lost_actor_is_told_in_a_line(ray_cluster: None) -> None:
     import os
 
