@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from flowgrpo_ray.algorithm.objectives import FlowGrpo
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.strict import Strict
-from flowgrpo_ray.rewards import check_options
+from flowgrpo_ray.rewards import check_options, is_over_group
 from flowgrpo_ray.spec.checkpoint import CheckpointSpec
 from flowgrpo_ray.spec.cluster import ActorsSpec, ClusterSpec
 from flowgrpo_ray.spec.objective import ObjectiveField
@@ -100,10 +100,17 @@ class TrainingSpec(Strict):
     @model_validator(mode="after")
     def _objective_fits(self) -> TrainingSpec:
         self.objective.check(self.sampling)
-        adapts, key = self.objective.adapts, f"{self.objective.adapt_key}.reward"
-        if adapts and adapts.reward not in self.rewards:
+        if self.objective.adapts is None:
+            return self
+        name, key = self.objective.adapts.reward, f"{self.objective.adapt_key}.reward"
+        if name not in self.rewards:
             raise ValueError(
-                f"{key} = {adapts.reward!r} is no reward of this run ({', '.join(self.rewards)})"
+                f"{key} = {name!r} is no reward of this run ({', '.join(self.rewards)})"
+            )
+        if is_over_group(self.rewards[name].reward or name):
+            raise ValueError(
+                f"{key} = {name!r} compares the images of a group, so that its mean cannot fall: "
+                "name a reward that scores each image alone"
             )
         return self
 

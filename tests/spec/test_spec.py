@@ -75,6 +75,13 @@ BAD = {
         ["objective.kl={beta: 0.1, adapt: {reward: colour}}"],
         ["objective.kl.adapt.reward = 'colour'", "no reward of this run (ocr, sign_colour)"],
     ),
+    "a tie that follows a rank": (
+        [
+            "objective.kl={beta: 0.1, adapt: {reward: place}}",
+            "rewards.place={reward: rank, options: {reward: ocr}}",
+        ],
+        ["objective.kl.adapt.reward = 'place'", "its mean cannot fall"],
+    ),
     "a tie that allows no fall": (
         ["objective.kl={beta: 0.1, adapt: {reward: sign_colour, fall: 0}}"],
         ["objective.kl.adapt.fall", "greater than 0", "not 0"],

@@ -18,7 +18,7 @@ from flowgrpo_ray.common.strict import Strict
 
 MOST_FALL = 3.0  # that counts, in what is allowed
 LEAST = 1e-3  # of the weight that a run starts with: one that sinks for ever would not be back
-SETTLED = 0.1  # of the rate, by which it sinks once it has been too small
+SINKS, SETTLED = 0.5, 0.1  # of the rate, by which it sinks at first, and once it was too small
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Tie:
     weight: float
     ground: float
     least: float
-    sinks: float = 1.0
+    sinks: float = SINKS
     seen: int = 0
     level: float = 0.0
     spread: float = 0.0
@@ -64,15 +64,18 @@ class Adapt(Strict):
         "over images there: what is allowed",
     )
     window: int = Field(
-        default=5, ge=1, description="iterations that its level is a mean of, first and now"
+        default=5,
+        ge=1,
+        description="iterations that its first level is a mean of, and the span of the average "
+        "that is compared with it",
     )
     rate: float = Field(
         default=0.2,
         gt=0,
         le=1,
         description="by which the logarithm of the weight rises in an iteration with twice the "
-        "fall that is allowed, and sinks in one without a fall; by a tenth of it after the first "
-        "time that more has fallen than is allowed",
+        "fall that is allowed; it sinks by half of it in one without a fall, and by a tenth after "
+        "the first time that more has fallen than is allowed",
     )
     pull: float = Field(
         default=2.0,
@@ -85,9 +88,9 @@ class Adapt(Strict):
         """The state after an iteration whose images have that mean and standard deviation.
 
         With ``f`` the fall, in what is allowed and within 0 and ``MOST_FALL``:
-        ``log ground += rate (f - 1)`` and ``log weight = log ground + pull f``. Once ``f`` has been
-        above 1 the right order of magnitude is found, and a negative step is ``SETTLED`` as long.
-        An iteration that was not scored (NaN) changes nothing.
+        ``log ground += rate (f - 1)`` and ``log weight = log ground + pull f``. A negative step is
+        shorter, by ``SINKS``, and once ``f`` has been above 1, by ``SETTLED``: the right order of
+        magnitude is found then. An iteration that was not scored (NaN) changes nothing.
         """
         if math.isnan(mean):
             return tie
@@ -96,7 +99,7 @@ class Adapt(Strict):
         if first:
             level += (mean - level) / seen
             spread += (std - spread) / seen
-        smoothed += (mean - smoothed) / min(seen, self.window)
+        smoothed += (mean - smoothed) * max(1 / seen, 2 / (self.window + 1))
         fallen, allowed = max(0.0, level - smoothed), self.fall * spread
         fall = min(fallen / allowed, MOST_FALL) if allowed else MOST_FALL * (fallen > 0)
         sinks = SETTLED if fall > 1 else tie.sinks
