@@ -90,27 +90,36 @@ def own_signals() -> Iterator[None]:
     """Within it `ray.init` leaves this process's handler of SIGTERM as it is, and starts Ray's in a
     process group of their own. Its two handlers (the second one, of C++, prints a stack and aborts)
     would end this process in the middle of a start, and what a terminal or `timeout` sends to the
-    group of this one would end Ray first."""
+    group of this one would end Ray first. Its end leaves SIGTERM to the system, which would end
+    this process before Ray's are gone and the run's last files are written."""
     from ray import _raylet  # pyright: ignore[reportAttributeAccessIssue]
     from ray._private import services, utils
 
     raylet: Any = _raylet
     handler, process, core = utils.set_sigterm_handler, services.ConsolePopen, raylet.CoreWorker
 
-    def with_our_handler(*given: Any, **named: Any) -> Any:
-        connected = core(*given, **named)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-        return connected
+    class WithOurHandler(core):
+        def __init__(self, *_: Any, **__: Any) -> None:
+            _set_handler_again()
+
+        def shutdown_driver(self) -> None:
+            super().shutdown_driver()
+            _set_handler_again()
 
     utils.set_sigterm_handler = lambda _: None
     services.ConsolePopen = functools.partial(process, process_group=0)
-    raylet.CoreWorker = with_our_handler
+    raylet.CoreWorker = WithOurHandler
     try:
         yield
     finally:
         utils.set_sigterm_handler, services.ConsolePopen = handler, process
         raylet.CoreWorker = core
+
+
+def _set_handler_again() -> None:
+    """Python's for SIGTERM, where C++ has set another one."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def stay_on_loopback() -> None:

@@ -10,18 +10,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 
 import pytest
 from waiting import PATIENCE_S
-from whole_runs import IN_TURNS, Chained
+from whole_runs import IN_TURNS, ITERATIONS, Chained, Command, alone
 
 from flowgrpo_ray.cluster import interrupts
 from flowgrpo_ray.cluster.interrupts import Interrupts
 from flowgrpo_ray.run.folder import RunFolder
+from flowgrpo_ray.run.state import LIVE, read_json
 
-LIFE_S = 25.0  # about that of such a run, on two processors
 BOTH = [signal.SIGINT, signal.SIGTERM]
 
 
@@ -108,21 +109,111 @@ def test_a_command_that_has_hardly_begun(number: int, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+WHILE_RAY_ENDS = """
+import signal, sys
+from pathlib import Path
+from flowgrpo_ray.cluster.session import ray_session
+from flowgrpo_ray.spec.file import load_spec
+
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append("heard"))
+with ray_session(load_spec("tiny-ocr"), Path(sys.argv[1])):
+    from ray._private.node import Node
+    end = Node.kill_all_processes
+
+    def signalled(*given, **named):
+        signal.raise_signal(signal.SIGTERM)
+        end(*given, **named)
+        signal.raise_signal(signal.SIGTERM)
+
+    Node.kill_all_processes = signalled
+signal.raise_signal(signal.SIGTERM)
+print(heard)
+"""
+
+
+@pytest.mark.slow
+def test_while_ray_ends_and_after_it_sigterm_is_ours(
+    hardly_disturbed: None, tmp_path: Path
+) -> None:
+    """Ray's own end gives it back to the system, which ends the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", WHILE_RAY_ENDS, str(tmp_path)],
+        env=alone(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "['heard', 'heard', 'heard']\n"), done.stderr
+
+
 def wait_until_heard(process: subprocess.Popen[str]) -> None:
-    """Until the process has a handler for SIGTERM."""
-    status = Path(f"/proc/{process.pid}/status")
-    while process.poll() is None:
-        caught = re.search(r"SigCgt:\s*(\w+)", status.read_text())
-        if caught and int(caught[1], 16) >> (signal.SIGTERM - 1) & 1:
-            return
+    while process.poll() is None and not hears(process):
         time.sleep(0.001)
 
 
-def moments(count: int) -> Iterator[tuple[float, int, bool]]:
-    """Seconds after the start, which signal, and whether the whole group gets it."""
-    rng = random.Random(count)
-    for _ in range(count):
-        yield rng.uniform(0, LIFE_S), rng.choice(BOTH), rng.random() < 0.5
+def hears(process: subprocess.Popen[str]) -> bool:
+    """Whether the process has a handler for SIGTERM."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = re.search(r"SigCgt:\s*(\w+)", status)
+    return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def staged(*stages: str) -> Callable[[Command], bool]:
+    """Whether live.json says that the run is in one of these stages, or past them."""
+
+    def reached(command: Command) -> bool:
+        live = read_json(command.run / LIVE)
+        return live is not None and (live["state"] != "starting" or live["stage"] in stages)
+
+    return reached
+
+
+STAGES: dict[str, Callable[[Command], bool]] = {
+    "imports": lambda command: hears(command.process),
+    "ray starts": staged("starting Ray", "starting learner, rollout workers and rewards"),
+    "actors start": staged("starting learner, rollout workers and rewards"),
+    "first iterations": lambda command: command.trained() >= 0,
+    "last iterations": lambda command: command.trained() >= 4,
+    "the end": lambda command: command.trained() >= ITERATIONS,
+}
+
+
+def begin(folder: Path) -> Command:
+    return Chained(folder, **{"tracking.tensorboard": "false", "cluster.learner.count": "1"})
+
+
+def lengths(folder: Path) -> list[float]:
+    """Seconds of each stage, in a run that nobody interrupts."""
+    command, begun = begin(folder), []
+    for reached in STAGES.values():
+        wait_for_stage(command, reached)
+        begun.append(time.monotonic())
+    command.finish()
+    return [after - before for before, after in pairwise([*begun, time.monotonic()])]
+
+
+def wait_for_stage(command: Command, reached: Callable[[Command], bool]) -> None:
+    while command.process.poll() is None and not reached(command):
+        time.sleep(0.005)
+
+
+def interrupt(command: Command, stage: str, seconds: float, number: int, *, group: bool) -> int:
+    """Send a signal some seconds after a stage began, and check what the run says and leaves: the
+    right status, which it gives, a true sentence, no process, no file but whole ones, resumable."""
+    wait_for_stage(command, STAGES[stage])
+    with_timeout(command.process, seconds)
+    if command.process.poll() is None:
+        (os.killpg if group else os.kill)(command.process.pid, number)
+        if group:  # as `timeout` does it: the process, and its group
+            command.process.send_signal(number)
+    output = command.process.communicate(timeout=PATIENCE_S)[0]
+    status, about = command.process.returncode, (stage, seconds, number, group, output)
+    assert status in (0, 130), about
+    assert not command.left_behind(), about
+    assert "Traceback" not in output, about
+    assert_true(" ".join(output.split()), command.run, status)
+    return status
 
 
 class TestMoments:
@@ -130,28 +221,16 @@ class TestMoments:
 
     @pytest.mark.slow
     @pytest.mark.timeout(9000)
-    @pytest.mark.parametrize("count", [2, 100])
-    def test_any_moment(self, hardly_disturbed: None, tmp_path: Path, count: int) -> None:
-        """The right status, a true sentence, no process, no file but whole ones, resumable."""
+    def test_any_moment(self, hardly_disturbed: None, tmp_path: Path) -> None:
+        """FLOWGRPO_TEST_SIGNALS of them, by default 18, as many in each stage of a run."""
+        count = int(os.environ.get("FLOWGRPO_TEST_SIGNALS", "18"))
+        rng, seconds = random.Random(count), lengths(tmp_path / "whole")
         ends: list[int] = []
-        for place, (seconds, number, group) in enumerate(moments(count)):
-            command = Chained(
-                tmp_path / str(place),
-                **{"tracking.tensorboard": "false", "cluster.learner.count": "1"},
-            )
-            wait_until_heard(command.process)
-            with_timeout(command.process, seconds)
-            if command.process.poll() is None:
-                (os.killpg if group else os.kill)(command.process.pid, number)
-                if group:  # as `timeout` does it: the process, and its group
-                    command.process.send_signal(number)
-            output = command.process.communicate(timeout=PATIENCE_S)[0]
-            about = (seconds, number, group, output)
-            ends.append(command.process.returncode)
-            assert ends[-1] in (0, 130), about
-            assert not command.left_behind(), about
-            assert "Traceback" not in output, about
-            assert_true(" ".join(output.split()), command.run, ends[-1])
+        stages = islice(cycle(zip(STAGES, seconds, strict=True)), count)
+        for place, (stage, length) in enumerate(stages):
+            command = begin(tmp_path / str(place))
+            number, group = rng.choice(BOTH), rng.random() < 0.5
+            ends.append(interrupt(command, stage, rng.uniform(0, length), number, group=group))
         assert ends.count(130) > count / 10
 
 
