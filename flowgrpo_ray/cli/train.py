@@ -74,15 +74,15 @@ def train(
                 display=display,
                 started=STARTED,
             )
+        if outcome.stopped:
+            _say_how_to_continue(_again(spec, overrides, runs), outcome)
+        elif validate is not None:
+            raise typer.Exit(_judge(resolved, outcome))
+        else:
+            _say_what_came_of_it(resolved, outcome)
     except KeyboardInterrupt:
         _say_what_is_left(_again(spec, overrides, runs), resolved and runs / resolved.name)
         raise typer.Exit(130) from None
-    if outcome.stopped:
-        _say_how_to_continue(_again(spec, overrides, runs), outcome)
-        return
-    if validate is not None:
-        raise typer.Exit(_judge(resolved, outcome))
-    _say_what_came_of_it(resolved, outcome)
 
 
 def _say_what_came_of_it(spec: TrainingSpec, outcome: Outcome) -> None:

@@ -437,6 +437,24 @@ def test_more_gpus_than_there_are_ends_before_ray_starts(run, tmp_path: Path):
     RunFolder.claim(tmp_path / "runs", load_spec("tiny-ocr"), resume=False).release()
 
 
+def test_an_interrupt_while_a_run_is_summed_up_says_what_is_saved(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from flowgrpo_ray.cli import train
+    from flowgrpo_ray.cluster import run as running
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    ended = running.Outcome(tmp_path / "tiny-ocr", {}, stopped=False)
+    (ended.folder / "checkpoints" / "iteration-000060").mkdir(parents=True)
+    monkeypatch.setattr(running, "train", lambda *_, **__: ended)
+    monkeypatch.setattr(train, "_say_what_came_of_it", interrupted)
+    status, out, _ = run("train", "tiny-ocr", "--runs", str(tmp_path))
+    assert status == 130
+    assert out.startswith("interrupted; saved is iteration 60, continue with\n")
+
+
 def test_training_over_a_run_asks_for_resume(run, tmp_path: Path):
     folder = RunFolder.claim(tmp_path / "runs", load_spec("tiny-ocr"), resume=False)
     folder.release()
