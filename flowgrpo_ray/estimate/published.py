@@ -8,10 +8,16 @@ ARCHITECTURES = Path(__file__).parent / "architectures"
 QWEN3_4B, QWEN3_8B = 4_022_468_096, 8_190_735_360
 CLIP_L, CLIP_BIG_G, T5_XXL = 123_060_480, 694_659_840, 4_762_310_656
 QWEN25_VL_7B = 8_292_166_656
+OF_SD35 = CLIP_L + 768 * 768 + CLIP_BIG_G + T5_XXL
+OF_FLUX = CLIP_L + T5_XXL
 PUBLISHED = {  # hub ids whose configs are in ARCHITECTURES, with their text encoders' parameters
-    "stabilityai/stable-diffusion-3.5-medium": CLIP_L + 768 * 768 + CLIP_BIG_G + T5_XXL,
-    "black-forest-labs/FLUX.1-dev": CLIP_L + T5_XXL,
-    "black-forest-labs/FLUX.1-Kontext-dev": CLIP_L + T5_XXL,
+    "stabilityai/stable-diffusion-3.5-medium": OF_SD35,
+    "stabilityai/stable-diffusion-3.5-large": OF_SD35,
+    "stabilityai/stable-diffusion-3.5-large-turbo": OF_SD35,
+    "black-forest-labs/FLUX.1-dev": OF_FLUX,
+    "black-forest-labs/FLUX.1-schnell": OF_FLUX,
+    "black-forest-labs/FLUX.1-Krea-dev": OF_FLUX,
+    "black-forest-labs/FLUX.1-Kontext-dev": OF_FLUX,
     "Qwen/Qwen-Image": QWEN25_VL_7B,
     "Qwen/Qwen-Image-2512": QWEN25_VL_7B,
     "Qwen/Qwen-Image-2.1": 8_767_123_696,

@@ -600,3 +600,42 @@ def test_a_gpu_of_24_gb_has_room_for_every_phase_of_its_recipe():
     assert max(phases.values()) < 22 * GIB
     encoders = 123_650_304 + 694_659_840 + 4_762_310_656
     assert phases["start"] == 2 * encoders + 2 * GIB, "the encoders alone, in 16 bits"
+
+
+FEW_STEPS = (
+    *("sampling.steps=4", "evaluation.steps=4"),
+    "sampling.window={kind: random, length: 1, within: [0, 3]}",
+)
+CHECKPOINTS = "cluster.learner.activation_checkpointing=true"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("path", "recipe", "overrides"),
+    [
+        ("stabilityai/stable-diffusion-3.5-large", "sd35-pickscore", (CHECKPOINTS,)),
+        (
+            "stabilityai/stable-diffusion-3.5-large-turbo",
+            "sd35-pickscore-fast-cps",
+            FEW_STEPS,
+        ),
+        ("black-forest-labs/FLUX.1-Krea-dev", "flux-pickscore-fast", ()),
+        (
+            "black-forest-labs/FLUX.1-schnell",
+            "flux-pickscore-fast",
+            (*FEW_STEPS, "sampling.guidance=1"),
+        ),
+    ],
+)
+def test_the_models_page_says_what_plan_does(path: str, recipe: str, overrides: tuple[str, ...]):
+    spec = load_spec(recipe, [f"model.path={path}", *overrides])
+    found = footprint.estimate(spec, H100 * GIB)
+    assert found is not None
+    most = max(gpu.largest()[1] for gpu in gpus(spec, found.actors, found.rewards)) / GIB
+    flops = [f"{round(n / 1e12):,}" for n in (found.rollout_flops, found.training_flops)]
+    told = f"| {found.parameters / 1e9:.2f} B | {' and '.join(flops)} | {most:.1f} |"
+    page = Path(__file__).parents[2] / "docs" / "models.md"
+    (row,) = (line for line in page.read_text("utf-8").splitlines() if f"| `{path}` |" in line)
+    assert row.startswith(f"| `{path}` | `{recipe}`")
+    assert row.endswith(told)
+    assert most < H100
