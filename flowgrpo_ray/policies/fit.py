@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from flowgrpo_ray.spec.sections import ModelSpec
 
 QUANTO = "quanto_qmap.json"  # of optimum-quanto, beside its weights
-SMALL = re.compile(r"F[4-8]|[IU][1-8]$")  # dtypes of safetensors with fewer than 16 bits
+SMALL = re.compile(r"(F[4-8](_\w+)?|[IU][1-8])$")  # dtypes of safetensors with fewer than 16 bits
 CGROUP = Path("/sys/fs/cgroup")  # of this machine or container
 
 
