@@ -318,7 +318,7 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a row holds numbers, text, lists and mappings, not {type(value).__name__}")
 
 
-def of_sets(row: Row) -> dict[str, Row]:
+def of_sets(row: Mapping[str, Any]) -> dict[str, Row]:
     """Rewards of an evaluation's row for each prompt set, as ``ocr of signs``, where they score
     several: as they stand under ``rewards`` for all sets together."""
     sets: Mapping[str, Mapping[str, Row]] = row.get("sets", {})
