@@ -48,6 +48,8 @@ def list_recipes(
     console = Console()
     for gpus in sorted({recipe.gpus for recipe in found}):
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)  # names are copied
+        table.add_column()
         for recipe in found:
             if recipe.gpus == gpus:
                 table.add_row(f"[bold]{recipe.name}[/]", recipe.says)

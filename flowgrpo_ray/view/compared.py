@@ -17,7 +17,8 @@ from flowgrpo_ray.run.found import as_written, mark_of
 from flowgrpo_ray.run.overview import compared
 from flowgrpo_ray.run.tracking import METRICS, SAMPLES, TIMINGS, Row
 from flowgrpo_ray.view.page import whole_page
-from flowgrpo_ray.view.report import data_address, find_shots, rows_of, shown
+from flowgrpo_ray.view.report import rows_of
+from flowgrpo_ray.view.shots import data_address, find_shots, shown
 
 MOST_COLUMNS = 6  # evaluations of each run whose pictures a file holds, first and last among them
 

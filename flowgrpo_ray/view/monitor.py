@@ -30,16 +30,8 @@ from flowgrpo_ray.run.tracking import METRICS, SAMPLES, TIMINGS, Row
 from flowgrpo_ray.view.compared import comparison
 from flowgrpo_ray.view.guard import Guard
 from flowgrpo_ray.view.page import SCRIPTS, STYLE, TYPES, asset, served_page
-from flowgrpo_ray.view.report import (
-    FILES,
-    Shot,
-    describe_run,
-    find_shots,
-    find_sources,
-    rows_of,
-    shown,
-    shown_picture,
-)
+from flowgrpo_ray.view.report import FILES, describe_run, rows_of
+from flowgrpo_ray.view.shots import Shot, find_shots, find_sources, shown, shown_picture
 
 SINCE = r"^([0-9a-f]{8}(\.\d{1,9}){3})?$"
 

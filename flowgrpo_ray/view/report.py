@@ -6,7 +6,6 @@ holds them whole.
 
 from __future__ import annotations
 
-import base64
 import io
 import time
 from itertools import groupby
@@ -14,17 +13,15 @@ from pathlib import Path
 
 from flowgrpo_ray.common.errors import CheckpointError, RunFolderError
 from flowgrpo_ray.common.files import write_atomic
-from flowgrpo_ray.run.brief import spread
 from flowgrpo_ray.run.checkpoint import best_checkpoint
 from flowgrpo_ray.run.folder import resume_command
 from flowgrpo_ray.run.found import as_written
 from flowgrpo_ray.run.settings import weights_of
-from flowgrpo_ray.run.state import LIVE, LOG, OBJECTIVE, leads_out, read_json, state_of
+from flowgrpo_ray.run.state import LIVE, LOG, OBJECTIVE, leads_out, state_of
 from flowgrpo_ray.run.tracking import (
     METRICS,
     PER_PROMPT,
     SAMPLES,
-    SOURCES,
     SUMMARY,
     TIMINGS,
     Row,
@@ -33,16 +30,19 @@ from flowgrpo_ray.run.tracking import (
 )
 from flowgrpo_ray.run.watch import Reading, describe, export_of_best, readings_of
 from flowgrpo_ray.view.page import whole_page
+from flowgrpo_ray.view.shots import (
+    data_address,
+    embedded,
+    find_shots,
+    find_sources,
+    read_object,
+    shown,
+)
 
 REPORT = "report.html"
 SPEC = "spec.yaml"
-LARGEST_TILE = 256  # pixels; larger evaluation samples are shown at this size
 LONGEST_LOG = 2**16  # bytes of driver.log that the page shows: the last ones
-MOST_EVALUATIONS = 16  # evaluations whose pictures a report holds, first and last among them
 
-Shot = tuple[Path, Row]  # a grid of pictures, and its sidecar
-
-_SAMPLE_KEYS = ("iteration", "prompts", "scores", "tile", "columns")
 FILES = {
     METRICS: "rewards, importance ratios, losses, groups; the same bytes after a resume",
     TIMINGS: "seconds and images per second, by this run's own clock",
@@ -78,7 +78,7 @@ def report_data(folder: str | Path) -> Row:
         )
     notes: list[str] = []
     shots = find_shots(folder, notes)
-    samples = _embedded(shots, notes)
+    samples = embedded(shots, notes)
     found = find_sources(folder, notes)
     sources = shown(found[1], data_address(*found)) if found else None
     data = describe_run(folder, metrics, timings, notes)
@@ -99,7 +99,7 @@ def rows_of(path: Path) -> list[Row]:
 
 def describe_run(folder: Path, metrics: list[Row], timings: list[Row], notes: list[str]) -> Row:
     """All of the document but its rows and samples. What is missing is added to `notes`."""
-    summary, live = (_object(folder / name, notes) for name in (SUMMARY, LIVE))
+    summary, live = (read_object(folder / name, notes) for name in (SUMMARY, LIVE))
     now = time.time()
     state = state_of(live, summary, now)
     train = [row for row in metrics if row.get("kind") == "train"]
@@ -108,7 +108,7 @@ def describe_run(folder: Path, metrics: list[Row], timings: list[Row], notes: li
         notes.append(f"{SUMMARY} is not there: the run is going on, or stopped before its end.")
     if metrics and not timings:
         notes.append(f"{TIMINGS} is missing or empty: the page shows no times.")
-    objective = _object(folder / OBJECTIVE, notes) or _earlier_objective()
+    objective = read_object(folder / OBJECTIVE, notes) or _earlier_objective()
     gate = objective["gate"]["name"]
     return {
         "name": (summary or {}).get("name") or folder.resolve().name,
@@ -143,8 +143,9 @@ def _headline(
     """The summary where the run has ended; otherwise the same numbers as far as it got."""
     first = evals[0] if evals else {}
     last = evals[-1] if len(evals) > 1 else {}
-    before = _means(first) | (summary.get("eval_before") or {})
-    after = _means(last) | (summary.get("eval_after") or {})
+    said = [summary.get(key) or {} for key in ("eval_before", "eval_after")]
+    # Those of single prompt sets, which the summary has not, come behind.
+    before, after = (of | (_means(row) | of) for of, row in zip(said, (first, last), strict=True))
     gates = [at for row in train if (at := (row.get(gate) or {}).get("gate")) is not None]
     timed = [row["seconds"] for row in timings if row.get("kind") in ("train", "eval")]
     return {
@@ -214,14 +215,6 @@ def _reward_names(summary: Row, train: list[Row], evals: list[Row]) -> list[str]
     return list(names)
 
 
-def _object(path: Path, notes: list[str]) -> Row | None:
-    try:
-        return read_json(path)
-    except ValueError as cause:
-        notes.append(f"{path.name} is not readable ({cause}) and was left out.")
-        return None
-
-
 def _text(path: Path, notes: list[str]) -> str | None:
     if path.exists() and not leads_out(path):
         return path.read_text("utf-8", errors="replace")
@@ -238,111 +231,6 @@ def _log(path: Path) -> str:
         file.seek(skipped)
         text = file.read(LONGEST_LOG).decode("utf-8", errors="replace")
     return text.partition("\n")[2] if skipped else text
-
-
-# --- pictures
-
-
-def find_shots(folder: Path, notes: list[str]) -> list[Shot]:
-    """The evaluations whose picture and sidecar are whole, oldest first."""
-    found: list[Shot] = []
-    for path in sorted((folder / SAMPLES).glob("iteration-*.json")):
-        sidecar = _object(path, notes)
-        if sidecar is None:
-            continue
-        picture = path.with_suffix(".png")
-        missing = [key for key in _SAMPLE_KEYS if key not in sidecar]
-        if missing or not _is_there(picture):
-            lack = ", ".join(missing) or picture.name
-            notes.append(f"{path.name} was left out: {lack} is missing.")
-        elif not _is_sidecar(sidecar):
-            notes.append(f"{path.name} was left out: it does not say what a run writes.")
-        else:
-            found.append((picture, sidecar))
-    return found
-
-
-def find_sources(folder: Path, notes: list[str]) -> Shot | None:
-    """The images that the samples' prompts change, if they do: tile `i` has those of prompt `i`."""
-    about = folder / SAMPLES / f"{SOURCES}.json"
-    sidecar = _object(about, notes)
-    if sidecar is None:
-        return None
-    picture = about.with_suffix(".png")
-    numbers = [sidecar.get("columns"), sidecar.get("per_image")]
-    if _is_size(numbers) and _is_size(sidecar.get("tile")) and _is_there(picture):
-        return picture, sidecar
-    notes.append(f"{about.name} was left out: it or its picture is not what a run writes.")
-    return None
-
-
-def _is_there(picture: Path) -> bool:
-    return picture.exists() and not leads_out(picture)
-
-
-def _is_size(pair: object) -> bool:
-    return isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and n > 0 for n in pair)
-
-
-def _is_sidecar(row: Row) -> bool:
-    """Whether the values are of the kinds that `save_samples` writes."""
-    prompts, scores = row["prompts"], row["scores"]
-    return (
-        all(type(n) is int for n in (row["iteration"], row["columns"]))
-        and _is_size(row["tile"])
-        and isinstance(prompts, list)
-        and all(isinstance(prompt, str) for prompt in prompts)
-        and isinstance(scores, dict)
-        and all(isinstance(of, list) and len(of) == len(prompts) for of in scores.values())
-    )
-
-
-def shown_tile(sidecar: Row) -> list[int]:
-    """Height and width of a sample as the page shows it, at most `LARGEST_TILE` pixels."""
-    height, width = sidecar["tile"]
-    scale = min(1.0, LARGEST_TILE / max(height, width))
-    return [round(height * scale), round(width * scale)]
-
-
-def shown_picture(picture: Path, sidecar: Row) -> tuple[bytes, str]:
-    """The grid as the page shows it, and its media type: the exact pixels of a small model's
-    samples, those of a large one scaled down."""
-    tile = shown_tile(sidecar)
-    if tile == sidecar["tile"]:
-        return picture.read_bytes(), "image/png"
-    from PIL import Image
-
-    from flowgrpo_ray.common.images import opened
-
-    height, width = sidecar["tile"]
-    with opened(picture, picture.name, ("PNG",)) as grid:
-        size = (tile[1] * (grid.width // width), tile[0] * (grid.height // height))
-        small = grid.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=90)
-    return buffer.getvalue(), "image/jpeg"
-
-
-def shown(sidecar: Row, address: str) -> Row:
-    """One evaluation for the page, its picture at `address`."""
-    tile = shown_tile(sidecar)
-    return {**sidecar, "tile": tile, "original_tile": sidecar["tile"], "image": address}
-
-
-def _embedded(shots: list[Shot], notes: list[str]) -> list[Row]:
-    chosen = spread(shots, MOST_EVALUATIONS)
-    if len(chosen) < len(shots):
-        notes.append(f"{len(chosen)} of the {len(shots)} evaluations' images are embedded here.")
-    if any(shown_tile(sidecar) != sidecar["tile"] for _, sidecar in chosen):
-        notes.append(
-            f"Images are scaled down to {LARGEST_TILE} pixels; {SAMPLES}/ holds them as generated."
-        )
-    return [shown(sidecar, data_address(picture, sidecar)) for picture, sidecar in chosen]
-
-
-def data_address(picture: Path, sidecar: Row) -> str:
-    content, kind = shown_picture(picture, sidecar)
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _files(folder: Path) -> list[Row]:

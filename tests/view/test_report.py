@@ -15,13 +15,14 @@ from PIL import Image
 from sample_runs import HOSTILE, make_run, train_row, write_live
 
 from flowgrpo_ray.common.errors import RunFolderError
-from flowgrpo_ray.run.brief import brief
+from flowgrpo_ray.run.brief import brief, spread
 from flowgrpo_ray.run.state import state_of
 from flowgrpo_ray.run.tracking import RunRecorder, read_rows, save_samples, save_sources
 from flowgrpo_ray.run.watch import Reading
 from flowgrpo_ray.view.compared import curves
 from flowgrpo_ray.view.page import SCRIPTS, STYLE, asset
-from flowgrpo_ray.view.report import LARGEST_TILE, LONGEST_LOG, report_data, spread, write_report
+from flowgrpo_ray.view.report import LONGEST_LOG, report_data, write_report
+from flowgrpo_ray.view.shots import LARGEST_TILE
 
 
 def embedded(page: str) -> dict:
