@@ -78,7 +78,7 @@ class Adapt(Strict):
         "the first time that more has fallen than is allowed",
     )
     pull: float = Field(
-        default=2.0,
+        default=1.0,
         ge=0,
         description="that the fall itself adds to the logarithm, at once, where it is what is "
         "allowed",
