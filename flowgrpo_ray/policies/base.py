@@ -51,7 +51,8 @@ class Policy(ABC):
     lora_targets: ClassVar[tuple[str, ...]]
     pipeline: ClassVar[str] = ""  # the model's class in diffusers, if it has one
     native_layers: ClassVar[Native] = {}
-    in_comfyui: ClassVar[bool] = True  # which reads a LoRA of it, by its own or these layers' names
+    # Programs beside diffusers and peft that read a LoRA of it, by these layer names or their own.
+    read_by: ClassVar[tuple[str, ...]] = ("ComfyUI",)
     call_arguments: ClassVar[tuple[str, ...]] = ()  # of that pipeline's call, for the model card
     call_takes_length: ClassVar[bool] = True  # as max_sequence_length
     call_scheduler: ClassVar[str] = ""  # to draw with, if not the pipeline's own

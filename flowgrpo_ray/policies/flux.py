@@ -41,6 +41,7 @@ class FluxPolicy(PackedPolicy):
     """
 
     pipeline = "FluxPipeline"
+    read_by = ("ComfyUI", "Forge")
     transformer = "FluxTransformer2DModel"
     tokenizer = "tokenizer_2"  # of T5; CLIP's 77 tokens are a summary
     blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")

@@ -14,6 +14,7 @@ class FluxKontextPolicy(EditingPolicy, FluxPolicy):
     size of the image drawn, where the pipeline would choose one of its own for each."""
 
     pipeline = "FluxKontextPipeline"
+    read_by = ("ComfyUI",)
     sources = range(1, 2)
     call_arguments = (
         *FluxPolicy.call_arguments,

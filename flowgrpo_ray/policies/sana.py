@@ -31,7 +31,7 @@ class SanaPolicy(PipelinePolicy):
 
     pipeline = "SanaPipeline"
     call_arguments = ("guidance_scale={guidance}", "use_resolution_binning=False")
-    in_comfyui = False
+    read_by = ()
     call_scheduler = "FlowMatchEulerDiscreteScheduler(shift={shift})"
     transformer = "SanaTransformer2DModel"
     autoencoder = "AutoencoderDC"

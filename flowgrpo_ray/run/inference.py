@@ -180,7 +180,7 @@ def export(
     versions = {"flowgrpo_ray": __version__, **versions}
     call = (policy.call_takes_length, policy.call_scheduler)
     sources = sources_per_prompt(folder.path) or policy.sources.start
-    given = (policy.call_arguments, progress, versions, *call, sources, policy.in_comfyui)
+    given = (policy.call_arguments, progress, versions, *call, sources, policy.read_by)
     exported = Exported(what, weights, *given)
     card = model_card(spec, exported)
     readme = out / "README.md"

@@ -45,7 +45,12 @@ PEFT_FOLDER = """from peft import PeftModel
 
 model = PeftModel.from_pretrained(model, ".")  # a module with the published layer names
 """
-COMFY = """{
+OTHER_PROGRAMS = {
+    "ComfyUI": """Copy `pytorch_lora_weights.safetensors` into `models/loras` under a name of your
+choice, and put a LoraLoaderModelOnly behind the node that loads the base model, here number 1:
+
+```json
+{
   "class_type": "LoraLoaderModelOnly",
   "inputs": {
     "model": ["1", 0],
@@ -53,7 +58,16 @@ COMFY = """{
     "strength_model": 1.0
   }
 }
-"""
+```
+""",
+    "Forge": """Copy `pytorch_lora_weights.safetensors` into `models/Lora` under a name of your
+choice, and name it in the prompt:
+
+```text
+<lora:NAME:1>
+```
+""",
+}
 NEGATIVE = "negative_prompt="
 
 
@@ -74,7 +88,7 @@ class Exported:
     takes_length: bool = True  # the call, as max_sequence_length
     scheduler: str = ""  # to draw with, of a {shift}, if not the pipeline's own
     sources: int = 0  # how many images each prompt of the run changes
-    in_comfyui: bool = True
+    read_by: tuple[str, ...] = ("ComfyUI",)  # programs beside diffusers and peft
 
 
 def model_card(spec: TrainingSpec, exported: Exported) -> str:
@@ -160,12 +174,7 @@ def _use_lora(spec: TrainingSpec, exported: Exported) -> str:
             "### peft\n\nIn place of `pipe.load_lora_weights(place)`:\n\n"
             f"{_fenced(PEFT.format(rank=rank), 'python')}",
         ]
-        comfy = (
-            "### ComfyUI\n\nCopy `pytorch_lora_weights.safetensors` into `models/loras` under a "
-            "name of your choice, and put a LoraLoaderModelOnly behind the node that loads the "
-            f"base model, here number 1:\n\n{_fenced(COMFY, 'json')}"
-        )
-        parts += [comfy] if exported.in_comfyui else []
+        parts += [f"### {name}\n\n{OTHER_PROGRAMS[name]}" for name in exported.read_by]
     else:
         parts.append(f"### peft\n\n{_fenced(PEFT_FOLDER, 'python')}")
     model = _inline(f"model.path: {spec.model.path}")

@@ -259,6 +259,7 @@ def test_every_export_has_a_model_card(runs, family, tmp_path):
     text = card.read_text()
     assert f"family: {family}" in text
     assert ("### ComfyUI" in text) == (family in comfy_rules.BLOCKS)
+    assert ("### Forge" in text) == (family == "flux")
     if family in PIPELINES:  # the call that it shows is one of the family's pipeline
         import diffusers
 
