@@ -66,16 +66,17 @@ def trained(root: Path, iterations: int, *, of: int, kept: tuple[int, ...] = ())
     return folder
 
 
-HERE = (2, "error: here Ray would start")
+def came_to_ray(status: int, told: str) -> bool:
+    return status == 2 and told.endswith("error: here Ray would start")
 
 
 def test_a_run_that_finished_no_iteration_does_not_hold_its_name(run, tmp_path: Path) -> None:
     folder = trained(tmp_path, 0, of=9)
-    assert run("--set", "seed=5") == HERE
+    assert came_to_ray(*run("--set", "seed=5"))
     assert folder.read_spec().seed == 5
     assert folder.path.joinpath("metrics.jsonl").read_text() == ""
     folder.spec_file.write_text("name: [")
-    assert run() == HERE
+    assert came_to_ray(*run())
 
 
 def test_one_that_did_holds_it_until_it_is_overwritten(run, tmp_path: Path) -> None:
@@ -88,13 +89,13 @@ def test_one_that_did_holds_it_until_it_is_overwritten(run, tmp_path: Path) -> N
         assert "or --overwrite" in told
     assert run("--resume", "--overwrite")[0] == 2
     assert sorted(folder.path.rglob("*")) == before
-    assert run("--set", "seed=5", "--overwrite") == HERE
+    assert came_to_ray(*run("--set", "seed=5", "--overwrite"))
     assert folder.read_spec().seed == 5
     assert not folder.checkpoints.exists()
     strangers = tmp_path / "other" / "mine.txt"
     strangers.parent.mkdir()
     strangers.write_text("mine")
-    assert run("--set", "name=other", "--overwrite") == HERE
+    assert came_to_ray(*run("--set", "name=other", "--overwrite"))
     assert strangers.read_text() == "mine", "no run was there"
 
 

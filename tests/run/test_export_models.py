@@ -130,13 +130,15 @@ def train(family: str, tuning: str, folder: Path) -> Trained:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Mapping[tuple[str, str], Trained]:
-    """By family and tuning."""
+    """By family and tuning, each trained when it is first asked for."""
     root: Path = tmp_path_factory.mktemp("models")
-    return {
-        (family, tuning): train(family, tuning, root / f"{family}-{tuning}")
-        for family in MODELS
-        for tuning in TUNINGS
-    }
+
+    class Runs(dict[tuple[str, str], Trained]):
+        def __missing__(self, key: tuple[str, str]) -> Trained:
+            self[key] = train(*key, root / "-".join(key))
+            return self[key]
+
+    return Runs()
 
 
 @pytest.fixture(scope="module", autouse=True)
