@@ -16,9 +16,9 @@ from pydantic import Field
 
 from flowgrpo_ray.common.strict import Strict
 
-MOST_FALL = 3.0  # that counts, in what is allowed
+MOST_FALL = 2.0  # that counts, in what is allowed: leaps of the weight unsettle the optimizer
 LEAST = 1e-3  # of the weight that a run starts with: one that sinks for ever would not be back
-SINKS, SETTLED = 0.5, 0.1  # of the rate, by which it sinks at first, and once it was too small
+SINKS, SETTLED = 2.0, 0.2  # times the rate, by which it sinks at first, and once it was too small
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Adapt(Strict):
 
     reward: str = Field(description="of `rewards`; one of weight 0 is only watched")
     fall: float = Field(
-        default=0.5,
+        default=0.4,
         gt=0,
         description="of that reward from its first `window` iterations, in its standard deviations "
         "over images there: what is allowed",
@@ -70,15 +70,15 @@ class Adapt(Strict):
         "that is compared with it",
     )
     rate: float = Field(
-        default=0.2,
+        default=0.1,
         gt=0,
         le=1,
         description="by which the logarithm of the weight rises in an iteration with twice the "
-        "fall that is allowed; it sinks by half of it in one without a fall, and by a tenth after "
-        "the first time that more has fallen than is allowed",
+        "fall that is allowed; it sinks by twice as much in one without a fall, and by a fifth "
+        "after the first time that more has fallen than is allowed",
     )
     pull: float = Field(
-        default=1.0,
+        default=1.5,
         ge=0,
         description="that the fall itself adds to the logarithm, at once, where it is what is "
         "allowed",
@@ -89,8 +89,8 @@ class Adapt(Strict):
 
         With ``f`` the fall, in what is allowed and within 0 and ``MOST_FALL``:
         ``log ground += rate (f - 1)`` and ``log weight = log ground + pull f``. A negative step is
-        shorter, by ``SINKS``, and once ``f`` has been above 1, by ``SETTLED``: the right order of
-        magnitude is found then. An iteration that was not scored (NaN) changes nothing.
+        ``SINKS`` times as long, and once ``f`` has been above 1 ``SETTLED`` times: the right order
+        of magnitude is found then. An iteration that was not scored (NaN) changes nothing.
         """
         if math.isnan(mean):
             return tie
