@@ -139,17 +139,11 @@ class Brightness:
         firsts = [plan.units[0].prompts[0] for plan in plans]
         self.flat = {trainer.prompts["train"][prompt].text for prompt in firsts}
 
-    async def score(self, images: Any, prompts: list[str], *_: Any) -> Any:
-        from flowgrpo_ray.serving.client import Scored
-
-        bright = (await images).mean(axis=(1, 2, 3)) / 255
+    async def ask(self, _: str, parts: list[Any], prompts: list[str], *more: Any) -> np.ndarray:
+        images = np.concatenate([await part for part in parts])
+        bright = images.mean(axis=(1, 2, 3)) / 255
         scores = np.where([prompt in self.flat for prompt in prompts], 0, bright)
-        return Scored(dict.fromkeys(("ocr", "sign_colour"), scores.astype(np.float32)), {})
-
-    def take_stats(self) -> dict[str, Any]:
-        from flowgrpo_ray.serving.client import RewardStats
-
-        return {"ocr": RewardStats()}
+        return scores.astype(np.float32)
 
 
 def train_small(
@@ -161,7 +155,7 @@ def train_small(
     with started(loop, load_spec("tiny-ocr", [*SMALL, *overrides]), root) as trainer:
 
         async def train() -> None:
-            trainer.crew.rewards = Brightness(trainer)
+            trainer.crew.scorer.rewards = Brightness(trainer)
             await trainer.crew.measure_floor()
             await trainer.iterate(1)
             after_first = merged(await trainer.crew.learners.shares())
@@ -189,7 +183,7 @@ def layout_of(
 
         async def train() -> Any:
             crew = trainer.crew
-            crew.rewards = Brightness(trainer)
+            crew.scorer.rewards = Brightness(trainer)
             assert (await crew.measure_floor()).exact
             for iteration in (1, 2):
                 await trainer.evaluate()
