@@ -454,7 +454,7 @@ def test_a_long_run_is_drawn_with_few_points_and_read_with_all(
         page.look("charts.get('Loss').plot.focus()")
         page.press("PageDown")
         says = "charts.get('Loss').plot.getAttribute('aria-valuetext')"
-        page.wait(f"{says}.startsWith('iteration 1800: total ')")
+        page.wait(f"{says}.startsWith('iteration 1,800: total ')")
     finally:
         shutil.rmtree(folder)
 
