@@ -17,23 +17,23 @@ def test_the_controller_by_hand():
     assert (tie.weight, tie.ground, tie.seen) == (0.1, 0.1, 0)
     tie = ADAPT.follow(tie, mean=0.9, std=0.1)
     assert (tie.level, tie.spread, tie.smoothed, tie.fall) == (0.9, 0.1, 0.9, 0)
-    assert tie.weight == tie.ground == pytest.approx(0.1 * math.exp(-0.4)), "by twice the rate"
+    assert tie.weight == tie.ground == pytest.approx(0.1 * math.exp(-0.3)), "by 1.5 x rate"
     tie = ADAPT.follow(tie, mean=0.8, std=0.2)
     assert (tie.level, tie.smoothed, tie.fall) == pytest.approx((0.85, 0.85, 0))
     tie = ADAPT.follow(tie, mean=0.7, std=0.3)
     assert (tie.level, tie.spread, tie.smoothed) == pytest.approx((0.8, 0.2, 0.775))
     assert tie.fall == pytest.approx(0.25), "of 0.1, which is allowed"
-    assert tie.ground == pytest.approx(0.1 * math.exp(-0.4 - 0.4 - 0.3))
-    assert tie.weight == pytest.approx(0.1 * math.exp(-1.1 + 0.5))
+    assert tie.ground == pytest.approx(0.1 * math.exp(-0.3 - 0.3 - 0.225))
+    assert tie.weight == pytest.approx(0.1 * math.exp(-0.825 + 0.5))
     tie = ADAPT.follow(tie, mean=0.625, std=9.0)  # no longer of the start
     assert (tie.level, tie.spread, tie.smoothed, tie.fall) == pytest.approx((0.8, 0.2, 0.7, 1))
-    assert tie.weight == pytest.approx(0.1 * math.exp(-1.1 + 2)), "the ground stays"
+    assert tie.weight == pytest.approx(0.1 * math.exp(-0.825 + 2)), "the ground stays"
     tie = ADAPT.follow(tie, mean=0.55, std=0.1)
     assert (tie.smoothed, tie.fall) == pytest.approx((0.625, 1.75))
-    assert tie.weight == pytest.approx(0.1 * math.exp(-1.1 + 0.15 + 3.5))
+    assert tie.weight == pytest.approx(0.1 * math.exp(-0.825 + 0.15 + 3.5))
     tie = ADAPT.follow(tie, mean=-5, std=0.1)
     assert tie.fall == 2, "one broken iteration moves no more"
-    assert tie.weight == pytest.approx(0.1 * math.exp(-0.95 + 0.2 + 4))
+    assert tie.weight == pytest.approx(0.1 * math.exp(-0.675 + 0.2 + 4))
     back = ADAPT.follow(replace(tie, ground=0.1, smoothed=0.8), mean=0.8, std=0.1)
     assert back.weight == pytest.approx(0.1 * math.exp(-0.04)), "it sinks by a fifth of the rate"
 

@@ -18,7 +18,7 @@ from flowgrpo_ray.common.strict import Strict
 
 MOST_FALL = 2.0  # that counts, in what is allowed: leaps of the weight unsettle the optimizer
 LEAST = 1e-3  # of the weight that a run starts with: one that sinks for ever would not be back
-SINKS, SETTLED = 2.0, 0.2  # times the rate, by which it sinks at first, and once it was too small
+SINKS, SETTLED = 1.5, 0.2  # times the rate, by which it sinks at first, and once it was too small
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Adapt(Strict):
 
     reward: str = Field(description="of `rewards`; one of weight 0 is only watched")
     fall: float = Field(
-        default=0.4,
+        default=0.5,
         gt=0,
         description="of that reward from its first `window` iterations, in its standard deviations "
         "over images there: what is allowed",
@@ -70,11 +70,11 @@ class Adapt(Strict):
         "that is compared with it",
     )
     rate: float = Field(
-        default=0.1,
+        default=0.15,
         gt=0,
         le=1,
         description="by which the logarithm of the weight rises in an iteration with twice the "
-        "fall that is allowed; it sinks by twice as much in one without a fall, and by a fifth "
+        "fall that is allowed; it sinks by half as much again in one without a fall, and by a fifth "
         "after the first time that more has fallen than is allowed",
     )
     pull: float = Field(
