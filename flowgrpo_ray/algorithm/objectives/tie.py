@@ -74,8 +74,8 @@ class Adapt(Strict):
         gt=0,
         le=1,
         description="by which the logarithm of the weight rises in an iteration with twice the "
-        "fall that is allowed; it sinks by half as much again in one without a fall, and by a fifth "
-        "after the first time that more has fallen than is allowed",
+        "fall that is allowed; it sinks by half as much again in one without a fall, and by a "
+        "fifth after the first time that more has fallen than is allowed",
     )
     pull: float = Field(
         default=1.5,
