@@ -225,7 +225,8 @@ def draw() -> None:
     _draw_curves(data, SIX, data["seconds_per_iteration"], "learning.png")
     _draw_curves(data, FOUR, data["seconds_together"], "objectives.png")
     _draw_long(data)
-    _draw_steady(data)
+    if STEADY.keys() <= data["runs"].keys():
+        _draw_steady(data)
     _draw_over_optimization(data)
 
 
