@@ -16,9 +16,9 @@ from pydantic import Field
 
 from flowgrpo_ray.common.strict import Strict
 
-MOST_FALL = 2.0  # that counts, in what is allowed: leaps of the weight unsettle the optimizer
+MOST_FALL = 6.0  # that counts, in what is allowed: leaps of the weight unsettle the optimizer
 LEAST = 1e-3  # of the weight that a run starts with: one that sinks for ever would not be back
-SINKS, SETTLED = 1.5, 0.2  # times the rate, by which it sinks at first, and once it was too small
+SINKS, SETTLED = 4.0, 0.5  # times the rate, by which it sinks at first, and once it was too small
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,15 @@ class Adapt(Strict):
         "that is compared with it",
     )
     rate: float = Field(
-        default=0.15,
+        default=0.05,
         gt=0,
         le=1,
         description="by which the logarithm of the weight rises in an iteration with twice the "
-        "fall that is allowed; it sinks by half as much again in one without a fall, and by a "
-        "fifth after the first time that more has fallen than is allowed",
+        "fall that is allowed; it sinks by four times as much in one without a fall, and by half "
+        "of it after the first time that more has fallen than is allowed",
     )
     pull: float = Field(
-        default=1.5,
+        default=0.5,
         ge=0,
         description="that the fall itself adds to the logarithm, at once, where it is what is "
         "allowed",
