@@ -167,7 +167,7 @@ class Trainer:
         await self._take_up()
         self.floors[self.journal.progress.iteration] = await self.crew.measure_floor()
         self.journal.started("ratio floor")
-        if afresh and not self.stopping:
+        if (afresh or self.journal.owes_evaluation) and not self.stopping:
             await self.evaluate()
             self.journal.started("first evaluation")
         self.journal.begin()
@@ -191,7 +191,7 @@ class Trainer:
             if done == 1 and not (self.stopping or journal.complete or spec.sampling.max_lag):
                 # A LoRA's adapters are 0 before the first update, and so is what they add to noise.
                 self.floors[done] = await self.crew.measure_floor(version=done + 1)
-            if not self.stopping and (journal.complete or done % spec.evaluation.every == 0):
+            if journal.complete or (journal.owes_evaluation and not self.stopping):
                 await self.evaluate()
             last = self.stopping or journal.complete
             best = journal.progress.best_iteration == done

@@ -84,6 +84,15 @@ class Journal:
         """Whether the last iteration is done, or the watch ended the run."""
         return self.progress.iteration >= self._spec.iterations or self.diverged is not None
 
+    @property
+    def owes_evaluation(self) -> bool:
+        """Whether the iteration is one of those to evaluate after, and has not been evaluated: as
+        where an interrupt met it, and the run goes on."""
+        done = self.progress.iteration
+        return done % self._spec.evaluation.every == 0 and not any(
+            row["kind"] == "eval" and row["iteration"] == done for row in self._recorder.metrics()
+        )
+
     def started(self, phase: str) -> None:
         """A phase of the start is over."""
         self._clock.lap(phase)
