@@ -22,6 +22,7 @@ from flowgrpo_ray.cluster import interrupts
 from flowgrpo_ray.cluster.interrupts import Interrupts
 from flowgrpo_ray.run.folder import RunFolder
 from flowgrpo_ray.run.state import LIVE, read_json
+from flowgrpo_ray.spec.file import load_spec
 
 BOTH = [signal.SIGINT, signal.SIGTERM]
 
@@ -258,4 +259,6 @@ def assert_true(output: str, run: Path, status: int) -> None:
         assert "saved is" not in output
     if run.exists():
         assert not list(run.rglob("*.part*"))
-        RunFolder.claim(run.parent, folder.read_spec(), resume=True).release()
+        written = folder.spec_file.exists()  # else the signal came before
+        spec = folder.read_spec() if written else load_spec("tiny-ocr", [f"name={run.name}"])
+        RunFolder.claim(run.parent, spec, resume=True).release()
