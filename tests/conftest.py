@@ -44,6 +44,7 @@ OF_ONE_FAMILY = "_policy.py"  # files of which all tests are quick
 QUICK = (
     "test_a_replayed_trajectory_has_a_log_ratio_of_exactly_zero[lora-bfloat16-{}]",
     "test_ode_sampling_is_the_pipelines[alone-{}-4",  # with guidance
+    "test_ode_sampling_is_the_pipelines[alone-z_image-3",  # with its own
 )
 
 
