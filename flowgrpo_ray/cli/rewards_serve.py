@@ -83,9 +83,7 @@ def status(
 
 
 def scale(
-    name: Annotated[
-        str, typer.Argument(help="of the reward, as ocr", autocompletion=completion.rewards)
-    ],
+    name: NameArgument,
     replicas: Annotated[int, typer.Argument(min=1, help="that shall run")],
     address: AddressOption = None,
     deadline: DeadlineOption = 600,
@@ -104,9 +102,7 @@ def scale(
 
 
 def remove(
-    name: Annotated[
-        str, typer.Argument(help="of the reward, as ocr", autocompletion=completion.rewards)
-    ],
+    name: NameArgument,
     address: AddressOption = None,
 ) -> None:
     """Take a reward away, after it has answered the calls that it has."""

@@ -163,11 +163,10 @@ class Trainer:
 
     async def _prepare(self) -> None:
         """All that comes before the first iteration."""
-        afresh = self._saved is None
         await self._take_up()
         self.floors[self.journal.progress.iteration] = await self.crew.measure_floor()
         self.journal.started("ratio floor")
-        if (afresh or self.journal.owes_evaluation) and not self.stopping:
+        if self.journal.owes_evaluation and not self.stopping:
             await self.evaluate()
             self.journal.started("first evaluation")
         self.journal.begin()

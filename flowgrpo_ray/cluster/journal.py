@@ -67,10 +67,8 @@ class Journal:
             spec_identity=spec.identity(),
             prompts_digest=digest,
         )
-        self.progress = self._with_best(resumed or self._begun)
+        self._stand_at(resumed or self._begun)
         self._earlier_seconds = self.progress.seconds  # of the attempts that this one continues
-        self.watch = self._watch_again()
-        self.diverged: Divergence | None = None  # why the watch ended the run
         self._sources_kept = False  # of the evaluations, which all show the same prompts
         self._stages = StageReader(spec)
         self.starting = True  # until the first iteration
@@ -86,12 +84,10 @@ class Journal:
 
     @property
     def owes_evaluation(self) -> bool:
-        """Whether the iteration is one of those to evaluate after, and has not been evaluated: as
-        where an interrupt met it, and the run goes on."""
+        """Whether the iteration is one of those to evaluate after, and has not been evaluated: at
+        the beginning, and where an interrupt met it and the run goes on."""
         done = self.progress.iteration
-        return done % self._spec.evaluation.every == 0 and not any(
-            row["kind"] == "eval" and row["iteration"] == done for row in self._recorder.metrics()
-        )
+        return done % self._spec.evaluation.every == 0 and self._evaluated != done
 
     def started(self, phase: str) -> None:
         """A phase of the start is over."""
@@ -108,8 +104,7 @@ class Journal:
         """Forget what came after a checkpoint, or after the start."""
         at = progress.iteration if progress else None
         self._recorder.rewind(at, self._spec.evaluation.every)
-        self.progress = self._with_best(progress or self._begun)
-        self.watch, self.diverged = self._watch_again(), None
+        self._stand_at(progress or self._begun)
         done = self.progress.iteration
         self._display.note(f"going on after iteration {done}, the last saved one")
 
@@ -119,16 +114,17 @@ class Journal:
         self.progress = replace(self.progress, seconds=seconds)
         return self.progress
 
-    def _with_best(self, progress: Progress) -> Progress:
-        """The progress with the best evaluation that is saved."""
+    def _stand_at(self, progress: Progress) -> None:
+        """Begin at that progress, with what the rows that there are say: the best evaluation that
+        is saved, the last one, and what the watch saw."""
+        rows = self._recorder.metrics()
         saved = [checkpoint_iteration(path) for path in list_checkpoints(self._folder.checkpoints)]
-        return best.continued(self._spec, progress, self._recorder.metrics(), saved)
-
-    def _watch_again(self) -> Watch:
-        """A watch that has seen the rows that there are."""
-        watch = Watch(self._spec)
-        watch.replay(self._recorder.metrics())
-        return watch
+        self.progress = best.continued(self._spec, progress, rows, saved)
+        evaluated = (row["iteration"] for row in rows if row["kind"] == "eval")
+        self._evaluated = max(evaluated, default=None)
+        self.watch = Watch(self._spec)
+        self.watch.replay(rows)
+        self.diverged: Divergence | None = None  # why the watch ended the run
 
     # --- iterations
 
@@ -232,6 +228,7 @@ class Journal:
         row = eval_row(self._spec, iteration, scores, prompts)
         self._look_for_divergence(row)
         self._recorder.log(row)
+        self._evaluated = iteration
         self._tell_missing(row, scores)
         means = {
             name: None if np.isnan(values["mean"]) else round(values["mean"], 6)

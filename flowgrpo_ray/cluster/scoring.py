@@ -16,12 +16,13 @@ from ray import ObjectRef
 from flowgrpo_ray.cluster.actors import all_or_none
 from flowgrpo_ray.cluster.pictures import Pictures
 from flowgrpo_ray.common.types import Edit, WorkUnit
-from flowgrpo_ray.rewards import is_over_group, takes_sources, weighted_total
+from flowgrpo_ray.rewards import takes_sources, weighted_total
 from flowgrpo_ray.run.ledger import Ledger
 from flowgrpo_ray.run.metrics import Scores
 from flowgrpo_ray.serving.client import RewardClient
 from flowgrpo_ray.spec.plan import Block
 from flowgrpo_ray.spec.prompts import Prompt
+from flowgrpo_ray.spec.sections import over_groups
 from flowgrpo_ray.spec.training import TrainingSpec
 
 
@@ -48,7 +49,7 @@ class Scorer:
     ) -> None:
         self._spec, self._prompts = spec, prompts
         self.rewards, self._ledger = rewards, ledger
-        self._over_groups = over_groups(spec)
+        self._over_groups = over_groups(spec.rewards)
         rewards_of = {name: reward.reward or name for name, reward in spec.rewards.items()}
         self._taking_sources = {name for name, of in rewards_of.items() if takes_sources(of)}
         self._pictures = Pictures()
@@ -145,15 +146,9 @@ class Scorer:
                 self._ledger.scored(units[i].key, question.reward)
 
 
-def over_groups(spec: TrainingSpec) -> frozenset[str]:
-    """The rewards that compare the images of a group."""
-    rewards = spec.rewards.items()
-    return frozenset(name for name, reward in rewards if is_over_group(reward.reward or name))
-
-
 def scored_together(spec: TrainingSpec, blocks: Sequence[Block]) -> list[Block]:
     """The units of ``blocks`` that are scored together: whole groups if a reward compares their
     images, else each alone."""
-    if over_groups(spec):
+    if over_groups(spec.rewards):
         return list(blocks)
     return [(unit,) for block in blocks for unit in block]

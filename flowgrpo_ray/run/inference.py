@@ -20,7 +20,7 @@ from flowgrpo_ray.common.types import Images, LearnerState, Request, WeightsTick
 from flowgrpo_ray.policies import load_policy
 from flowgrpo_ray.policies.base import Policy
 from flowgrpo_ray.policies.encodings import EncodingCache
-from flowgrpo_ray.rewards import ask, build, is_over_group
+from flowgrpo_ray.rewards import ask, build
 from flowgrpo_ray.run.checkpoint import (
     BEST,
     Progress,
@@ -36,6 +36,7 @@ from flowgrpo_ray.run.tracking import sources_per_prompt
 from flowgrpo_ray.spec.file import load_spec
 from flowgrpo_ray.spec.plan import still_schedule
 from flowgrpo_ray.spec.prompts import Prompt, check_lengths
+from flowgrpo_ray.spec.sections import over_groups
 from flowgrpo_ray.spec.training import TrainingSpec
 
 WEIGHTS = ("ema", "last")
@@ -143,8 +144,9 @@ def score(
     Left out are those that compare the images of a group: here each prompt has one.
     """
     found: dict[str, np.ndarray] = {}
+    comparing = over_groups(spec.rewards)
     for name, reward in spec.rewards.items():
-        if is_over_group(reward.reward or name):
+        if name in comparing:
             continue
         found[name] = np.full(len(images), np.nan, np.float32)
         if places := [i for i, prompt in enumerate(prompts) if reward.scores(prompt.set)]:

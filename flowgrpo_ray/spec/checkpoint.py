@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pydantic import Field
 
 from flowgrpo_ray.common.strict import Strict
-from flowgrpo_ray.rewards import is_over_group
-from flowgrpo_ray.spec.sections import PromptsSpec, RewardSpec
+from flowgrpo_ray.spec.sections import PromptsSpec, RewardSpec, over_groups
 
 OF_SET = "@"  # between a reward and a prompt set
 
@@ -41,7 +40,7 @@ class CheckpointSpec(Strict):
                 f"checkpoint.best = {self.best!r}: there is no reward {name!r} "
                 f"(rewards: {', '.join(rewards)})"
             )
-        if is_over_group(rewards[name].reward or name):
+        if name in over_groups(rewards):
             raise ValueError(
                 f"checkpoint.best = {self.best!r}: {name} compares the images of a group, and "
                 "evaluations draw one for each prompt. Name another reward"

@@ -18,23 +18,15 @@ AT_ONCE = 8  # files
 def fetch(path: str, named: str) -> Path:
     """The local copy of a file of a data set on the hub; ``PromptError``, which says how it is
     ``named``, if there is none to be had."""
-    match = ON_HUB.fullmatch(path)
-    if match is None:
-        raise PromptError(
-            f"{named}: write a file of a data set on the hub as "
-            "hf://datasets/owner/name@revision/folder/file.jsonl"
-        )
-    repository, revision, name = match.groups()
+    repository, revision, name = _parts(path, named)
     return _download(repository, name, revision, named)
 
 
 def fetch_beside(path: str, names: Iterable[str], named: str) -> Path:
     """The local folder of a prompt file on the hub, with the files that it names by their paths
     from there: all of the commit that the prompt file is of."""
-    file = fetch(path, named)
-    match = ON_HUB.fullmatch(path)
-    assert match is not None, "as it was fetched"
-    repository, _, inside = match.groups()
+    repository, revision, inside = _parts(path, named)
+    file = _download(repository, inside, revision, named)
     commit = file.parents[inside.count("/")].name  # .../snapshots/COMMIT/folder/file.jsonl
     wanted: dict[str, None] = {}
     for name in names:
@@ -46,6 +38,19 @@ def fetch_beside(path: str, names: Iterable[str], named: str) -> Path:
         for _ in pool.map(lambda place: _download(repository, place, commit, named), wanted):
             pass
     return file.parent
+
+
+def _parts(path: str, named: str) -> tuple[str, str | None, str]:
+    """The repository of a file of a data set on the hub, its revision if there is one, and the path
+    inside."""
+    match = ON_HUB.fullmatch(path)
+    if match is None:
+        raise PromptError(
+            f"{named}: write a file of a data set on the hub as "
+            "hf://datasets/owner/name@revision/folder/file.jsonl"
+        )
+    repository, revision, inside = match.groups()
+    return repository, revision, inside
 
 
 def _download(repository: str, name: str, revision: str | None, named: str) -> Path:

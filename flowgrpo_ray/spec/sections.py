@@ -16,6 +16,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from flowgrpo_ray.common.paths import local_path
 from flowgrpo_ray.common.strict import Strict
+from flowgrpo_ray.rewards import is_over_group
 from flowgrpo_ray.rewards.bounds import check_device
 from flowgrpo_ray.spec.cluster import Resources
 from flowgrpo_ray.spec.families import FAMILIES
@@ -236,6 +237,11 @@ class RewardSpec(Strict):
     def scores(self, prompt_set: str) -> bool:
         """Whether it scores images of this set; those of no set by name it does."""
         return not (self.sets and prompt_set) or prompt_set in self.sets
+
+
+def over_groups(rewards: Mapping[str, RewardSpec]) -> frozenset[str]:
+    """The names of those that compare the images of a group."""
+    return frozenset(name for name, of in rewards.items() if is_over_group(of.reward or name))
 
 
 class AdvantagesSpec(Strict):

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from flowgrpo_ray.algorithm.objectives import FlowGrpo
 from flowgrpo_ray.common.errors import SpecError
 from flowgrpo_ray.common.strict import Strict
-from flowgrpo_ray.rewards import check_options, is_over_group
+from flowgrpo_ray.rewards import check_options
 from flowgrpo_ray.spec.checkpoint import CheckpointSpec
 from flowgrpo_ray.spec.cluster import ActorsSpec, ClusterSpec
 from flowgrpo_ray.spec.objective import ObjectiveField
@@ -33,6 +33,7 @@ from flowgrpo_ray.spec.sections import (
     TrackingSpec,
     Tuning,
     WatchSpec,
+    over_groups,
 )
 
 # Of a reward: what changes no score, and so may change when a run is resumed.
@@ -107,7 +108,7 @@ class TrainingSpec(Strict):
             raise ValueError(
                 f"{key} = {name!r} is no reward of this run ({', '.join(self.rewards)})"
             )
-        if is_over_group(self.rewards[name].reward or name):
+        if name in over_groups(self.rewards):
             raise ValueError(
                 f"{key} = {name!r} compares the images of a group, so that its mean cannot fall: "
                 "name a reward that scores each image alone"
