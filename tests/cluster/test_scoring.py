@@ -146,7 +146,13 @@ def test_units_wait_for_their_group_only_where_a_reward_compares_it() -> None:
 
 
 def test_source_images_go_to_the_rewards_that_take_them_once_for_each_prompt(monkeypatch, tmp_path):
-    """Of units that hold several prompts, and of places that are shown."""
+    """Of units that hold several prompts, and of places that are shown. Files are read one after
+    the other here: whichever is read first is asked about first."""
+
+    async def at_once(call: Any, *given: Any) -> Any:
+        return call(*given)
+
+    monkeypatch.setattr("flowgrpo_ray.cluster.pictures.asyncio.to_thread", at_once)
     reads: list[str] = []
     real = read_sources
     monkeypatch.setattr(
